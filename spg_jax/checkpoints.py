@@ -1,0 +1,151 @@
+"""What is kept on disk: policies (a model to use) and runs (everything needed to go on), by Orbax.
+
+A policy directory holds `policy.json` (model, tokenizer, how it was made) and `params/`. A run's
+`checkpoints/<step>/` holds the train state, the current rollout and, as metadata, the state of the data
+iterator, the best-on-validation record and the last metrics row. Both appear whole or not at all.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from spg_jax.models import llada
+from spg_jax.models.policy import Params, Policy
+from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.sharding import abstract_params
+from spg_jax.tokenizers import Tokenizer, WordTokenizer
+
+DESCRIPTION = 'policy.json'
+PARAMS = 'params'
+
+
+def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
+    """The policy of a model and the tokenizer it was trained with."""
+    return Policy(config, tokenizer.mask_id, tokenizer.eos_id, tokenizer.allowed(config.vocab_size))
+
+
+def save_policy(
+    directory: Path, params: Params, config: TransformerConfig, tokenizer: WordTokenizer, notes: dict[str, Any]
+) -> None:
+    """Writes a policy directory, replacing an older one only when the new one is whole.
+
+    Args:
+      notes: JSON values that say how the policy came about.
+    """
+    new = directory.with_name(directory.name + '.new')
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    ocp.save((new / PARAMS).absolute(), params)
+    description = {'model': dataclasses.asdict(config), 'words': tokenizer.words, 'notes': notes}
+    (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    new.rename(directory)
+
+
+def is_policy(directory: Path) -> bool:
+    """Whether a whole policy was written here."""
+    return (directory / DESCRIPTION).is_file()
+
+
+def policy_notes(directory: Path) -> dict[str, Any]:
+    """How the policy in `directory` came about."""
+    return json.loads((directory / DESCRIPTION).read_text())['notes']
+
+
+def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]:
+    """Reads a policy directory, each device receiving its shard.
+
+    Raises:
+      FileNotFoundError: nothing there; ValueError: something there that does not fit.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f'{directory} does not exist; expected a directory with {DESCRIPTION}')
+    if not is_policy(directory):
+        if (directory / 'config.json').is_file():
+            llada.load_checkpoint(directory, mesh)   # says what does not fit, before this says what is missing
+            raise ValueError(
+                f'{directory} is a published checkpoint, whose tokenizer this version cannot read; '
+                f'use a directory with {DESCRIPTION}'
+            )
+        raise FileNotFoundError(
+            f'{directory} has no {DESCRIPTION}; give a policy directory, such as the best/ of a run'
+        )
+    try:
+        description = json.loads((directory / DESCRIPTION).read_text())
+        config = TransformerConfig(**description['model'])
+        tokenizer = WordTokenizer(description['words'])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{directory / DESCRIPTION} is not the description of a policy ({_line(error)}); '
+            'restore it or make the policy again'
+        ) from error
+    target = abstract_params(Transformer(config), mesh)
+    params = _restore(directory / PARAMS, lambda path: ocp.load(path, target))
+    return make_policy(config, tokenizer), tokenizer, params
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, newest last."""
+
+    def __init__(self, directory: Path, keep: int):
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Updates done at the newest whole checkpoint; None if there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
+        """Saves a pytree of arrays and a JSON record, and returns when both are on disk."""
+        self._checkpointer.save(
+            step, arrays, custom_metadata=record, force=True, overwrite=True
+        )
+
+    def restore(self, target: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint: arrays as `target` (abstract, with shardings), and the record.
+
+        Raises:
+          ValueError: the checkpoint does not fit `target` or is damaged; names the directory.
+        """
+        path = self._directory / str(self.latest_step)
+        arrays = _restore(path, lambda _: self._checkpointer.load(None, target))
+        return arrays, self._checkpointer.metadata(self.latest_step).custom_metadata
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._checkpointer.close()
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays: the target to restore into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _restore(path: Path, load: Any) -> Any:
+    # Orbax and TensorStore raise a dozen types, with messages of many lines.
+    try:
+        return load(path.absolute())
+    except Exception as error:
+        raise ValueError(
+            f'{path} cannot be restored ({_line(error)[:300]}); the checkpoint is damaged or of another '
+            'configuration: use another one, or delete it and run again'
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+

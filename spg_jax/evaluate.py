@@ -1,0 +1,58 @@
+"""Accuracy by the published protocol: temperature 0, low-confidence commitment, fixed lengths and steps.
+
+    python -m spg_jax.evaluate --workdir=DIR                          # its best policy, on the task's test split
+    python -m spg_jax.evaluate --workdir=DIR --data=FILE --samples=8  # on a published test file, with pass@8
+
+DIR is a run of `spg_jax.train` or a policy directory. The last line of standard output is one JSON object.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from spg_jax import checkpoints, sharding, tasks
+from spg_jax.cli import compile_cache, one_line_errors
+from spg_jax.config import evaluation_lengths
+
+FLAGS = flags.FLAGS
+
+
+def main(_: list[str]) -> None:
+    workdir = Path(FLAGS.workdir)
+    config = run_config(workdir)
+    if FLAGS.samples:
+        config.evaluation.samples = FLAGS.samples
+    compile_cache()
+    started = time.monotonic()
+    mesh = sharding.make_mesh(config.mesh)
+    task = tasks.get(config.task.name, config.task.format, config.task.prompt_template)
+    if FLAGS.data:
+        examples = task.read_published(FLAGS.data)
+    else:
+        examples = list(task.source('test', config.task.data_dir))
+    with jax.set_mesh(mesh):
+        policy, tokenizer, params = checkpoints.load_policy(policy_of_run(workdir), mesh)
+        evaluator = Evaluator(policy, task, tokenizer, config, mesh)
+        report = evaluator.report(params, examples)
+        print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
+    table = Table('length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer')
+    for length, steps in evaluation_lengths(config):
+        accuracy = report['accuracy_by_length'][str(length)]
+        table.add_row(str(length), str(steps), str(config.evaluation.block_length), f'{accuracy:.3f}')
+    Console(stderr=True).print(table)
+    report = {'task': task.name, 'files': [FLAGS.data or 'test split']} | report
+    print(json.dumps(report))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train.')
+    flags.DEFINE_string('data', '', "A published test file; '' is the task's own test split.")
+    flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)
+    flags.mark_flag_as_required('workdir')
+    app.run(one_line_errors(main))

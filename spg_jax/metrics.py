@@ -1,0 +1,116 @@
+"""Metrics as (sum, weight) pairs until they are written: JSON lines and TensorBoard events."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from tensorboardX import SummaryWriter
+
+from spg_jax.rl.rollout import Rollout
+
+SAMPLES = 4     # completions of a rollout that are kept to look at
+
+
+def read(metrics: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
+    """Fetches device metrics and divides each sum by its weight; a metric without weight is left out."""
+    fetched = jax.device_get(dict(metrics))
+    return {name: float(total / weight) for name, (total, weight) in fetched.items() if weight != 0}
+
+
+class MetricsWriter:
+    """Rows of metrics by step, the updates done. Reopened at an earlier step, it drops what comes again."""
+
+    def __init__(self, directory: Path, start: int = 0, last_row: dict[str, Any] | None = None):
+        """Args:
+          directory: gets `metrics.jsonl` and the TensorBoard events.
+          start: updates done when writing begins; rows of later steps are dropped.
+          last_row: of the last update before `start`, should the file have lost it.
+        """
+        path = directory / 'metrics.jsonl'
+        keep_rows(path, start, last_row)
+        self.last_row: dict[str, Any] = last_row or {}
+        self._pending: tuple[int, Mapping[str, tuple[Array, Array]]] | None = None
+        self._file = path.open('a')
+        self._events = SummaryWriter(str(directory / 'events'), purge_step=start + 1)
+        self._started = time.monotonic()
+
+    def push(self, step: int, metrics: Mapping[str, tuple[Array, Array]]) -> None:
+        """Takes the metrics of an update just dispatched and writes those of the one before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Writes what was pushed last, waiting for its update to finish."""
+        if self._pending:
+            step, metrics = self._pending
+            self._pending = None
+            self.last_row = {'step': step, **read(metrics), 'seconds': time.monotonic() - self._started}
+            self.write(self.last_row)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row. JSON knows no NaN: such values become null."""
+        row = {name: _finite(value) for name, value in row.items()}
+        self._file.write(json.dumps(row) + '\n')
+        self._file.flush()
+        for name, value in row.items():
+            if name != 'step' and isinstance(value, int | float):
+                self._events.add_scalar(name, value, row['step'])
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._events.close()
+
+
+class SampleWriter:
+    """`completions.jsonl`: a few completions of every rollout with their rewards."""
+
+    def __init__(self, directory: Path, start: int):
+        self._path = directory / 'completions.jsonl'
+        keep_rows(self._path, start - 1)      # a rollout is written at the step it starts
+
+    def write(self, step: int, examples: Sequence[Any], texts: Sequence[str], rollout: Rollout) -> None:
+        """Appends the first rows of a rollout; `texts` has G completions for each example."""
+        reward, advantage = np.asarray(rollout.reward), np.asarray(rollout.advantage)
+        group_size = len(texts) // len(examples)
+        with self._path.open('a') as file:
+            for row in range(min(SAMPLES, len(texts))):
+                sample = {
+                    'step': step,
+                    'example': examples[row // group_size],
+                    'completion': texts[row],
+                    'reward': float(reward[row]),
+                    'advantage': float(advantage[row]),
+                }
+                file.write(json.dumps(sample) + '\n')
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; a last line cut short by a killed process is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def keep_rows(path: Path, last_step: int, last_row: dict[str, Any] | None = None) -> None:
+    """Drops the rows after `last_step`, which will be written again; adds `last_row` if it is missing."""
+    rows = [row for row in read_rows(path) if row['step'] <= last_step]
+    if last_row and last_row not in rows:
+        rows.append(last_row)
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Denoisers: the transformer, its attention, and weights in published layouts."""

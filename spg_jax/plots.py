@@ -1,0 +1,36 @@
+"""Curves of a run as one picture."""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from spg_jax.metrics import read_rows
+
+PANELS = (
+    ('reward', ('reward', 'reward_max_of_group')),
+    ('validation', ('validation_accuracy', 'validation_grid_accuracy')),
+    ('nats per token', ('elbo_of_better', 'elbo_of_worse', 'eubo_minus_elbo')),
+    ('shares', ('groups_with_signal', 'distinct_completions', 'eos_rate')),
+    ('gradient norm', ('gradient_norm',)),
+    ('length', ('length',)),
+)
+
+
+def curves(workdir: Path) -> Path:
+    """Draws `curves.png` from `metrics.jsonl`, both in `workdir`."""
+    matplotlib.use('Agg')
+    rows = read_rows(workdir / 'metrics.jsonl')
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout='constrained')
+    for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+        for name in names:
+            points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name.replace('_', ' '), lw=1.2)
+        axis.set(title=title, xlabel='updates')
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    path = workdir / 'curves.png'
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

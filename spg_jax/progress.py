@@ -1,0 +1,55 @@
+"""Progress of long work: a live bar on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+LINE_SECONDS = 10.0
+
+
+def track(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
+    """Yields `steps` and shows how far they are, steps a second, time left and `describe()`.
+
+    Args:
+      steps: what is left to do; its stop is the total.
+      what: two or three words, such as 'SPG updates'.
+      describe: the latest figures, in a few words.
+    """
+    return _bar(steps, what, describe) if sys.stderr.isatty() else _lines(steps, what, describe)
+
+
+def _bar(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
+    columns = (
+        rich_progress.TextColumn('{task.description}'),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn('{task.fields[rate]}'),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn('{task.fields[figures]}'),
+    )
+    start = time.monotonic()
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=steps.stop, completed=steps.start, rate='', figures='')
+        for step in steps:
+            yield step
+            rate = (step + 1 - steps.start) / (time.monotonic() - start)
+            bar.update(task, completed=step + 1, rate=f'{rate:.2f}/s', figures=describe())
+
+
+def _lines(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
+    start = last = time.monotonic()
+    for step in steps:
+        yield step
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS or step + 1 == steps.stop:
+            last = now
+            rate = (step + 1 - steps.start) / (now - start)
+            left = (steps.stop - step - 1) / rate
+            print(
+                f'{what} {step + 1}/{steps.stop}  {rate:.2f}/s  {left:.0f} s left  {describe()}',
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,1 @@
+"""Reinforcement learning of masked diffusion policies: advantages, objectives, rollout, learner."""

@@ -1,0 +1,191 @@
+"""Learner: one gradient step of an objective on a rollout, in microbatches and, if asked, draw by draw.
+
+The policy enters a loss only through the log-probabilities logp [b, M, C], so the gradient is the product
+of d loss / d logp, cheap, with the Jacobian of logp. That product can be taken one draw at a time: first all
+log-probabilities without a gradient, then for each draw its share of d loss / d logp as fixed weights. Memory
+is then flat in M, for one more forward pass, and the gradient is the same even though the EUBO couples the
+draws through its logarithm.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import struct
+from jax import Array
+
+from spg_jax.diffusion.bounds import completion_log_probs
+from spg_jax.diffusion.corruption import apply_masks
+from spg_jax.models.policy import Params, Policy
+from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.objectives import Batch, Objective
+from spg_jax.rl.rollout import Rollout, rollout_metrics
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a run carries from one update to the next."""
+
+    step: Array       # [] int32, updates done
+    params: Any       # trained parameters
+    opt_state: Any
+    average: Any      # decaying average of the parameters (pre-training), or None
+    skipped: Array    # [] int32, non-finite updates since the last finite one
+
+
+Metrics = dict[str, tuple[Array, Array]]
+
+
+def apply_gradient(
+    state: TrainState, gradient: Params, loss: Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step, or none if the loss or the gradient is not finite: then only counters move."""
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    one = jnp.float32(1)
+    metrics = {
+        'gradient_norm': (norm, one),
+        'skipped': (1.0 - finite.astype(jnp.float32), one),
+        'skipped_in_a_row': (skipped.astype(jnp.float32), one),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped), metrics
+
+
+def make_update(
+    policy: Policy,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
+    """A compiled (state, rollout) -> (state, metrics); the old state's memory is given up.
+
+    Every update corrupts the rows afresh, from (seed, step, row identity).
+    """
+    gradient_of = make_gradient(
+        policy, objective, microbatch=config.rl.microbatch, draws_per_pass=config.rl.draws_per_pass
+    )
+
+    def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics]:
+        keys = example_keys(config.train.seed, Purpose.CORRUPT, state.step, rollout.example_id)
+        draws = jax.vmap(objective.corruption)(keys, rollout.prompt_mask, rollout.scored)
+        loss, gradient, metrics = gradient_of(state.params, rollout, draws)
+        state, applied = apply_gradient(state, gradient, loss, optimizer)
+        metrics |= applied | rollout_metrics(rollout, config.rl.group_size, policy.eos_id)
+        return state, metrics | {'loss': (loss, jnp.float32(1))}
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def make_gradient(
+    policy: Policy, objective: Objective, *, microbatch: int, draws_per_pass: int
+) -> Callable[..., tuple[Array, Params, Metrics]]:
+    """A function (params, rollout, draws) -> (loss, gradient, metrics) over the whole batch.
+
+    Args:
+      policy: the model.
+      objective: its loss; `draws` come from its corruption, [B, M, L] and [B, M].
+      microbatch: rows differentiated at once; divides B.
+      draws_per_pass: draws differentiated at once; divides M, 0 is all.
+    """
+
+    def of_microbatch(params: Params, rows: tuple[Rollout, Any]) -> tuple[Params, Any]:
+        rollout, draws = rows
+        batch = Batch(
+            completion=rollout.completion,
+            scored=rollout.scored,
+            masked=draws.masked[:, :, rollout.prompt.shape[1] :],
+            block=draws.block,
+            advantage=rollout.advantage,
+        )
+
+        def log_probs(params: Params, masked: Array) -> Array:
+            return draw_log_probs(policy, params, rollout, masked)
+
+        def loss_of(logp: Array) -> tuple[Array, Any]:
+            loss = objective.loss(logp, batch)
+            return loss.total, loss
+
+        by_logp = jax.grad(loss_of, has_aux=True)
+        draws_total = draws.masked.shape[1]
+        if draws_per_pass in (0, draws_total):
+            logp, pull_back = jax.vjp(lambda params: log_probs(params, draws.masked), params)
+            weights, loss = by_logp(logp)
+            return pull_back(weights)[0], loss
+
+        passes = draws_total // draws_per_pass
+        masked = _split(draws.masked, passes)                                        # [passes, b, m, L]
+        logp = jax.lax.map(lambda some: log_probs(params, some), masked)
+        weights, loss = by_logp(_join(logp))
+
+        def add(gradient: Params, some: tuple[Array, Array]) -> tuple[Params, None]:
+            masked, weights = some
+            more = jax.grad(lambda params: jnp.vdot(weights, log_probs(params, masked)))(params)
+            return jax.tree.map(jnp.add, gradient, more), None
+
+        zero = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zero, (masked, _split(weights, passes)))[0], loss
+
+    def gradient_of(params: Params, rollout: Rollout, draws: Any) -> tuple[Array, Params, Metrics]:
+        batches = len(rollout.reward) // microbatch
+        rows = jax.tree.map(lambda x: _microbatches(x, batches), (rollout, draws))
+
+        def add(gradient: Params, rows: Any) -> tuple[Params, Any]:
+            more, loss = of_microbatch(params, rows)
+            return jax.tree.map(jnp.add, gradient, more), loss
+
+        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
+        losses = jax.tree.map(lambda x: x.sum(0), losses)
+        weight = jnp.maximum(losses.weight, 1.0)
+        return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
+
+    return gradient_of
+
+
+def draw_log_probs(policy: Policy, params: Params, rollout: Rollout, masked: Array) -> Array:
+    """Log-probability of every completion token under each draw.
+
+    Args:
+      rollout: b rows.
+      masked: [b, m, L] bool, tokens replaced by MASK.
+
+    Returns:
+      [b, m, C] float32, in nats; logits exist for b x m x C positions and no more.
+    """
+    rows, draws, _ = masked.shape
+    prompt_length = rollout.prompt.shape[1]
+    tokens = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
+    noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, masked, policy.mask_id)
+    noisy = noisy.reshape(rows * draws, -1)
+    logits = policy.completion_logits(
+        params,
+        noisy[:, :prompt_length],
+        jnp.repeat(rollout.prompt_mask, draws, axis=0),
+        noisy[:, prompt_length:],
+    )
+    logits = logits.reshape(rows, draws, *logits.shape[1:])
+    return jax.vmap(completion_log_probs)(logits, rollout.completion)
+
+
+def _microbatches(x: Array, batches: int) -> Array:
+    """[B, ...] -> [batches, B / batches, ...]; strided, so that rows stay on the devices they are on."""
+    return jnp.moveaxis(x.reshape(len(x) // batches, batches, *x.shape[1:]), 1, 0)
+
+
+def _split(x: Array, passes: int) -> Array:
+    """[b, M, ...] -> [passes, b, M / passes, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

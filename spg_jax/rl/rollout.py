@@ -1,0 +1,142 @@
+"""Rollout: a batch of prompts becomes groups of scored completions to learn from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from spg_jax.data import PromptBatch
+from spg_jax.diffusion import sampling
+from spg_jax.diffusion.corruption import scored_positions
+from spg_jax.models.policy import Policy
+from spg_jax.random import Purpose, example_ids, example_keys
+from spg_jax.rl.advantages import group_advantages, groups_with_signal
+from spg_jax.sharding import put_batch
+from spg_jax.tasks.task import Task
+from spg_jax.tokenizers import Tokenizer
+
+
+@struct.dataclass
+class Rollout:
+    """Completions of a batch of prompts, scored and ready to learn from. Rows are sequences."""
+
+    prompt: Array           # [B, P] int32, left-padded
+    prompt_mask: Array      # [B, P] bool, False on padding
+    completion: Array       # [B, C] int32
+    scored: Array           # [B, C] bool, True through the first EOS
+    commit_step: Array      # [B, C] int32, denoising step at which each token was fixed; -1 after an early stop
+    reward: Array           # [B] float32
+    advantage: Array        # [B] float32
+    example_id: Array       # [B] uint32, prompt index * G + member: the seed of everything random about the row
+
+
+def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh) -> Rollout:
+    """A rollout of zeros: what a run holds before its first one, and the shapes to restore into."""
+    rows, prompt, length = config.rl.prompts * config.rl.group_size, config.sampling.prompt_length, config.sampling.length
+    return put_batch(
+        mesh,
+        Rollout(
+            prompt=np.zeros((rows, prompt), np.int32),
+            prompt_mask=np.zeros((rows, prompt), bool),
+            completion=np.zeros((rows, length), np.int32),
+            scored=np.zeros((rows, length), bool),
+            commit_step=np.zeros((rows, length), np.int32),
+            reward=np.zeros(rows, np.float32),
+            advantage=np.zeros(rows, np.float32),
+            example_id=np.zeros(rows, np.uint32),
+        ),
+    )
+
+
+Generate = Callable[[Any, Array, Array, Array], sampling.Completion]
+
+
+def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
+    """A compiled (params, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion."""
+
+    @jax.jit
+    def generate(params: Any, prompt: Array, prompt_mask: Array, keys: Array) -> sampling.Completion:
+        return sampling.generate(
+            lambda tokens, valid: policy.hidden(params, tokens, valid),
+            lambda hidden: policy.unembed(params, hidden),
+            prompt,
+            prompt_mask,
+            keys,
+            config,
+            policy.mask_id,
+            policy.eos_id,
+            policy.allowed,
+        )
+
+    return generate
+
+
+def decode(tokenizer: Tokenizer, completion: np.ndarray) -> list[str]:
+    """The text of each row through its first EOS."""
+    return [tokenizer.decode(row) for row in np.asarray(completion).tolist()]
+
+
+def make_collect(
+    policy: Policy,
+    task: Task,
+    tokenizer: Tokenizer,
+    decoding: sampling.SamplingConfig,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+) -> Callable[[Any, PromptBatch, int], tuple[Rollout, list[str]]]:
+    """A function (params, prompts, step) -> (Rollout, texts): sample, decode, reward, compare within groups."""
+    generate = make_generate(policy, decoding)
+    group_size, seed = config.rl.group_size, config.train.seed
+    keys_of = jax.jit(example_keys, static_argnums=(0, 1))
+
+    def collect(params: Any, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
+        rows = put_batch(
+            mesh,
+            {
+                'prompt': np.repeat(prompts.prompt, group_size, axis=0),
+                'prompt_mask': np.repeat(prompts.prompt_mask, group_size, axis=0),
+                'example_id': np.asarray(example_ids(prompts.index, group_size)),
+            },
+        )
+        keys = keys_of(seed, Purpose.SAMPLE, step, rows['example_id'])
+        completion = generate(params, rows['prompt'], rows['prompt_mask'], keys)
+        texts = decode(tokenizer, completion.tokens)
+        rewards = [
+            task.reward(text, prompts.examples[row // group_size]) for row, text in enumerate(texts)
+        ]
+        reward = np.asarray(rewards, np.float32)
+        outcome = put_batch(mesh, {'reward': reward, 'advantage': np.asarray(group_advantages(reward, group_size))})
+        scored = jax.vmap(scored_positions, (0, None))(completion.tokens, policy.eos_id)
+        return (
+            Rollout(
+                completion=completion.tokens, commit_step=completion.commit_step, scored=scored, **rows, **outcome
+            ),
+            texts,
+        )
+
+    return collect
+
+
+def rollout_metrics(rollout: Rollout, group_size: int, eos_id: int) -> dict[str, tuple[Array, Array]]:
+    """What the rollout looked like, each figure as (sum, weight)."""
+    rows = jnp.float32(len(rollout.reward))
+    groups = rollout.completion.reshape(-1, group_size, rollout.completion.shape[1])
+    same = jnp.all(groups[:, :, None, :] == groups[:, None, :, :], axis=-1)         # [B/G, G, G]
+    # A completion counts as distinct if no earlier member of its group equals it.
+    first = ~jnp.any(jnp.tril(same, k=-1), axis=-1)
+    signal = groups_with_signal(rollout.reward, group_size)
+    ended = jnp.any((rollout.completion == eos_id) & rollout.scored, axis=1)
+    return {
+        'reward': (rollout.reward.sum(), rows),
+        'reward_max_of_group': (rollout.reward.reshape(-1, group_size).max(1).sum(), jnp.float32(len(groups))),
+        'groups_with_signal': (signal.sum().astype(jnp.float32), jnp.float32(len(groups))),
+        'distinct_completions': (first.sum().astype(jnp.float32), rows),
+        'length': (rollout.scored.sum().astype(jnp.float32), rows),
+        'eos_rate': (ended.sum().astype(jnp.float32), rows),
+    }

@@ -1,0 +1,152 @@
+"""Verdicts of the published scorers on completions made by anything.
+
+python -m spg_jax.score --task=countdown FILE...    # scores completions
+python -m spg_jax.score --verify FILE               # reproduces the verdicts a file brings along
+
+A FILE holds one JSON object a line, {question, ground_truth, completion}, or is one JSON document
+as the published evaluation writes it, {"generations": [{question, ground_truth, generations},
+...]}. The last line printed is one JSON object; accuracies in it are fractions.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from spg_jax import tasks
+from spg_jax.tasks import reading
+from spg_jax.tasks.task import Example, Score, Task
+
+FORMAT = 'published_eval'  # whose scorer is the published one
+SHOWN = 5  # disagreements printed
+
+_TASK = flags.DEFINE_string('task', None, f'whose scorer: {", ".join(tasks.TASKS)}')
+_VERIFY = flags.DEFINE_string('verify', None, 'file with completions and verdicts to reproduce')
+
+
+def read(path: str) -> Iterator[tuple[str, Any, str]]:
+    """Yields (where, record, key of its completion) for every completion of a file.
+
+    Raises:
+      ValueError: the file cannot be read, or holds nothing, or a line is not JSON.
+    """
+    document = _document(path)
+    if document is None:
+        yield from ((where, record, 'completion') for where, record in reading.json_lines(path))
+        return
+    if not isinstance(document, list) or not document:
+        raise ValueError(
+            f'{path}: generations is {reading.shown(document)}, expected a list of completions'
+        )
+    for place, record in enumerate(document):
+        yield f'{path}: generations[{place}]', record, 'generations'
+
+
+def _document(path: str) -> Any:
+    """Returns what stands under 'generations' if the whole file is one such document, else None."""
+    try:
+        document = reading.parse_json(reading.read_text(path), path)
+    except reading.NotJson:
+        return None
+    return document.get('generations') if isinstance(document, dict) else None
+
+
+def judge(task: Task, record: Any, completion: str, where: str) -> Score:
+    """Returns the verdict on one record, whose completion is under the key `completion`."""
+    try:
+        question, truth, text = (record[key] for key in ('question', 'ground_truth', completion))
+    except (KeyError, TypeError):
+        raise ValueError(
+            f'{where}: found {reading.shown(record)}, '
+            f'expected question, ground_truth and {completion}'
+        ) from None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: {completion} is {reading.shown(text)}, expected text')
+    try:
+        example: Example = task.read_record(question, truth)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
+    return task.score(text, example)
+
+
+def score(name: str, paths: Sequence[str]) -> dict[str, Any]:
+    """Scores files together: cells (Sudoku) or answers are pooled over all of them.
+
+    Raises:
+      ValueError: unknown task, or a file or line that is not as it should be; one line that says
+        which.
+    """
+    task = tasks.get(name, FORMAT)
+    scores = [
+        judge(task, record, key, where) for path in paths for where, record, key in read(path)
+    ]
+    return task.figures(scores) | {'files': list(paths)}
+
+
+def verify(path: str) -> dict[str, Any]:
+    """Judges every completion of a task we know and compares with the verdict beside it.
+
+    A verdict is true or false, or [right, total] where a completion answers several items. Prints
+    the first disagreements, and how many completions were skipped because their task is not known
+    here.
+
+    Raises:
+      ValueError: as `score`, or nothing in the file could be compared.
+    """
+    known = {name: tasks.get(name, FORMAT) for name in tasks.TASKS}
+    scores: dict[str, list[Score]] = {}
+    skipped: Counter[str] = Counter()
+    disagreements = 0
+    for where, record in reading.json_lines(path):
+        name = str(record.get('task'))
+        if name not in known:
+            skipped[name] += 1
+            continue
+        verdict = record.get('score')
+        one = judge(known[name], record, 'completion', where)
+        scores.setdefault(name, []).append(one)
+        ours = one.solved if isinstance(verdict, bool) else [one.right, one.total]
+        if ours != verdict:
+            disagreements += 1
+            if disagreements <= SHOWN:
+                print(f'{where}: {name}: ours {ours}, theirs {reading.shown(verdict)}')
+    for name, count in skipped.items():
+        print(
+            f'{count} of task {name} skipped: no scorer for it here; known are {", ".join(known)}'
+        )
+    if not scores:
+        raise ValueError(
+            f'{path}: no completion of a known task; expected some of {", ".join(known)}'
+        )
+    checked = sum(map(len, scores.values()))
+    return {
+        'verified': path,
+        'checked': checked,
+        'disagreements': disagreements,
+        'skipped': sum(skipped.values()),
+        'tasks': [known[name].figures(found) for name, found in scores.items()],
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    paths = argv[1:]
+    try:
+        if _VERIFY.value and not _TASK.value and not paths:
+            result = verify(_VERIFY.value)
+        elif _TASK.value and paths and not _VERIFY.value:
+            result = score(_TASK.value, paths)
+        else:
+            raise ValueError('expected --task=NAME FILE... or --verify FILE, and nothing else')
+    except ValueError as error:
+        print(f'score: {error}', file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps(result))
+    if result.get('disagreements'):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    app.run(main)

@@ -1,0 +1,70 @@
+"""Where in a completion the answer stands: answer tags and boxes, by the published rules.
+
+Plain searches instead of regular expressions wherever a lazy pattern would be quadratic:
+completions are hostile input, and a hundred thousand unclosed tags must take no longer than as many
+letters.
+"""
+
+import re
+from collections.abc import Sequence
+
+OPEN, CLOSE = '<answer>', '</answer>'
+BOX, FRAME = '\\boxed', '\\fbox'
+
+
+def _span(text: str, start: int) -> tuple[int, int] | None:
+    """Returns the (begin, end) of the first answer tag's content at or after `start`, or None."""
+    begin = text.find(OPEN, start)
+    if begin < 0:
+        return None
+    begin += len(OPEN)
+    end = text.find(CLOSE, begin)
+    return None if end < 0 else (begin, end)
+
+
+def first_answer(text: str) -> str | None:
+    """Returns the stripped content of the first `<answer>…</answer>`, across lines, or None."""
+    span = _span(text, 0)
+    return None if span is None else text[slice(*span)].strip()
+
+
+def last_answer(text: str) -> str | None:
+    """Returns the stripped content of the last `<answer>…</answer>`, across lines, or None.
+
+    Tags pair from the left: an opening tag inside an answer is part of that answer's text.
+    """
+    found, start = None, 0
+    while (span := _span(text, start)) is not None:
+        found, start = span, span[1] + len(CLOSE)
+    return None if found is None else text[slice(*found)].strip()
+
+
+def until(text: str, ends: Sequence[str]) -> str | None:
+    r"""Returns `text` up to the earliest of `ends`, or None where none of them occurs."""
+    cuts = [cut for cut in map(text.find, ends) if cut >= 0]
+    return text[: min(cuts)] if cuts else None
+
+
+def last_box(text: str) -> str | None:
+    r"""Returns the last boxed content of `text`, by the rules of MATH500 scoring.
+
+    `\boxed x` (with a space) anywhere comes first, its text up to the next `$`; else the last
+    `\boxed{…}`, brace-matched; else the last `\fbox{…}`, kept with its wrapper. Without any box the
+    whole text stands in. None if the box never closes.
+    """
+    spaced = text.rfind(BOX + ' ')
+    if spaced >= 0:
+        return text[spaced + len(BOX) + 1 :].split('$', 1)[0]
+    start = text.rfind(BOX)
+    if start < 0:
+        start = text.rfind(FRAME)
+    if start < 0:
+        return text
+    depth = 0
+    for brace in re.finditer('[{}]', text[start:]):
+        depth += 1 if brace.group() == '{' else -1
+        if brace.group() == '}' and depth == 0:
+            box = text[start : start + brace.end()]
+            opening = BOX + '{'
+            return box[len(opening) : -1] if box.startswith(opening) else box
+    return None

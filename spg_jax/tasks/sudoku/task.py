@@ -1,0 +1,166 @@
+"""Sudoku's prompts, demonstrations, reward and scores, compact and as published."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spg_jax.tasks import extraction, reading
+from spg_jax.tasks.task import Example, Format, Score, Task
+
+CELLS = 16
+
+_WORDING = Path(__file__).with_name('published_prompt.txt').read_text(encoding='utf-8')
+_SPOKEN = '\nI fill in each row.\n</reasoning>\n<answer>\n{answer}\n</answer>'
+
+_ENDS = ('<|eot_id|>', '<|endoftext|>')
+_FENCE = re.compile(r'```([\d\s]++)```')
+_BEFORE_CLOSE = re.compile(r'(\d{16})\s*+</answer>')
+_ALONE = re.compile(r'\b(\d{16})\b')
+_GRID = re.compile(r'[0-9]{16}')
+_NAMED_PUZZLE = re.compile(r'Sudoku puzzle: ([0-9]{16})')
+
+
+class Sudoku(Task):
+    """Examples: {'puzzle': 16 digits, 0 where empty, 'solution': 16 digits, 'index': int}.
+
+    A completion is compact as `<answer> 4 3 1 2 … </answer>`, the whole grid. The reward is the
+    share of the empty cells that are right, in every format.
+    """
+
+    name = 'sudoku'
+    placeholders = ('puzzle',)
+    formats = {
+        'compact': Format(
+            template='{puzzle} :',
+            completion='<answer> {answer} </answer>',
+            separator=' ',
+            scorer='compact',
+        ),
+        'published_train': Format(
+            template=_WORDING,
+            completion=f'<reasoning>{_SPOKEN}',
+            separator='',
+            scorer='published',
+        ),
+        'published_eval': Format(
+            template=_WORDING,
+            completion=_SPOKEN,
+            separator='',
+            scorer='published',
+            prefill='<reasoning>',
+        ),
+    }
+    vocabulary = ('<answer>', '</answer>', ':', *'01234')
+    solved_figure = 'grid_accuracy'
+
+    def fields(self, example: Example) -> dict[str, str]:
+        return {'puzzle': self.formats[self.format].separator.join(example['puzzle'])}
+
+    def reward(self, completion: str, example: Example) -> float:
+        score = count_right(answer_digits(completion), example)
+        return score.right / score.total if score.total else 0.0
+
+    def score(self, completion: str, example: Example) -> Score:
+        """The compact scorer reads what the reward reads: the digits of the last answer tag."""
+        read = answer_digits if self.scorer == 'compact' else published_cells
+        return count_right(read(completion), example)
+
+    def right_answer(self, example: Example) -> str:
+        return ' '.join(example['solution'])
+
+    def shortcut_answer(self, example: Example) -> str:
+        """Returns each row with its missing digits in ascending order, whatever column and box."""
+        puzzle = example['puzzle']
+        cells = []
+        for row in (puzzle[start : start + 4] for start in range(0, CELLS, 4)):
+            missing = iter(sorted(set('1234') - set(row)))
+            cells += [next(missing) if cell == '0' else cell for cell in row]
+        return ' '.join(cells)
+
+    def builder(self) -> type:
+        # Here and not above: TFDS takes half a second to import.
+        from spg_jax.tasks.sudoku.sudoku_dataset_builder import Builder
+
+        return Builder
+
+    def read_published(self, path: str | Path) -> list[Example]:
+        """Reads a CSV file with the columns Puzzle and Solution."""
+        examples = []
+        header, *lines = reading.read_text(path).split('\n')
+        if header.strip() != 'Puzzle,Solution':
+            raise ValueError(
+                f'{path}:1: found {reading.shown(header)}, expected the header Puzzle,Solution'
+            )
+        for number, line in enumerate(map(str.strip, lines), 2):
+            if not line:
+                continue
+            puzzle, _, solution = line.partition(',')
+            if not _consistent(puzzle, solution):
+                expected = '16 digits of 0-4, a comma and 16 of 1-4 that agree with them'
+                raise ValueError(
+                    f'{path}:{number}: found {reading.shown(line)}, expected {expected}'
+                )
+            examples.append({'puzzle': puzzle, 'solution': solution, 'index': len(examples)})
+        return examples
+
+    def read_record(self, question: Any, ground_truth: Any) -> Example:
+        """The puzzle is the first 16 characters of the question, or follows 'Sudoku puzzle: '."""
+        asked, solution = str(question), str(ground_truth)
+        named = _NAMED_PUZZLE.search(asked)
+        puzzle = named[1] if named and not _GRID.match(asked) else asked[:CELLS]
+        if not _GRID.fullmatch(puzzle) or not _GRID.fullmatch(solution):
+            raise ValueError(
+                f'found question {reading.shown(question)} with '
+                f'ground_truth {reading.shown(ground_truth)}, '
+                'expected a puzzle of 16 digits and its solution'
+            )
+        return {'puzzle': puzzle, 'solution': solution}
+
+
+def answer_digits(completion: str) -> str:
+    """Returns the digits of the last answer tag; '' without one.
+
+    Any digit Unicode knows takes up a place, as released; only 1 to 4 can be right.
+    """
+    return ''.join(filter(str.isdigit, extraction.last_answer(completion) or ''))
+
+
+def published_cells(completion: str) -> str:
+    """Returns what the published scorer reads as the grid, without white space; '' if nothing."""
+    return ''.join(next(filter(None, map(str.strip, _candidates(completion))), '').split())
+
+
+def _candidates(completion: str) -> Iterator[str]:
+    """Yields what the published scorer looks at, in order of preference; any may be blank."""
+    _, opened, inside = completion.partition(extraction.OPEN)
+    _, closed, after = completion.partition(extraction.CLOSE)
+    if opened:
+        # As released, the code block may also follow the closing tag.
+        fence = _FENCE.search(inside)
+        yield fence[1] if fence else ''
+        yield extraction.until(inside, (extraction.CLOSE, *_ENDS)) or ''
+    if closed:
+        end = extraction.until(after, _ENDS)
+        yield after if end is None else end
+    for pattern in (_BEFORE_CLOSE, _ALONE):
+        found = pattern.search(completion)
+        yield found[1] if found else ''
+
+
+def count_right(cells: str, example: Example) -> Score:
+    """Counts the empty cells that `cells`, padded with 0 or cut to 16, fills rightly."""
+    cells = cells[:CELLS].ljust(CELLS, '0')
+    empty = [place for place, given in enumerate(example['puzzle']) if given == '0']
+    right = sum(cells[place] == example['solution'][place] for place in empty)
+    return Score(right=right, total=len(empty), solved=right == len(empty))
+
+
+def _consistent(puzzle: str, solution: str) -> bool:
+    """Whether these are a puzzle and a filled grid that keeps its digits."""
+    return (
+        len(puzzle) == len(solution) == CELLS
+        and set(puzzle) <= set('01234')
+        and set(solution) <= set('1234')
+        and all(given in ('0', cell) for given, cell in zip(puzzle, solution, strict=True))
+    )

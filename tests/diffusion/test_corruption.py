@@ -1,0 +1,219 @@
+"""Corruptions, region by region, over ten thousand draws; expected rates are counted by hand."""
+
+from itertools import permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spg_jax.diffusion.corruption import (
+    KINDS,
+    Corruption,
+    apply_masks,
+    scored_positions,
+)
+
+PROMPT_MASK = np.arange(10) >= 3  # three of padding, seven real
+LENGTH, BLOCK = 32, 8
+SCORED = np.arange(LENGTH) < 21  # three blocks reached, five scored positions in the last
+REAL = PROMPT_MASK.sum()
+POSITION_BLOCK = np.arange(LENGTH) // BLOCK
+KEYS = 5_000  # with two draws each
+
+
+def sample(kind, draws=2, keys=KEYS, scored=SCORED, **options):
+    """prompt [keys, draws, P], completion [keys, draws, C], block [keys, draws]."""
+    corruption = Corruption(kind, draws, BLOCK, **options)
+    found = jax.jit(jax.vmap(corruption, (0, None, None)))(
+        jax.random.split(jax.random.key(0), keys), PROMPT_MASK, scored
+    )
+    masked = np.asarray(found.masked)
+    return masked[:, :, :10], masked[:, :, 10:], np.asarray(found.block)
+
+
+def assert_counts(counts, probabilities):
+    """Pearson's chi-square within five standard deviations of its mean."""
+    counts = np.asarray(counts, float)
+    expected = counts.sum() * np.asarray(probabilities, float)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(counts) - 1
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom), (counts, expected)
+
+
+def assert_rate(hits, probability):
+    hits = np.asarray(hits)
+    error = np.sqrt(probability * (1 - probability) / hits.size)
+    assert abs(hits.mean() - probability) < 5 * error, (hits.mean(), probability)
+
+
+@pytest.fixture(scope='module')
+def block_draws():
+    return sample('block')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_real_prompt_tokens_are_perturbed_and_padding_never(kind):
+    prompt, _, _ = sample(kind)
+    assert not prompt[:, :, :3].any()
+    for position in range(3, 10):
+        assert_rate(prompt[:, :, position], 0.15)
+    # Two draws, and two positions, are perturbed independently of each other.
+    assert_rate(prompt[:, 0, 3:] & prompt[:, 1, 3:], 0.15**2)
+    assert_rate(prompt[:, :, 3] & prompt[:, :, 4], 0.15**2)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_positions_after_the_first_eos_are_always_masked(kind):
+    _, completion, _ = sample(kind, keys=200)
+    assert completion[:, :, ~SCORED].all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_prompt_rate_zero_perturbs_nothing(kind):
+    prompt, completion, block = sample(kind, keys=500, prompt_rate=0.0)
+    assert not prompt.any()
+    assert not completion[:, :, SCORED][
+        np.broadcast_to(POSITION_BLOCK[SCORED], (500, 2, 21)) < block[:, :, None]
+    ].any()
+
+
+def test_perturbation_of_completions_can_be_off_while_prompts_keep_theirs():
+    prompt, completion, block = sample('block', perturb_completion=False)
+    assert_rate(prompt[:, :, 3:], 0.15)
+    assert not completion[POSITION_BLOCK < block[:, :, None]].any()
+
+
+def test_full_masks_every_completion_token():
+    _, completion, block = sample('full', keys=100)
+    assert completion.all() and not block.any()
+
+
+def test_uniform_masks_every_number_of_positions_equally_often():
+    _, completion, block = sample('uniform')
+    assert not block.any()
+    sizes = completion[:, :, SCORED].sum(-1)
+    assert_counts(np.bincount(sizes.ravel(), minlength=22)[1:], np.full(21, 1 / 21))
+    assert sizes.min() == 1
+    # Every position alike: mean of k/n over k = 1..n is (n+1)/2n.
+    for position in range(21):
+        assert_rate(completion[:, :, position], 22 / 42)
+    first, second = sizes[:, 0], sizes[:, 1]
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(KEYS)
+
+
+@pytest.mark.parametrize('kind', ['block', 'block_full'])
+def test_chosen_blocks_are_uniform_over_those_reached(kind):
+    _, _, block = sample(kind)
+    for draw in range(2):
+        assert_counts(np.bincount(block[:, draw], minlength=4)[:3], np.full(3, 1 / 3))
+    assert block.max() == 2
+    assert (block[:, 0] != block[:, 1]).all()  # without replacement
+
+
+def test_block_masks_every_number_of_its_scored_positions_equally_often(block_draws):
+    _, completion, block = block_draws
+    for chosen, scored in ((0, 8), (1, 8), (2, 5)):
+        inside = completion[block == chosen][:, chosen * BLOCK : chosen * BLOCK + scored]
+        sizes = inside.sum(-1)
+        assert sizes.min() == 1
+        assert_counts(np.bincount(sizes, minlength=scored + 1)[1:], np.full(scored, 1 / scored))
+        # Were unmasked tokens of the block perturbed too, this rate would be higher.
+        for position in range(scored):
+            assert_rate(inside[:, position], (scored + 1) / (2 * scored))
+
+
+def test_block_perturbs_earlier_blocks_and_masks_later_ones(block_draws):
+    _, completion, block = block_draws
+    for chosen in range(3):
+        rows = completion[block == chosen]
+        assert rows[:, POSITION_BLOCK > chosen].all()
+        for position in range(chosen * BLOCK):
+            assert_rate(rows[:, position], 0.15)
+    both = (block > 0).all(-1)
+    assert_rate(completion[both, 0, :BLOCK] & completion[both, 1, :BLOCK], 0.15**2)
+
+
+def test_block_full_masks_the_chosen_block_and_all_later_ones():
+    _, completion, block = sample('block_full')
+    assert completion[POSITION_BLOCK >= block[:, :, None]].all()
+    for chosen in (1, 2):
+        assert_rate(completion[block == chosen][:, : chosen * BLOCK], 0.15)
+
+
+def test_balanced_draws_cycle_through_one_permutation_when_they_exceed_the_blocks():
+    _, _, block = sample('block', draws=7)
+    assert (block[:, 3:6] == block[:, :3]).all() and (block[:, 6] == block[:, 0]).all()
+    codes = block[:, :3] @ np.array([9, 3, 1])
+    orders = [9 * a + 3 * b + c for a, b, c in permutations(range(3))]
+    assert set(codes) == set(orders)
+    assert_counts([(codes == order).sum() for order in orders], np.full(6, 1 / 6))
+
+
+def test_released_block_draw_is_a_permutation_of_all_blocks_modulo_those_reached():
+    """Four blocks, three reached: block 0 half of the time, and twice in a sequence 2 in 12."""
+    _, _, block = sample('block', block_draw='released')
+    expected = np.zeros(9)
+    for order in permutations(range(4)):
+        expected[3 * (order[0] % 3) + order[1] % 3] += 1 / 24
+    possible = expected > 0
+    counts = np.bincount(3 * block[:, 0] + block[:, 1], minlength=9)
+    assert not counts[~possible].any()
+    assert_counts(counts[possible], expected[possible])
+    assert_rate(block == 0, 0.5)
+
+
+@pytest.mark.parametrize('block_draw', ['balanced', 'released'])
+def test_a_completion_of_one_token_is_scored_by_every_draw(block_draw):
+    scored = np.arange(LENGTH) < 1
+    for kind in KINDS:
+        _, completion, block = sample(
+            kind, draws=5, keys=20, scored=scored, block_draw=block_draw
+        )
+        assert completion.all() and not block.any()
+
+
+def test_nothing_scored_masks_the_whole_completion():
+    for kind in KINDS:
+        _, completion, _ = sample(kind, keys=20, scored=np.zeros(LENGTH, bool))
+        assert completion.all()
+
+
+def test_draws_depend_on_the_key_and_not_on_the_batch():
+    corruption = Corruption('block', 3, BLOCK)
+    keys = jax.random.split(jax.random.key(1), 6)
+    batch = jax.vmap(corruption, (0, None, None))(keys, PROMPT_MASK, SCORED)
+    alone = corruption(keys[4], PROMPT_MASK, SCORED)
+    np.testing.assert_array_equal(batch.masked[4], alone.masked)
+    np.testing.assert_array_equal(batch.block[4], alone.block)
+    assert len(np.unique(np.asarray(batch.masked).reshape(18, -1), axis=0)) == 18
+
+
+@pytest.mark.parametrize(
+    ('completion', 'length'),
+    [([5, 6, 1, 7, 1], 3), ([1, 5, 6, 7, 8], 1), ([5, 6, 7, 8, 9], 5), ([5, 6, 7, 8, 1], 5)],
+)
+def test_scored_positions_run_through_the_first_eos(completion, length):
+    found = scored_positions(jnp.array(completion), 1)
+    np.testing.assert_array_equal(found, np.arange(5) < length)
+
+
+def test_apply_masks_replaces_masked_tokens_in_every_draw():
+    masked = jnp.array([[True, False, False], [False, True, True]])
+    found = apply_masks(jnp.array([4, 5, 6]), masked, 9)
+    np.testing.assert_array_equal(found, [[9, 5, 6], [4, 9, 9]])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'kind': 'blocks'}, "kind is 'blocks'; use one of full, uniform, block, block_full"),
+        ({'draws': 0}, 'draws is 0; .*at least 1'),
+        ({'block_length': 0}, 'block_length is 0; .*at least 1'),
+        ({'prompt_rate': 1.5}, 'prompt_rate is 1.5; .*within'),
+        ({'block_draw': 'random'}, "block_draw is 'random'; use one of balanced, released"),
+    ],
+)
+def test_impossible_corruptions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Corruption(**{'kind': 'block', 'draws': 2, 'block_length': 8, **options})

@@ -1,0 +1,341 @@
+"""Bounds against exact likelihoods, by enumerating every order of revealing up to four tokens.
+
+The model is a table: `table[i, seen]` is pi(x_i | x on the positions of the bit set `seen`), the
+probability of the right one of three symbols, any function of its context. With time running
+continuously it is an any-order autoregressive model in a uniformly random order.
+"""
+
+from itertools import combinations, combinations_with_replacement, permutations, product
+from math import comb, factorial, lcm, prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax.diffusion.bounds import estimator
+from spg_jax.diffusion.corruption import Corruption
+
+BETAS = (1.0, 1.5, 2.0, 4.0)
+PAPER = estimator('paper', 1)
+BLOCKS = estimator('block', 2)
+TABLES = 300
+
+
+def random_table(rng, n):
+    """Probabilities of the right symbol out of three, [n, 2**n]."""
+    return rng.dirichlet(np.ones(3), size=(n, 2**n))[..., 0]
+
+
+def probability_of_order(table, order, beta=1.0, seen=0):
+    """Product of pi(next | revealed so far)**beta along one order."""
+    value = 1.0
+    for i in order:
+        value *= table[i, seen] ** beta
+        seen |= 1 << i
+    return value
+
+
+def exact(table, positions, beta=1.0, seen=0):
+    """(1/beta) log E_order prod pi**beta; log p at beta = 1."""
+    orders = [
+        probability_of_order(table, order, beta, seen) for order in permutations(positions)
+    ]
+    return np.log(np.mean(orders)) / beta
+
+
+def bits(positions):
+    return sum(1 << i for i in positions)
+
+
+def every_mask(positions):
+    """Each non-empty set of positions as often as a uniform count, then a uniform set, draws it."""
+    n = len(positions)
+    common = lcm(*(comb(n, k) for k in range(1, n + 1)))
+    return [
+        chosen
+        for k in range(1, n + 1)
+        for chosen in combinations(positions, k)
+        for _ in range(common // comb(n, k))
+    ]
+
+
+def seen_through(table, masks, length):
+    """logp [M, length] and masked [M, length] of draws that mask the given sets."""
+    masked = np.array([[i in mask for i in range(length)] for mask in masks])
+    seen = [bits(set(range(length)) - set(mask)) for mask in masks]
+    logp = np.log([[table[i, context & ~(1 << i)] for i in range(length)] for context in seen])
+    return logp.astype(np.float32), masked
+
+
+def enumerated(table, masks, length):
+    logp, masked = seen_through(table, masks, length)
+    return logp, masked, np.ones(length, bool), np.zeros(len(masks), np.int32)
+
+
+@pytest.fixture(scope='module', params=[1, 2, 3, 4])
+def tables(request):
+    """n, exact log p [T], and every bound of every table from all draws at once."""
+    n = request.param
+    rng = np.random.default_rng(n)
+    tables = [random_table(rng, n) for _ in range(TABLES)]
+    draws = [enumerated(table, every_mask(range(n)), n) for table in tables]
+    logp = np.stack([logp for logp, *_ in draws])
+    rest = draws[0][1:]
+    batch = (0, None, None, None)
+    values = {'elbo': np.asarray(jax.vmap(PAPER.elbo, batch)(logp, *rest))}
+    for name in ('eubo', 'loose_eubo', 'strict_eubo'):
+        bound = jax.jit(jax.vmap(getattr(PAPER, name), (*batch, None)))
+        values[name] = {beta: np.asarray(bound(logp, *rest, beta)) for beta in (*BETAS, 8.0)}
+    return n, tables, np.array([exact(table, range(n)) for table in tables]), values
+
+
+def test_lower_and_strict_bounds_sandwich_the_exact_likelihood(tables):
+    n, _, log_p, bounds = tables
+    assert (bounds['elbo'] <= log_p + 1e-5).all()
+    for beta in BETAS:
+        assert (log_p <= bounds['strict_eubo'][beta] + 1e-5).all()
+        assert (bounds['eubo'][beta] <= bounds['loose_eubo'][beta] + 1e-5).all()
+
+
+def test_renyi_bound_over_orders_lies_above_the_likelihood(tables):
+    n, tables_, log_p, bounds = tables
+    for beta in BETAS:
+        renyi = np.array([exact(table, range(n), beta) for table in tables_[:50]])
+        assert (log_p[:50] <= renyi + 1e-9).all() and (bounds['elbo'][:50] <= renyi + 1e-5).all()
+
+
+def test_plain_upper_bound_holds_from_beta_n_and_is_seen_broken_below(tables):
+    """At beta = 1 and n = 3 or 4 the constant left out is missed in 4 tables of 10."""
+    n, _, log_p, bounds = tables
+    for beta in (*BETAS, 8.0):
+        broken = (log_p > bounds['eubo'][beta] + 1e-5).mean()
+        if beta >= n:
+            assert broken == 0.0
+        elif beta == 1.0:
+            assert 0.2 < broken < 0.7
+
+
+def test_bounds_are_their_definitions_over_all_masks(tables):
+    """E over t of w 1(masked) f, by the count of masked positions, in float64."""
+    n, tables_, _, bounds = tables
+    for row, table in enumerate(tables_[:10]):
+        lower, upper = 0.0, {beta: np.zeros(n) for beta in BETAS}
+        for k in range(1, n + 1):
+            for mask in combinations(range(n), k):
+                chance = 1 / n / comb(n, k)
+                seen = bits(set(range(n)) - set(mask))
+                for i in mask:
+                    lower += chance * n / k * np.log(table[i, seen])
+                    for beta in BETAS:
+                        upper[beta][i] += chance * n / k * table[i, seen] ** beta
+        assert_allclose(bounds['elbo'][row], lower, rtol=1e-5)
+        for beta in BETAS:
+            assert_allclose(
+                bounds['eubo'][beta][row], np.log(upper[beta]).sum() / beta, rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize('beta', [1.0, 1.5, 4.0])
+def test_all_bounds_are_the_likelihood_where_the_model_ignores_its_context(beta):
+    table = np.repeat(np.array([0.9, 0.05, 0.4, 0.6])[:, None], 16, axis=1)
+    draws = enumerated(table, every_mask(range(4)), 4)
+    log_p = np.log([0.9, 0.05, 0.4, 0.6]).sum()
+    assert_allclose(exact(table, range(4)), log_p, rtol=1e-12)
+    assert_allclose(PAPER.elbo(*draws), log_p, rtol=1e-6)
+    assert_allclose(PAPER.eubo(*draws, beta), log_p, rtol=1e-6)
+
+
+@pytest.mark.parametrize('beta', [1.0, 1.5, 2.0])
+def test_two_tokens_over_two_symbols_have_closed_forms(beta):
+    first_alone, first_given, second_alone, second_given = 0.3, 0.8, 0.6, 0.15
+    table = np.array([[first_alone, np.nan, first_given, np.nan],
+                      [second_alone, second_given, np.nan, np.nan]])
+    masks = every_mask(range(2))
+    logp, masked, scored, block = enumerated(table, masks, 2)
+    lower = 0.5 * np.log(first_given * first_alone * second_given * second_alone)
+    upper = (
+        np.log((first_given**beta + first_alone**beta) / 2)
+        + np.log((second_given**beta + second_alone**beta) / 2)
+    ) / beta
+    assert_allclose(PAPER.elbo(logp, masked, scored, block), lower, rtol=1e-6)
+    assert_allclose(PAPER.eubo(logp, masked, scored, block, beta), upper, rtol=1e-6)
+
+
+def drawn(kind, draws, table, length, scored, samples, **options):
+    """logp and masks of `samples` examples corrupted by the real corruption, without a prompt."""
+    corruption = Corruption(kind, draws, 2, prompt_rate=0.0, **options)
+    keys = jax.random.split(jax.random.key(3), samples)
+    found = jax.vmap(corruption, (0, None, None))(keys, jnp.zeros(0, bool), scored)
+    weights = 1 << np.arange(length)
+    seen = (~np.asarray(found.masked) * weights).sum(-1)
+    # A token's own bit is dropped: the model does not see what it predicts.
+    context = seen[..., None] & ~weights
+    logp = np.log(table[np.arange(length), context]).astype(np.float32)
+    return logp, found.masked, found.block
+
+
+def mean_and_error(values):
+    values = np.asarray(values, np.float64)
+    return values.mean(), values.std() / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize('name', ['released', 'paper'])
+@pytest.mark.parametrize('draws', [1, 3])
+def test_released_elbo_is_unbiased_for_the_paper_elbo_under_uniform_corruption(name, draws):
+    table = random_table(np.random.default_rng(5), 4)
+    expected = PAPER.elbo(*enumerated(table, every_mask(range(4)), 4))
+    scored = np.ones(4, bool)
+    logp, masked, block = drawn('uniform', draws, table, 4, scored, 8_000)
+    found, error = mean_and_error(
+        jax.vmap(estimator(name, 1).elbo, (0, 0, None, 0))(logp, masked, scored, block)
+    )
+    assert abs(found - expected) < 4.5 * error
+    assert error < 0.02 * abs(expected)
+
+
+def test_single_draws_average_to_the_enumerated_elbo():
+    table = random_table(np.random.default_rng(6), 4)
+    logp, masked, scored, block = enumerated(table, every_mask(range(4)), 4)
+    alone = jax.vmap(PAPER.elbo, (0, 0, None, 0))(
+        logp[:, None], masked[:, None], scored, block[:, None]
+    )
+    assert_allclose(alone.mean(), PAPER.elbo(logp, masked, scored, block), rtol=1e-5)
+
+
+# beta -> M -> E[estimate] - value, in nats, for one table of three tokens (value -3.28 at beta 1,
+# -2.53 at 4). Above the value with one draw at small beta, where the estimate is the ELBO plus the
+# mean of (n/beta) log(n/|S|); below it with a few, because log is concave; then vanishing as 1/M.
+BIAS = {
+    1.0: {1: 0.958, 2: 0.031, 4: -0.254, 8: -0.149},
+    4.0: {1: -0.926, 2: -0.630, 4: -0.344, 8: -0.149},
+}
+
+
+def expected_upper_bound(table, draws, beta):
+    """E of the estimate over all multisets of draws of a sequence of three tokens."""
+    masks = [mask for k in (1, 2, 3) for mask in combinations(range(3), k)]
+    chance = [1 / 3 / comb(3, len(mask)) for mask in masks]
+    multisets = list(combinations_with_replacement(range(7), draws))
+    counts = np.array([np.bincount(chosen, minlength=7) for chosen in multisets])
+    ways = [factorial(draws) / prod(factorial(c) for c in row) for row in counts.tolist()]
+    weight = np.array(ways) * np.prod(np.array(chance) ** counts, axis=1)
+    assert_allclose(weight.sum(), 1.0)
+    logp, masked, scored, _ = enumerated(table, masks, 3)
+    chosen = np.array(multisets)
+    block = jnp.zeros(draws, jnp.int32)
+    estimates = jax.vmap(PAPER.eubo, (0, 0, None, None, None))(
+        logp[chosen], masked[chosen], scored, block, beta
+    )
+    return weight @ np.asarray(estimates, np.float64)
+
+
+@pytest.mark.parametrize('beta', BIAS)
+def test_monte_carlo_bias_of_the_upper_bound_is_as_recorded_and_dies_out_with_draws(beta):
+    table = random_table(np.random.default_rng(0), 3)
+    scored = np.ones(3, bool)
+    value = float(PAPER.eubo(*enumerated(table, every_mask(range(3)), 3), beta))
+    for draws, recorded in BIAS[beta].items():
+        expected = expected_upper_bound(table, draws, beta)
+        assert_allclose(expected - value, recorded, atol=2e-3)
+        logp, masked, block = drawn('uniform', draws, table, 3, scored, 4_000)
+        found, error = mean_and_error(
+            jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
+        )
+        assert abs(found - expected) < 4.5 * error
+    logp, masked, block = drawn('uniform', 64, table, 3, scored, 2_000)
+    found, error = mean_and_error(
+        jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
+    )
+    assert abs(found - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
+
+
+def block_truths(table, n, beta):
+    """log p, ELBO and EUBO of the block-autoregressive model, blocks of two, by enumeration."""
+    log_p, lower, upper = 0.0, 0.0, 0.0
+    for start in range(0, n, 2):
+        positions = range(start, min(start + 2, n))
+        before, size = bits(range(start)), len(positions)
+        log_p += exact(table, positions, seen=before)
+        rates = dict.fromkeys(positions, 0.0)
+        for k in range(1, size + 1):
+            for mask in combinations(positions, k):
+                chance = 1 / size / comb(size, k)
+                seen = before | bits(set(positions) - set(mask))
+                for i in mask:
+                    lower += chance * size / k * np.log(table[i, seen])
+                    rates[i] += chance * size / k * table[i, seen] ** beta
+        upper += sum(np.log(rate) for rate in rates.values()) / beta
+    return log_p, lower, upper
+
+
+def every_block_draw(table, n):
+    """All draws of block corruption over four positions in two blocks, equally likely."""
+    blocks, masks = [], []
+    for block, start in enumerate(range(0, n, 2)):
+        positions = range(start, min(start + 2, n))
+        inside = every_mask(positions) * (2 // (len(positions)))
+        inside = inside * (4 // len(inside))
+        masks += [set(mask) | set(range(start + 2, 4)) for mask in inside]
+        blocks += [block] * len(inside)
+    masks = [mask | set(range(n, 4)) for mask in masks]
+    logp, masked = seen_through(table, masks, 4)
+    return logp, masked, np.arange(4) < n, np.array(blocks, np.int32)
+
+
+@pytest.mark.parametrize('n', [2, 3, 4])
+def test_block_bounds_are_their_definitions_and_sandwich_the_block_likelihood(n):
+    """With all draws at hand the estimate is the enumerated sum over blocks: no bias, no error."""
+    rng = np.random.default_rng(11)
+    for beta, _ in product((1.0, 2.0, 4.0), range(20)):
+        table = random_table(rng, 4)
+        log_p, lower, upper = block_truths(table, n, beta)
+        draws = every_block_draw(table, n)
+        assert_allclose(BLOCKS.elbo(*draws), lower, rtol=1e-5)
+        assert_allclose(BLOCKS.eubo(*draws, beta), upper, rtol=1e-5, atol=1e-6)
+        assert lower <= log_p + 1e-9 and log_p <= BLOCKS.strict_eubo(*draws, beta) + 1e-5
+        if beta >= 2:
+            assert log_p <= upper + 1e-9
+        assert BLOCKS.loose_eubo(*draws, beta) >= upper - 1e-5
+
+
+@pytest.mark.parametrize('n', [3, 4])
+@pytest.mark.parametrize('draws', [1, 2, 3])
+def test_block_elbo_is_unbiased_under_the_block_corruption_without_perturbation(n, draws):
+    table = random_table(np.random.default_rng(12), 4)
+    _, lower, _ = block_truths(table, n, 1.0)
+    scored = np.arange(4) < n
+    logp, masked, block = drawn(
+        'block', draws, table, 4, scored, 8_000, perturb_completion=False
+    )
+    found, error = mean_and_error(
+        jax.vmap(BLOCKS.elbo, (0, 0, None, 0))(logp, masked, scored, block)
+    )
+    assert abs(found - lower) < 4.5 * error
+    # The released estimate of the same draws is not: it scores later blocks as if they were drawn.
+    wrong, error = mean_and_error(
+        jax.vmap(PAPER.elbo, (0, 0, None, 0))(logp, masked, scored, block)
+    )
+    assert abs(wrong - lower) > 10 * error
+
+
+def test_block_upper_bound_tends_to_its_definition_and_weighs_each_block_once():
+    """Under 64 draws a sequence the bias is small; with three draws over two blocks, one block has
+    two draws and the other one, and each counts for half."""
+    table = random_table(np.random.default_rng(13), 4)
+    scored = np.ones(4, bool)
+    _, _, upper = block_truths(table, 4, 2.0)
+    logp, masked, block = drawn('block', 64, table, 4, scored, 500, perturb_completion=False)
+    found, error = mean_and_error(
+        jax.vmap(BLOCKS.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, 2.0)
+    )
+    assert abs(found - upper) < 0.02 * abs(upper) + 4.5 * error
+    logp, masked, scored, block = every_block_draw(table, 4)
+    three = np.array([1, 3, 4])
+    alone = [
+        BLOCKS.eubo(logp[rows], masked[rows], scored, block[rows], 2.0)
+        for rows in (three[:2], three[2:])
+    ]
+    together = BLOCKS.eubo(logp[three], masked[three], scored, block[three], 2.0)
+    assert_allclose(together, np.mean(alone), rtol=1e-6)

@@ -1,0 +1,338 @@
+"""The sampler against published completions and against a plain loop in numpy, row by row."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from spg_jax.diffusion.sampling import SamplingConfig, generate
+from spg_jax.models.llada import load_checkpoint
+from spg_jax.models.transformer import Transformer
+
+REFERENCE = Path(__file__).parents[1] / 'reference'
+PUBLISHED = {
+    'steps32_len32_block32': 0.0,
+    'steps16_len32_block8': 0.0,
+    'steps32_len32_block8': 0.0,
+    'steps12_len32_block8': 0.0,
+    'steps8_len32_block16': 0.0,
+    'steps16_len32_block8_cfg1.5': 1.5,
+}
+
+
+@pytest.fixture(scope='module')
+def tiny_llada():
+    config, ids, params = load_checkpoint(REFERENCE / 'tiny_llada')
+    model = Transformer(config)
+
+    def hidden(tokens, valid):
+        return model.apply({'params': params}, tokens, valid, method='hidden')
+
+    def unembed(states):
+        return model.apply({'params': params}, states, method='unembed')
+
+    return hidden, unembed, ids
+
+
+@pytest.mark.parametrize('case', PUBLISHED)
+def test_completions_are_the_published_ones_with_and_without_padding(tiny_llada, case):
+    hidden, unembed, ids = tiny_llada
+    with np.load(REFERENCE / 'generate.npz') as file:
+        assert set(file.files) == {'prompt', *PUBLISHED}
+        prompt, expected = file['prompt'], file[case]
+    steps, length, block = map(int, re.findall(r'\d+', case)[:3])
+    config = SamplingConfig(length, steps, block, 0.0, guidance=PUBLISHED[case])
+    rows = len(prompt)
+    # Six positions of padding, with a token there that must not be read.
+    padded = np.concatenate([np.full((rows, 6), 77, np.int32), prompt], axis=1)
+    mask = np.broadcast_to(np.arange(16) >= 6, padded.shape)
+    found = jax.jit(
+        lambda tokens, mask: generate(
+            hidden,
+            unembed,
+            tokens,
+            mask,
+            jax.random.split(jax.random.key(0), rows),
+            config,
+            ids.mask,
+            ids.eos,
+            jnp.ones(256, bool),
+        )
+    )
+    assert_array_equal(found(prompt, np.ones_like(prompt, bool)).tokens, expected)
+    assert_array_equal(found(padded, mask).tokens, expected)
+
+
+# ---- A toy model: states mix all tokens by their distance, so that every token has its say and
+# ---- padding on the left shifts nothing. Small enough for a float64 copy in numpy.
+
+VOCABULARY, WIDTH = 19, 12
+EOS, MASK, FORBIDDEN = 1, 18, (13, 14)
+ALLOWED = ~np.isin(np.arange(VOCABULARY), FORBIDDEN)  # MASK is for the sampler to exclude
+_rng = np.random.default_rng(7)
+EMBEDDING = _rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
+UNEMBEDDING = _rng.normal(size=(WIDTH, VOCABULARY)).astype(np.float32)
+
+
+class Toy:
+    """logits = 2 tanh(mix) U + bias, with EOS, MASK and forbidden ids as likely as asked for."""
+
+    def __init__(self, eos_bias=-20.0, hidden_bias=1.5):
+        self.bias = np.zeros(VOCABULARY, np.float32)
+        self.bias[EOS] = eos_bias
+        self.bias[[MASK, *FORBIDDEN]] = hidden_bias
+
+    def hidden(self, tokens, valid, xp=jnp):
+        length = tokens.shape[1]
+        distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+        mixing = np.cos(0.7 * distance) * 0.9 ** np.abs(distance)
+        embedded = xp.asarray(EMBEDDING)[tokens] * valid[:, :, None]
+        return xp.tanh(xp.einsum('lm,bmd->bld', xp.asarray(mixing), embedded))
+
+    def unembed(self, states, xp=jnp):
+        return 2.0 * states @ xp.asarray(UNEMBEDDING) + xp.asarray(self.bias)[None, None, :]
+
+    def generate(self, prompt, prompt_mask, keys, config):
+        return jax.jit(
+            lambda prompt, mask, keys: generate(
+                self.hidden, self.unembed, prompt, mask, keys, config, MASK, EOS, ALLOWED
+            )
+        )(prompt, prompt_mask, keys)
+
+
+def plain_loop(toy, prompt, key, config):
+    """One row without padding: tokens and commit steps, a list at a time, in float64."""
+    sequence = [*prompt, *[MASK] * config.length]
+    first = len(prompt)
+    commit_step = [-1] * config.length
+    blocks = config.length // config.block_length
+    steps = config.steps // blocks
+    for step in range(config.steps):
+        block, within = divmod(step, steps)
+        begin = first + block * config.block_length
+        positions = range(begin, begin + config.block_length)
+        if config.stop_early and within == 0 and EOS in sequence[first:begin]:
+            for i in range(begin, len(sequence)):
+                sequence[i] = EOS
+            break
+        logits = logits_in_numpy(toy, sequence)
+        if config.guidance:
+            blind = logits_in_numpy(toy, [MASK] * first + sequence[first:])
+            logits = blind + (1 + config.guidance) * (logits - blind)
+        noise_key, commit_key = jax.random.split(jax.random.fold_in(key, step))
+        gumbel = np.asarray(jax.random.gumbel(noise_key, (config.block_length, VOCABULARY)))
+        at_random = np.asarray(jax.random.uniform(commit_key, (config.block_length,)))
+        token, score = {}, {}
+        for i in positions:
+            if sequence[i] != MASK:
+                continue
+            probability = np.exp(logits[i] - logits[i].max())
+            probability /= probability.sum()
+            choices = [v for v in range(VOCABULARY) if ALLOWED[v] and v != MASK]
+            noisy = logits[i] + config.temperature * gumbel[i - begin]
+            token[i] = max(choices, key=noisy.__getitem__)
+            best = sorted((probability[v] for v in choices), reverse=True)
+            score[i] = {
+                'low_confidence': probability[token[i]],
+                'random': at_random[i - begin],
+                'entropy': (probability * np.log(probability)).sum(),
+                'margin': best[0] - best[1],
+            }[config.commit]
+        count = config.block_length // steps + (within < config.block_length % steps)
+        for i in sorted(score, key=score.__getitem__, reverse=True)[:count]:
+            sequence[i] = token[i]
+            commit_step[i - first] = step
+    return sequence[first:], commit_step
+
+
+def logits_in_numpy(toy, sequence):
+    tokens = np.array([sequence])
+    states = toy.hidden(tokens, np.ones(tokens.shape, bool), xp=np)
+    return toy.unembed(states, xp=np)[0].astype(np.float64)
+
+
+def prompts(rows=5, length=6):
+    """Left-padded prompts of different lengths: tokens, mask."""
+    rng = np.random.default_rng(2)
+    mask = np.arange(length)[None, :] >= np.arange(rows)[:, None] % 4
+    return rng.integers(2, 13, (rows, length)).astype(np.int32), mask
+
+
+def check(toy, config, seed=0):
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(seed), len(tokens))
+    found = toy.generate(tokens, mask, keys, config)
+    for row in range(len(tokens)):
+        expected, steps = plain_loop(toy, tokens[row][mask[row]].tolist(), keys[row], config)
+        assert_array_equal(found.tokens[row], expected)
+        assert_array_equal(found.commit_step[row], steps)
+    return found
+
+
+@pytest.mark.parametrize('commit', ['low_confidence', 'random', 'entropy', 'margin'])
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize(
+    ('steps', 'block'), [(12, 4), (9, 4), (5, 12)], ids=['one a step', 'uneven', 'whole']
+)
+def test_sampler_is_the_plain_loop(commit, temperature, steps, block):
+    found = check(Toy(), SamplingConfig(12, steps, block, temperature, commit))
+    tokens = np.asarray(found.tokens)
+    assert ALLOWED[tokens].all() and (tokens != MASK).all()
+    counts = np.bincount(np.asarray(found.commit_step).ravel()) / len(tokens)
+    # The remainder goes to the first steps: 4 in 3 steps is 2, 1, 1 and 12 in 5 is 3, 3, 2, 2, 2.
+    assert counts.tolist() == {12: [1] * 12, 9: [2, 1, 1] * 3, 5: [3, 3, 2, 2, 2]}[steps]
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_guidance_is_the_plain_loop(temperature):
+    check(Toy(), SamplingConfig(8, 4, 4, temperature, guidance=1.5))
+
+
+def test_forbidden_ids_keep_their_share_of_the_confidence():
+    """Were MASK and forbidden ids cut from the softmax, other tokens would be committed first."""
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    config = SamplingConfig(12, 6, 12, 0.0)
+    found = check(Toy(), config)
+
+    class Cut(Toy):
+        def unembed(self, states, xp=jnp):
+            cut = jnp.asarray(~ALLOWED | (np.arange(VOCABULARY) == MASK))
+            return jnp.where(cut[None, None, :], -jnp.inf, super().unembed(states))
+
+    other = Cut().generate(tokens, mask, keys, config)
+    assert (other.commit_step != found.commit_step).any()
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_early_stop_is_the_plain_loop_and_changes_nothing_through_the_first_eos(temperature):
+    toy = Toy(eos_bias=3.0)
+    config = SamplingConfig(16, 8, 4, temperature)
+    stopped = check(toy, config)
+    whole = check(toy, SamplingConfig(16, 8, 4, temperature, stop_early=False))
+    tokens = np.asarray(whole.tokens)
+    first = np.where((tokens == EOS).any(-1), (tokens == EOS).argmax(-1), 15)
+    assert len({*(first // 4)}) > 1  # rows end in different blocks
+    through = np.arange(16) <= first[:, None]
+    assert_array_equal(np.asarray(stopped.tokens)[through], tokens[through])
+    ended = np.arange(16) // 4 > first[:, None] // 4
+    assert ended.any() and (np.asarray(stopped.tokens)[ended] == EOS).all()
+    assert_array_equal(np.asarray(stopped.commit_step) == -1, ended)
+    assert (np.asarray(whole.commit_step) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ('eos_bias', 'stop_early', 'passes'), [(30.0, True, 3), (30.0, False, 12), (-30.0, True, 12)]
+)
+def test_program_runs_the_model_only_until_every_row_has_ended(eos_bias, stop_early, passes):
+    calls = []
+
+    class Counting(Toy):
+        def hidden(self, tokens, valid, xp=jnp):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().hidden(tokens, valid)
+
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    config = SamplingConfig(16, 12, 4, 0.0, stop_early=stop_early)
+    Counting(eos_bias).generate(tokens, mask, keys, config)
+    jax.effects_barrier()
+    assert len(calls) == passes
+
+
+def test_only_the_current_block_is_unembedded():
+    shapes = set()
+
+    class Watching(Toy):
+        def unembed(self, states, xp=jnp):
+            shapes.add(states.shape)
+            return super().unembed(states)
+
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    Watching().generate(tokens, mask, keys, SamplingConfig(16, 8, 4, 1.0))
+    assert shapes == {(5, 4, WIDTH)}
+
+
+@pytest.mark.parametrize('commit', ['low_confidence', 'random'])
+def test_a_prompt_alone_or_in_a_batch_padded_or_not_gives_the_same_tokens(commit):
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(5), len(tokens))
+    toy, config = Toy(eos_bias=1.0), SamplingConfig(12, 6, 4, 1.0, commit)
+    batch = toy.generate(tokens, mask, keys, config)
+    assert len(np.unique(batch.tokens, axis=0)) == len(tokens)
+    for row in range(len(tokens)):
+        alone = tokens[row : row + 1, mask[row].argmax() :]
+        found = toy.generate(alone, np.ones_like(alone, bool), keys[row : row + 1], config)
+        assert_array_equal(found.tokens[0], batch.tokens[row])
+        assert_array_equal(found.commit_step[0], batch.commit_step[row])
+    order = np.array([3, 0, 4, 1, 2])
+    shuffled = toy.generate(tokens[order], mask[order], keys[order], config)
+    assert_array_equal(shuffled.tokens, np.asarray(batch.tokens)[order])
+
+
+def test_temperature_one_draws_from_the_distribution():
+    """One token, two thousand rows: frequencies against the softmax over what may be chosen."""
+    rows = 2_000
+    prompt = np.broadcast_to(np.array([[4, 7]], np.int32), (rows, 2))
+    keys = jax.random.split(jax.random.key(9), rows)
+    found = Toy().generate(prompt, np.ones_like(prompt, bool), keys, SamplingConfig(1, 1, 1, 1.0))
+    logits = logits_in_numpy(Toy(), [4, 7, MASK])[2]
+    logits[~ALLOWED] = logits[MASK] = -np.inf
+    expected = np.exp(logits) / np.exp(logits).sum()
+    counts = np.bincount(np.asarray(found.tokens)[:, 0], minlength=VOCABULARY)
+    error = np.sqrt(expected * (1 - expected) / rows)
+    assert (np.abs(counts / rows - expected) <= 5 * error + 1e-3).all()
+
+
+@pytest.mark.parametrize('commit', ['low_confidence', 'random', 'entropy', 'margin'])
+def test_logits_that_are_not_finite_still_give_allowed_tokens_and_no_mask(commit):
+    class Broken(Toy):
+        def unembed(self, states, xp=jnp):
+            logits = super().unembed(states)
+            return logits.at[1].set(jnp.nan).at[2, :, 3:].set(-jnp.inf).at[3, :, 5].set(1e4)
+
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    config = SamplingConfig(12, 6, 4, 0.5, commit)
+    found = np.asarray(Broken().generate(tokens, mask, keys, config).tokens)
+    assert ALLOWED[found].all() and (found != MASK).all()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            {'length': 250, 'block_length': 32},
+            'length 250 is not a multiple of sampling.block_length 32; use length 256',
+        ),
+        ({'steps': 10}, 'steps 10 do not spread evenly over 4 blocks; use steps 12'),
+        ({'steps': 64}, 'steps 64 exceeds sampling.length 32.*at most 32'),
+        ({'steps': 0}, 'steps is 0; use at least 1'),
+        ({'length': 0}, 'length is 0; use at least 1'),
+        ({'block_length': 0}, 'block_length is 0; use at least 1'),
+        ({'temperature': -0.1}, 'temperature is -0.1; use 0 or more'),
+        ({'commit': 'best'}, "commit is 'best'; use one of low_confidence, random"),
+    ],
+)
+def test_impossible_configurations_are_refused_with_the_fix(options, message):
+    possible = {'length': 32, 'steps': 16, 'block_length': 8, 'temperature': 0.0}
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**{**possible, **options})
+
+
+def test_arguments_that_do_not_agree_are_refused():
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), 5)
+    config = SamplingConfig(4, 2, 2, 0.0)
+    toy = Toy()
+    with pytest.raises(ValueError, match='do not agree'):
+        toy.generate(tokens, mask[:, 1:], keys, config)
+    with pytest.raises(ValueError, match='do not agree'):
+        toy.generate(tokens, mask, keys[:3], config)
+    with pytest.raises(ValueError, match='both 1'):
+        generate(toy.hidden, toy.unembed, tokens, mask, keys, config, EOS, EOS, ALLOWED)

@@ -1,0 +1,228 @@
+"""The transformer against a plain-numpy forward written from the formulas, one row at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from numpy.testing import assert_allclose, assert_array_equal
+
+from spg_jax.models.attention import attention
+from spg_jax.models.layers import RMSNorm, rotary_table, rotate
+from spg_jax.models.transformer import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab_size=19,
+    width=24,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    mlp_width=40,
+    rope_theta=100.0,
+    tie_embeddings=True,
+    scale_logits=True,
+)
+
+
+def make(config=CONFIG, seed=0):
+    tokens, valid = inputs()
+    params = nn.meta.unbox(Transformer(config).init(jax.random.key(seed), tokens, valid)['params'])
+    # Larger than at initialisation, so that every term of the formula shows in the output.
+    noise = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.2 * noise.normal(size=x.shape), x.dtype), params)
+
+
+def inputs():
+    tokens = np.random.default_rng(1).integers(0, 19, (3, 9)).astype(np.int32)
+    valid = np.ones((3, 9), bool)
+    valid[1, :4] = False
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def numpy_row(params, tokens, config):
+    """Logits [n, V] of one row without padding, in float64, head by head and position by position."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    H, share = config.width // config.heads, config.heads // config.kv_heads
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+    def turn(x, position):
+        pairs = x[: H // 2] + 1j * x[H // 2 :]
+        pairs = pairs * np.exp(1j * position * config.rope_theta ** (-np.arange(H // 2) * 2 / H))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    x = params['embedding'][tokens]
+    for layer in range(config.layers):
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['layers'])
+        h = norm(x, p['attention_norm']['scale'])
+        q, k, v = (h @ p[name]['kernel'] for name in ('query', 'key', 'value'))
+        mixed = np.zeros((len(tokens), config.width))
+        for head in range(config.heads):
+            mine = slice(head * H, (head + 1) * H)
+            shared = slice(head // share * H, (head // share + 1) * H)
+            for i in range(len(tokens)):
+                scores = [
+                    turn(q[i, mine], i) @ turn(k[j, shared], j) / np.sqrt(H)
+                    for j in range(len(tokens))
+                ]
+                weights = np.exp(scores - np.max(scores))
+                mixed[i, mine] = weights / weights.sum() @ v[:, shared]
+        x = x + mixed @ p['attention_out']['kernel']
+        h = norm(x, p['mlp_norm']['scale'])
+        gate = h @ p['gate']['kernel']
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ p['up']['kernel'])) @ p['down']['kernel']
+    x = norm(x, params['final_norm']['scale'])
+    table = params['embedding'].T if config.tie_embeddings else params['unembedding']
+    return x @ table * (config.width**-0.5 if config.scale_logits else 1)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'folded', 'einsum'])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'tie_embeddings': False, 'scale_logits': False}, {'kv_heads': 6}, {'kv_heads': 1}],
+    ids=['grouped-tied-scaled', 'untied', 'one-key-a-query', 'one-key'],
+)
+def test_logits_equal_the_formulas(implementation, changes):
+    config = dataclasses.replace(CONFIG, attention=implementation, **changes)
+    params = make(config)
+    tokens, valid = inputs()
+    logits = np.asarray(Transformer(config).apply({'params': params}, tokens, valid))
+    for row in range(3):
+        real = np.asarray(valid[row])
+        expected = numpy_row(params, np.asarray(tokens[row])[real], config)
+        assert_allclose(logits[row, real], expected, atol=5e-5)
+
+
+def test_padding_changes_nothing_and_a_padded_row_is_finite():
+    params, model = make(), Transformer(CONFIG)
+    tokens, _ = inputs()
+    alone = model.apply({'params': params}, tokens, jnp.ones((3, 9), bool), method='hidden')
+    for pad in (1, 5):
+        for junk in (0, 7):  # whatever the padding holds
+            padded = jnp.pad(tokens, ((0, 0), (pad, 0)), constant_values=junk)
+            valid = jnp.broadcast_to(jnp.arange(9 + pad)[None, :] >= pad, padded.shape)
+            hidden = model.apply({'params': params}, padded, valid, method='hidden')
+            assert_allclose(hidden[:, pad:], alone, atol=1e-5)
+
+    def total(params):
+        hidden = model.apply({'params': params}, tokens, jnp.zeros((3, 9), bool), method='hidden')
+        return jnp.sum(hidden)
+
+    value, gradient = jax.value_and_grad(total)(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient)))
+
+
+def test_every_valid_token_reaches_every_position():
+    """Bidirectional: a change of any token, before or after, moves each position's logits."""
+    params, model = make(), Transformer(CONFIG)
+    tokens, valid = inputs()
+    before = model.apply({'params': params}, tokens, valid)
+    for position in range(4, 9):
+        changed = tokens.at[1, position].set((tokens[1, position] + 1) % 19)
+        moved = jnp.abs(model.apply({'params': params}, changed, valid) - before).max(-1)
+        assert (moved[1, 4:] > 1e-4).all()
+        assert_array_equal(moved[0], 0)
+
+
+def test_unrolled_and_rematerialised_layers_give_equal_gradients():
+    tokens, valid = inputs()
+    params = make()
+
+    def outcome(**changes):
+        model = Transformer(dataclasses.replace(CONFIG, **changes))
+
+        def loss(params):
+            logits = model.apply({'params': params}, tokens, valid)
+            return jnp.sum(jax.nn.log_softmax(logits)[:, :, 3] * valid)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = outcome()
+    assert np.abs(expected[1]['layers']['query']['kernel']).max() > 1e-3
+    for changes in (
+        {'scan_unroll': 3},
+        {'scan_unroll': 2},
+        {'remat': True},
+        {'remat': True, 'scan_unroll': 3},
+    ):
+        jax.tree.map(
+            lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), outcome(**changes), expected
+        )
+
+
+def test_norms_rotary_softmax_and_logits_stay_float32_under_bfloat16():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+
+    # Positions 800 and 801 are one bfloat16 number; a rotation in bfloat16 could not tell them apart.
+    cos, sin = rotary_table(jnp.ones((2, 805), bool), 8, 1e4)
+    assert cos.dtype == sin.dtype == jnp.float32
+    angle = np.arange(800, 805)[:, None] * 1e4 ** (-np.arange(4) / 4)
+    assert_allclose(cos[0, 800:], np.cos(angle), atol=2e-4)
+    turned = rotate(x, (cos[:, 800:], sin[:, 800:]))
+    pairs = (exact[..., :4] + 1j * exact[..., 4:]) * np.exp(1j * angle)[None, :, None, :]
+    assert turned.dtype == jnp.bfloat16
+    expected = np.concatenate([pairs.real, pairs.imag], -1)
+    # One rounding, of the result: half a unit in the last of 8 bits.
+    assert_allclose(np.asarray(turned, np.float64), expected, rtol=2**-8, atol=2e-3)
+
+    norm = RMSNorm(1e-5, dtype='bfloat16')
+    scale = 1 + 1e-3 * np.arange(8, dtype=np.float32)
+    normed = norm.apply({'params': {'scale': jnp.asarray(scale)}}, 100 * x)
+    expected = 100 * exact / np.sqrt(((100 * exact) ** 2).mean(-1, keepdims=True) + 1e-5) * scale
+    assert_allclose(np.asarray(normed, np.float64), expected, rtol=2**-8 * 1.3)
+
+    config = dataclasses.replace(CONFIG, dtype='bfloat16')
+    tokens, valid = inputs()
+    params, model = make(config), Transformer(config)
+    hidden = model.apply({'params': params}, tokens, valid, method='hidden')
+    logits = model.apply({'params': params}, hidden, method='unembed')
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    precise = Transformer(CONFIG).apply({'params': params}, tokens, valid)
+    assert_allclose(logits, precise, atol=0.15)
+    # Rounded to bfloat16 nowhere on the way out.
+    assert np.any(np.asarray(logits) != np.asarray(logits.astype(jnp.bfloat16), np.float32))
+
+
+def test_softmax_of_close_bfloat16_scores_is_float32():
+    """Scores 64 and 64.06 are one bfloat16 number; their weights differ by 6 % all the same."""
+    q = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[..., :2].set(8)
+    k = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[..., 0].set(16).at[0, 1, 0, 1].set(1 / 64)
+    v = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[0, 1].set(1)
+    expected = 1 / (1 + np.exp(-8 / 64 / 2))
+    for implementation in ('folded', 'einsum'):
+        mixed = attention(q, k, v, jnp.ones((1, 2), bool), implementation)
+        assert_allclose(np.asarray(mixed, np.float64), expected, rtol=2**-8)
+        assert abs(expected - 0.5) > 2 * expected * 2**-8
+
+
+def test_initial_predictions_are_near_uniform():
+    for changes in ({}, {'scale_logits': False}):
+        config = dataclasses.replace(CONFIG, width=96, heads=4, kv_heads=4, mlp_width=256, **changes)
+        tokens, valid = inputs()
+        variables = Transformer(config).init(jax.random.key(0), tokens, valid)
+        logits = Transformer(config).apply(nn.meta.unbox(variables), tokens, valid)
+        entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
+        assert entropy.min() > np.log(19) - 0.1
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'width': 25}, 'width 25 is not a multiple of model.heads 6; use width 30'),
+        ({'kv_heads': 4}, 'heads 6 is not a multiple of model.kv_heads 4'),
+        ({'width': 18}, 'head dim 3'),
+        ({'layers': 0}, 'model.layers is 0'),
+        ({'dtype': 'float16'}, "model.dtype is 'float16'; use one of float32, bfloat16"),
+        ({'norm_eps': 0.0}, 'model.norm_eps is 0.0'),
+        ({'attention': 'flash'}, "model.attention 'flash' does not exist; use one of xla"),
+    ],
+)
+def test_impossible_configurations_say_what_to_use(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
