@@ -1,0 +1,40 @@
+"""Packaging of SPG-JAX; `pip install -e .` brings what the main job needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name='spg-jax',
+    version='0.1.0',
+    description='Reinforcement learning for masked diffusion language models in JAX',
+    long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    packages=find_packages(include=['spg_jax', 'spg_jax.*']),
+    package_data={'spg_jax.tasks': ['*/*.txt', '*/*.json']},
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.1',
+        'array_record>=0.8',  # the file format of the generated problems: no TensorFlow needed
+        'flax>=0.12,<0.13',
+        'grain>=0.2.18,<0.3',
+        'importlib_resources>=6.4',  # tensorflow-datasets imports it without asking for it
+        'jax>=0.10,<0.13',
+        'matplotlib>=3.9',
+        'ml-collections>=1.1,<2',
+        'numpy>=2.0',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12,<0.13',
+        'rich>=13.7',
+        'safetensors>=0.5',
+        'tensorboardX>=2.6',
+        'tensorflow-datasets>=4.9.10,<5',
+    ],
+    extras_require={
+        'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'scipy>=1.13'],
+        'hf': ['transformers>=4.51'],
+        'tpu': ['jax[tpu]'],
+        'cuda': ['jax[cuda13]'],
+        'wandb': ['wandb>=0.19'],
+    },
+)
