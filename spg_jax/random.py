@@ -1,4 +1,5 @@
-"""Randomness as a function of identity: what a key is for, which step, which example. Never of position.
+"""Randomness as a function of identity: what a key is for, which step, which example. Never of
+position.
 
 A row keeps its random numbers whatever batch, microbatch, device or process it lands in.
 """
@@ -15,10 +16,8 @@ class Purpose(enum.IntEnum):
 
     SAMPLE = 0
     CORRUPT = 1
-    DROPOUT = 2
-    DATA = 3
-    INIT = 4
-    EVALUATE = 5
+    INIT = 2
+    EVALUATE = 3
 
 
 def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Array) -> Array:
@@ -30,8 +29,13 @@ def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Arr
       step: [] the update (or rollout) they belong to.
       example_id: [B] uint32, prompt index * G + member.
     """
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key(seed, purpose, step), example_id)
+
+
+def step_key(seed: int, purpose: Purpose, step: Array | int) -> Array:
+    """What the rows of a step share: the key from (seed, purpose, step)."""
     root = jax.random.fold_in(jax.random.key(seed), purpose)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(root, step), example_id)
+    return jax.random.fold_in(root, step)
 
 
 def example_ids(prompt_index: Array, group_size: int) -> Array:

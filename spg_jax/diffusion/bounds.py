@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from spg_jax.diffusion.corruption import KINDS
+from spg_jax.diffusion.corruption import KINDS, Corruption
 
 # Estimator -> the corruptions under which it bounds what it says it bounds. As released, the
 # estimate is used with all of them.
@@ -67,28 +67,33 @@ def estimator(name: str, block_length: int) -> Estimator:
     return Estimator(elbo, upper(_PLAIN), upper(_TANGENT), upper(_STRICT))
 
 
-def check_pairing(name: str, corruption_kind: str, perturb_completion: bool = False) -> None:
+def check_pairing(name: str, corruption: Corruption) -> None:
     """Refuses an estimator under a corruption for which it bounds nothing.
 
     Args:
       name: of the estimator, as `estimator()` takes it.
-      corruption_kind: `Corruption.kind`.
-      perturb_completion: `Corruption.perturb_completion`; the block estimator needs it off.
+      corruption: what draws the masks. The block estimator needs clean earlier blocks and blocks
+        that are drawn uniformly.
 
     Raises:
       ValueError: with the pair found and what goes with the estimator.
     """
     if name not in PAIRINGS:
         raise ValueError(f'rl.estimator is {name!r}; use one of {", ".join(PAIRINGS)}')
-    if corruption_kind not in PAIRINGS[name]:
+    if corruption.kind not in PAIRINGS[name]:
         raise ValueError(
-            f'rl.estimator {name!r} does not go with corruption.kind {corruption_kind!r}; '
+            f'rl.estimator {name!r} does not go with corruption.kind {corruption.kind!r}; '
             f"use corruption {' or '.join(PAIRINGS[name])}, or estimator 'released'"
         )
-    if name == 'block' and perturb_completion:
+    if name == 'block' and corruption.perturb_completion:
         raise ValueError(
             "rl.estimator 'block' needs clean earlier blocks, found perturb_completion True; "
             "turn it off, or use estimator 'released'"
+        )
+    if name == 'block' and corruption.block_draw != 'balanced':
+        raise ValueError(
+            "rl.estimator 'block' needs blocks drawn uniformly, found corruption.block_draw "
+            f"{corruption.block_draw!r}; use 'balanced', or estimator 'released'"
         )
 
 
@@ -206,10 +211,10 @@ def _upper(logp: Array, masked: Array, length: Array, beta: float, form: _Form) 
     draws = jnp.maximum((size > 0).sum(), 1)
     seen = masked.any(0)
     # In log space: p**beta underflows in float32, and log 0 would silently drop such tokens from
-    # the mean. Positions no draw masked get a finite stand-in, so no gradient meets -inf - -inf.
+    # the mean. Positions no draw masked come out as -inf and are left out, values and gradients.
     weight = jnp.log(jnp.maximum(length, 1) / jnp.maximum(size, 1) / draws)
     log_terms = jnp.where(masked, beta * logp + weight, -jnp.inf)
-    log_mean = jax.nn.logsumexp(jnp.where(seen[None, :], log_terms, 0.0), axis=0)
+    log_mean = jax.nn.logsumexp(log_terms, axis=0)
     per_token = jnp.expm1(log_mean) if form.tangent else log_mean
     order = jnp.maximum(beta, length) if form.strict else beta
     return length * jnp.where(seen, per_token, 0.0).sum() / jnp.maximum(seen.sum(), 1) / order

@@ -86,21 +86,24 @@ class Corruption:
           scored: [C] bool, True from the first completion token through the first EOS.
 
         Returns:
-          Draws with masked [M, P + C] and block [M]. Draw k depends on k, not on M, apart from
-          its block.
+          Draws with masked [M, P + C] and block [M]. Draw k depends on k, not on M.
         """
-        block_key, draw_key = jax.random.split(key)
+        keys = jax.random.split(key, 1 + self.draws)
         block = jnp.zeros(self.draws, jnp.int32)
         if self.kind in BLOCK_KINDS:
-            block = self._choose_blocks(block_key, scored)
+            block = self._choose_blocks(keys[0], scored)
+        length = scored.size
 
-        def draw(index: Array, block: Array) -> Array:
-            prompt_key, key = jax.random.split(jax.random.fold_in(draw_key, index))
-            perturbed = jax.random.bernoulli(prompt_key, self.prompt_rate, prompt_mask.shape)
-            completion = self._mask_completion(key, scored, block)
-            return jnp.concatenate([perturbed & prompt_mask, completion])
+        def draw(key: Array, block: Array) -> Array:
+            # All of a draw's randomness from one call, for each call adds to the compile time. The
+            # prompt comes last and from its end, so that padding on its left moves nothing.
+            noise = jax.random.uniform(key, (1 + 2 * length + prompt_mask.size,))
+            choice, earlier, prompt = jnp.split(noise, [1 + length, 1 + 2 * length])
+            prompt = prompt[::-1]
+            completion = self._mask_completion(choice, earlier < self.prompt_rate, scored, block)
+            return jnp.concatenate([(prompt < self.prompt_rate) & prompt_mask, completion])
 
-        return Draws(masked=jax.vmap(draw)(jnp.arange(self.draws), block), block=block)
+        return Draws(masked=jax.vmap(draw)(keys[1:], block), block=block)
 
     def _choose_blocks(self, key: Array, scored: Array) -> Array:
         """The chosen block of each draw, [M] int32, among those the completion reaches."""
@@ -113,29 +116,32 @@ class Corruption:
         order = jax.random.uniform(key, (total,)) + jnp.where(jnp.arange(total) < reached, 0, 2)
         return jnp.argsort(order)[turn % reached].astype(jnp.int32)
 
-    def _mask_completion(self, key: Array, scored: Array, block: Array) -> Array:
-        """One draw over the completion, [C] bool."""
+    def _mask_completion(
+        self, choice: Array, perturbed: Array, scored: Array, block: Array
+    ) -> Array:
+        """One draw over the completion, [C] bool; choice [1 + C] uniform, perturbed [C] bool."""
         if self.kind == 'full':
             return jnp.ones_like(scored)
-        choose_key, perturb_key = jax.random.split(key)
         if self.kind == 'uniform':
-            return _random_subset(choose_key, scored) | ~scored
+            return _random_subset(choice, scored) | ~scored
         position_block = jnp.arange(len(scored)) // self.block_length
         chosen = (position_block == block) & scored
         if self.kind == 'block':
-            chosen = _random_subset(choose_key, chosen)
+            chosen = _random_subset(choice, chosen)
         masked = chosen | (position_block > block) | ~scored
         if self.perturb_completion:
-            perturbed = jax.random.bernoulli(perturb_key, self.prompt_rate, scored.shape)
             masked |= perturbed & (position_block < block)
         return masked
 
 
-def _random_subset(key: Array, eligible: Array) -> Array:
-    """A uniformly drawn number, at least one, of the eligible positions; [C] bool -> [C] bool."""
-    count_key, order_key = jax.random.split(key)
-    count = jax.random.randint(count_key, (), 1, jnp.maximum(eligible.sum(), 1) + 1)
-    order = jax.random.uniform(order_key, eligible.shape) + jnp.where(eligible, 0, 2)
+def _random_subset(noise: Array, eligible: Array) -> Array:
+    """A uniformly drawn number, at least one, of the eligible positions.
+
+    noise [1 + C] uniform in [0, 1): the first gives the number, the others the order of choice;
+    eligible [C] bool -> [C] bool.
+    """
+    count = 1 + jnp.floor(noise[0] * eligible.sum()).astype(jnp.int32)
+    order = noise[1:] + jnp.where(eligible, 0, 2)
     # The rank, not a threshold on `order`: equal floats would otherwise mask one position too many.
     rank = jnp.argsort(jnp.argsort(order))
     return eligible & (rank < count)

@@ -66,7 +66,7 @@ class SamplingConfig:
                 f'sampling.steps {self.steps} exceeds sampling.length {self.length}, so some steps '
                 f'would commit nothing; use at most {self.length} steps'
             )
-        if self.temperature < 0.0:
+        if not 0.0 <= self.temperature < float('inf'):
             raise ValueError(f'sampling.temperature is {self.temperature}; use 0 or more')
         if self.commit not in COMMITS:
             raise ValueError(f'sampling.commit is {self.commit!r}; use one of {", ".join(COMMITS)}')
@@ -133,50 +133,18 @@ def generate(
         )
     if mask_id == eos_id:
         raise ValueError(f'mask_id and eos_id are both {mask_id}; they must be different tokens')
-    rows, prompt_length = prompt.shape
-    shape = (rows, config.length)
-    valid = jnp.concatenate([prompt_mask, jnp.ones(shape, bool)], axis=1)
-    allowed = allowed & (jnp.arange(allowed.size) != mask_id)
-
-    def block_logits(tokens: Array, start: Array) -> Array:
-        hidden = hidden_fn(tokens, valid)
-        return unembed_fn(_block(hidden, prompt_length + start, config.block_length))
-
-    def logits_at(tokens: Array, start: Array) -> Array:
-        conditional = block_logits(tokens, start)
-        if config.guidance == 0.0:
-            return conditional
-        unconditional = block_logits(tokens.at[:, :prompt_length].set(mask_id), start)
-        return unconditional + (1.0 + config.guidance) * (conditional - unconditional)
-
-    def unfinished(carry: _Carry) -> Array:
-        more = carry.step < config.steps
-        if not config.stop_early:
-            return more
-        between_blocks = carry.step % config.steps_per_block == 0
-        ended = (carry.tokens[:, prompt_length:] == eos_id).any(-1).all()
-        return more & ~(between_blocks & ended)
-
-    def denoise(carry: _Carry) -> _Carry:
-        start = carry.step // config.steps_per_block * config.block_length
-        current = _block(carry.tokens, prompt_length + start, config.block_length)
-        logits = logits_at(carry.tokens, start)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, carry.step)
-        token, score = _predict(logits, step_keys, allowed, config)
-        commit = _most_confident(
-            score, current == mask_id, _commits(config)[carry.step % config.steps_per_block]
-        )
-        commit_step = _block(carry.commit_step, start, config.block_length)
-        return _Carry(
-            step=carry.step + 1,
-            tokens=jax.lax.dynamic_update_slice_in_dim(
-                carry.tokens, jnp.where(commit, token, current), prompt_length + start, axis=1
-            ),
-            commit_step=jax.lax.dynamic_update_slice_in_dim(
-                carry.commit_step, jnp.where(commit, carry.step, commit_step), start, axis=1
-            ),
-        )
-
+    shape = (len(prompt), config.length)
+    decoder = _Decoder(
+        hidden_fn=hidden_fn,
+        unembed_fn=unembed_fn,
+        valid=jnp.concatenate([prompt_mask, jnp.ones(shape, bool)], axis=1),
+        keys=keys,
+        config=config,
+        prompt_length=prompt.shape[1],
+        mask_id=mask_id,
+        eos_id=eos_id,
+        allowed=allowed & (jnp.arange(allowed.size) != mask_id),
+    )
     begin = _Carry(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.concatenate(
@@ -184,9 +152,66 @@ def generate(
         ),
         commit_step=jnp.full(shape, -1, jnp.int32),
     )
-    end = jax.lax.while_loop(unfinished, denoise, begin)
-    completion = Completion(end.tokens[:, prompt_length:], end.commit_step)
+    end = jax.lax.while_loop(decoder.unfinished, decoder.denoise, begin)
+    completion = Completion(end.tokens[:, prompt.shape[1] :], end.commit_step)
     return _end_at_eos(completion, eos_id, config) if config.stop_early else completion
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Decoder:
+    """The loop of `generate`: what does not change from step to step, and the step."""
+
+    hidden_fn: Callable[[Array, Array], Array]
+    unembed_fn: Callable[[Array], Array]
+    valid: Array  # [B, L] bool
+    keys: Array  # [B]
+    config: SamplingConfig
+    prompt_length: int
+    mask_id: int
+    eos_id: int
+    allowed: Array  # [V] bool, without MASK
+
+    def unfinished(self, carry: _Carry) -> Array:
+        """Whether there is a step left, and a row that has not ended."""
+        more = carry.step < self.config.steps
+        if not self.config.stop_early:
+            return more
+        between_blocks = carry.step % self.config.steps_per_block == 0
+        ended = (carry.tokens[:, self.prompt_length :] == self.eos_id).any(-1).all()
+        return more & ~(between_blocks & ended)
+
+    def denoise(self, carry: _Carry) -> _Carry:
+        """Predicts the masked positions of the current block and commits some of them."""
+        config = self.config
+        start = carry.step // config.steps_per_block * config.block_length
+        current = _block(carry.tokens, self.prompt_length + start, config.block_length)
+        logits = self.logits(carry.tokens, start)
+        token, score = _predict(logits, self.keys, carry.step, self.allowed, config)
+        commit = _most_confident(
+            score, current == self.mask_id, _commits(config)[carry.step % config.steps_per_block]
+        )
+        tokens = jnp.where(commit, token, current)
+        commit_step = _block(carry.commit_step, start, config.block_length)
+        commit_step = jnp.where(commit, carry.step, commit_step)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return _Carry(
+            step=carry.step + 1,
+            tokens=put(carry.tokens, tokens, self.prompt_length + start, axis=1),
+            commit_step=put(carry.commit_step, commit_step, start, axis=1),
+        )
+
+    def logits(self, tokens: Array, start: Array) -> Array:
+        """Logits [B, b, V] of the block that begins at completion position `start`."""
+        conditional = self._unguided(tokens, start)
+        if self.config.guidance == 0.0:
+            return conditional
+        promptless = tokens.at[:, : self.prompt_length].set(self.mask_id)
+        unconditional = self._unguided(promptless, start)
+        return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
+
+    def _unguided(self, tokens: Array, start: Array) -> Array:
+        hidden = self.hidden_fn(tokens, self.valid)
+        return self.unembed_fn(_block(hidden, self.prompt_length + start, self.config.block_length))
 
 
 def _block(x: Array, start: Array, size: int) -> Array:
@@ -200,27 +225,34 @@ def _commits(config: SamplingConfig) -> Array:
 
 
 def _predict(
-    logits: Array, keys: Array, allowed: Array, config: SamplingConfig
+    logits: Array, keys: Array, step: Array, allowed: Array, config: SamplingConfig
 ) -> tuple[Array, Array]:
     """A token for every position of the block and how strongly it asks to be committed.
 
     Args:
       logits: [B, b, V] float32.
-      keys: [B] keys of this step.
+      keys: [B] keys of the rows.
+      step: [] int32.
       allowed: [V] bool.
 
     Returns:
       token [B, b] int32 and score [B, b] float32, higher committed first.
     """
-    noise_key, commit_key = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    choosable = jnp.where(allowed[None, None, :], logits, -jnp.inf)
+
+    def draw(sampler: Callable, purpose: int, shape: tuple[int, ...]) -> Array:
+        return jax.vmap(lambda key: sampler(jax.random.fold_in(key, 2 * step + purpose), shape))(
+            keys
+        )
+
+    # The floor keeps an allowed id ahead of the others even where the model rules out all of them.
+    floor = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+    choosable = jnp.where(allowed[None, None, :], floor, -jnp.inf)
     noisy = choosable
     if config.temperature > 0.0:
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(noise_key)
-        noisy = choosable + config.temperature * gumbel
+        noisy = choosable + config.temperature * draw(jax.random.gumbel, 0, logits.shape[1:])
     token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     if config.commit == 'random':
-        return token, jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:2]))(commit_key)
+        return token, draw(jax.random.uniform, 1, logits.shape[1:2])
     # Untempered and noise-free, over all ids: what the model believes, not how it was sampled.
     log_z = jax.nn.logsumexp(logits, axis=-1)
     if config.commit == 'entropy':

@@ -1,5 +1,6 @@
 """Corruptions, region by region, over ten thousand draws; expected rates are counted by hand."""
 
+from functools import partial
 from itertools import permutations
 
 import jax
@@ -22,11 +23,15 @@ POSITION_BLOCK = np.arange(LENGTH) // BLOCK
 KEYS = 5_000  # with two draws each
 
 
+@partial(jax.jit, static_argnums=0)
+def corrupted(corruption, keys, scored):
+    return jax.vmap(corruption, (0, None, None))(keys, PROMPT_MASK, scored)
+
+
 def sample(kind, draws=2, keys=KEYS, scored=SCORED, **options):
     """prompt [keys, draws, P], completion [keys, draws, C], block [keys, draws]."""
-    corruption = Corruption(kind, draws, BLOCK, **options)
-    found = jax.jit(jax.vmap(corruption, (0, None, None)))(
-        jax.random.split(jax.random.key(0), keys), PROMPT_MASK, scored
+    found = corrupted(
+        Corruption(kind, draws, BLOCK, **options), jax.random.split(jax.random.key(0), keys), scored
     )
     masked = np.asarray(found.masked)
     return masked[:, :, :10], masked[:, :, 10:], np.asarray(found.block)
@@ -64,17 +69,30 @@ def test_real_prompt_tokens_are_perturbed_and_padding_never(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_positions_after_the_first_eos_are_always_masked(kind):
-    _, completion, _ = sample(kind, keys=200)
-    assert completion[:, :, ~SCORED].all()
+def test_padding_on_the_left_of_the_prompt_moves_no_mask(kind):
+    corruption = Corruption(kind, 2, BLOCK)
+    keys = jax.random.split(jax.random.key(1), 20)
+    found = [
+        jax.vmap(corruption, (0, None, None))(keys, np.arange(7 + pad) >= pad, SCORED).masked
+        for pad in (0, 1, 5)
+    ]
+    assert found[0].any()
+    for pad, masked in zip((1, 5), found[1:], strict=True):
+        np.testing.assert_array_equal(masked[:, :, pad:], found[0])
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_positions_after_the_first_eos_are_always_masked(kind):
+    _, completion, _ = sample(kind)
+    assert completion[:, :, ~SCORED].all()
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'block'])
 def test_prompt_rate_zero_perturbs_nothing(kind):
-    prompt, completion, block = sample(kind, keys=500, prompt_rate=0.0)
+    prompt, completion, block = sample(kind, prompt_rate=0.0)
     assert not prompt.any()
     assert not completion[:, :, SCORED][
-        np.broadcast_to(POSITION_BLOCK[SCORED], (500, 2, 21)) < block[:, :, None]
+        np.broadcast_to(POSITION_BLOCK[SCORED], (KEYS, 2, 21)) < block[:, :, None]
     ].any()
 
 
@@ -85,7 +103,7 @@ def test_perturbation_of_completions_can_be_off_while_prompts_keep_theirs():
 
 
 def test_full_masks_every_completion_token():
-    _, completion, block = sample('full', keys=100)
+    _, completion, block = sample('full')
     assert completion.all() and not block.any()
 
 
@@ -163,29 +181,23 @@ def test_released_block_draw_is_a_permutation_of_all_blocks_modulo_those_reached
     assert_rate(block == 0, 0.5)
 
 
-@pytest.mark.parametrize('block_draw', ['balanced', 'released'])
-def test_a_completion_of_one_token_is_scored_by_every_draw(block_draw):
-    scored = np.arange(LENGTH) < 1
-    for kind in KINDS:
-        _, completion, block = sample(
-            kind, draws=5, keys=20, scored=scored, block_draw=block_draw
-        )
-        assert completion.all() and not block.any()
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('length', [0, 1])
+def test_completions_of_one_token_or_none_are_masked_by_every_draw(kind, length):
+    _, completion, block = sample(kind, scored=np.arange(LENGTH) < length)
+    assert completion.all() and not block.any()
 
 
-def test_nothing_scored_masks_the_whole_completion():
-    for kind in KINDS:
-        _, completion, _ = sample(kind, keys=20, scored=np.zeros(LENGTH, bool))
-        assert completion.all()
-
-
-def test_draws_depend_on_the_key_and_not_on_the_batch():
+def test_draws_depend_on_the_key_and_not_on_the_batch_or_the_number_of_draws():
     corruption = Corruption('block', 3, BLOCK)
     keys = jax.random.split(jax.random.key(1), 6)
-    batch = jax.vmap(corruption, (0, None, None))(keys, PROMPT_MASK, SCORED)
-    alone = corruption(keys[4], PROMPT_MASK, SCORED)
+    batch = corrupted(corruption, keys, SCORED)
+    alone = jax.jit(corruption)(keys[4], PROMPT_MASK, SCORED)
     np.testing.assert_array_equal(batch.masked[4], alone.masked)
     np.testing.assert_array_equal(batch.block[4], alone.block)
+    fewer = corrupted(Corruption('block', 2, BLOCK), keys, SCORED)
+    np.testing.assert_array_equal(batch.masked[:, :2], fewer.masked)
+    np.testing.assert_array_equal(batch.block[:, :2], fewer.block)
     assert len(np.unique(np.asarray(batch.masked).reshape(18, -1), axis=0)) == 18
 
 
