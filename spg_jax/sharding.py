@@ -172,6 +172,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Devices, or groups of them, that rows are split over."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Host arrays to devices, rows over ('data', 'fsdp').
 
@@ -184,7 +189,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
       ValueError: when the row shards do not divide B.
     """
     sharding = batch_sharding(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    shards = row_shards(mesh)
 
     def put(x):
         x = np.asarray(x)

@@ -63,7 +63,7 @@ def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; its backward keeps only the two inputs, not two more arrays of their size."""
+    """silu(gate) * up; the backward keeps only the two inputs, not more arrays of their size."""
     return nn.silu(gate) * up
 
 

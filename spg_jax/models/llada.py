@@ -5,7 +5,7 @@ if the table uses each of its tensors exactly once and each has the shape that c
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,11 +95,8 @@ def load_checkpoint(
         of the wrong shape or type; the message names it.
     """
     directory = Path(directory)
-    config, ids = read_config(directory / 'config.json', **overrides)
-    files = open_tensors(directory)
+    config, ids, files = check_checkpoint(directory, **overrides)
     target = abstract_params(Transformer(config), mesh)
-    expected = tensor_shapes(config)
-    _check_tensors(directory, files, expected, config)
 
     def read(path, leaf):
         source = TABLE[tuple(key.key for key in path)]
@@ -115,6 +112,17 @@ def load_checkpoint(
         )
 
     return config, ids, jax.tree_util.tree_map_with_path(read, target)
+
+
+def check_checkpoint(
+    directory: Path, **overrides: Any
+) -> tuple[TransformerConfig, SpecialIds, Mapping[str, safe_open]]:
+    """Configuration, special ids and opened files of a checkpoint whose tensors all fit; none of
+    them is read. Raises as `load_checkpoint`."""
+    config, ids = read_config(directory / 'config.json', **overrides)
+    files = open_tensors(directory)
+    _check_tensors(directory, files, tensor_shapes(config), config)
+    return config, ids, files
 
 
 def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, SpecialIds]:
@@ -151,13 +159,28 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
     surplus = sorted(set(overrides) - {'dtype', 'param_dtype', 'remat', 'scan_unroll', 'attention'})
     if surplus:
         raise ValueError(f'model.{surplus[0]} comes from {path}; leave it out')
+    config = _transformer_config(published, get, overrides)
+    ids = SpecialIds(*(get(f'{name}_token_id') for name in SpecialIds._fields))
+    for name, value in ids._asdict().items():
+        if not 0 <= value < config.vocab_size:
+            raise ValueError(
+                f'{path}: {name}_token_id is {value}, outside the {config.vocab_size} rows of the '
+                'embedding; use the config.json that came with the weights'
+            )
+    return config, ids
+
+
+def _transformer_config(
+    published: Mapping[str, Any], get: Callable[[str], Any], overrides: Mapping[str, Any]
+) -> TransformerConfig:
+    """What config.json says, in our terms; `get` complains about keys that must be there."""
     width, heads = get('d_model'), get('n_heads')
     # Null in published files stands for what these are derived from.
     vocab_size = published.get('embedding_size') or get('vocab_size')
     kv_heads = published.get('n_kv_heads') or (
         1 if published.get('multi_query_attention') else heads
     )
-    config = TransformerConfig(
+    return TransformerConfig(
         **{
             'vocab_size': vocab_size,
             'width': width,
@@ -174,14 +197,6 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
             **overrides,
         }
     )
-    ids = SpecialIds(*(get(f'{name}_token_id') for name in SpecialIds._fields))
-    for name, value in ids._asdict().items():
-        if not 0 <= value < vocab_size:
-            raise ValueError(
-                f'{path}: {name}_token_id is {value}, outside the {vocab_size} rows of the '
-                'embedding; use the config.json that came with the weights'
-            )
-    return config, ids
 
 
 def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

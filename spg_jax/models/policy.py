@@ -19,9 +19,7 @@ class Policy:
     config: TransformerConfig
     mask_id: int
     eos_id: int
-    allowed: (
-        np.ndarray
-    )  # [V] bool, ids that may be generated: never MASK, nor ids no tokenizer knows
+    allowed: np.ndarray  # [V] bool, what may be generated: not MASK, nor ids without a word
 
     @property
     def model(self) -> Transformer:

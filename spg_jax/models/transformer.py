@@ -194,11 +194,11 @@ class Block(nn.Module):
 
 
 def _embedding_std(config: TransformerConfig) -> float:
-    """Width**-0.5, or width**-1 where tied logits are not scaled.
+    """1 where tied logits are scaled by width**-0.5, width**-1 where not; else width**-0.5.
 
-    A token's hidden state starts close to its own embedding, so with tied tables its own logit
-    starts near std * sqrt(width) (scaled) or std * width (not scaled): this keeps it at or below 1,
-    near uniform.
+    With 1 a token enters the residual stream as large as what the layers add to it, and small
+    models learn far faster; each position starts by predicting the token it sees, and unlearns it.
     """
-    unscaled = config.tie_embeddings and not config.scale_logits
-    return 1 / config.width if unscaled else config.width**-0.5
+    if not config.tie_embeddings:
+        return config.width**-0.5
+    return 1.0 if config.scale_logits else 1 / config.width
