@@ -1,9 +1,7 @@
 """Text to token ids and back, for policies small enough to have a vocabulary of their own."""
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -123,32 +121,3 @@ class WordTokenizer:
         allowed = np.arange(size) < self.size
         allowed[[self.mask_id, self.pad_id]] = False
         return allowed
-
-    def save(self, path: str | Path) -> None:
-        """Writes the vocabulary as JSON, so that `load` gives back the same ids."""
-        Path(path).write_text(
-            json.dumps({'kind': 'words', 'words': self.words}) + '\n', encoding='utf-8'
-        )
-
-
-def load(path: str | Path) -> WordTokenizer:
-    """Reads a tokenizer that `save` wrote.
-
-    Raises:
-      ValueError: names the file, what was found and what was expected.
-    """
-    try:
-        saved = json.loads(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        raise ValueError(
-            f'{path}: cannot be read ({error.strerror}); expected a saved tokenizer'
-        ) from error
-    except ValueError as error:
-        raise ValueError(f'{path}: not JSON ({error}); expected a saved tokenizer') from error
-    match saved:
-        case {'kind': 'words', 'words': [*words]} if all(isinstance(word, str) for word in words):
-            try:
-                return WordTokenizer(words)
-            except ValueError as error:
-                raise ValueError(f'{path}: {error}') from error
-    raise ValueError(f"{path}: expected {{'kind': 'words', 'words': [...]}}, found something else")

@@ -1,6 +1,7 @@
 """The generated problems of a task: made once by its TFDS builder, then read at random."""
 
 import contextlib
+import fcntl
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +30,11 @@ class Source:
         # Readers raise anything, from KeyError to a RuntimeError out of C++; none of it may end as
         # a traceback.
         try:
-            made = builder(data_dir=data_dir, file_format='array_record')
-            with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to results
+            data_dir.mkdir(parents=True, exist_ok=True)
+            # One process makes the data, others wait for it. Standard output belongs to results.
+            with (data_dir / 'lock').open('w') as lock, contextlib.redirect_stdout(sys.stderr):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                made = builder(data_dir=data_dir, file_format='array_record')
                 made.download_and_prepare()
             self._records = made.as_data_source(split)
             found, expected = len(self._records), made.info.splits[split].num_examples

@@ -29,6 +29,12 @@ def all_grids() -> tuple[str, ...]:
     return tuple(partial)
 
 
+@functools.cache
+def grid_array() -> np.ndarray:
+    """Returns every grid as [288, 16] digits, in the order of `all_grids`."""
+    return np.array([list(map(int, grid)) for grid in all_grids()])
+
+
 def count_solutions(puzzles: np.ndarray) -> np.ndarray:
     """Returns how many grids agree with each puzzle.
 
@@ -38,11 +44,10 @@ def count_solutions(puzzles: np.ndarray) -> np.ndarray:
     Returns:
       [N] int.
     """
-    grids = np.array([list(map(int, grid)) for grid in all_grids()])
     digits = np.arange(1, 5)
     # A grid fits when it agrees in as many cells as the puzzle has clues; one matrix product counts
     # agreements.
-    agreements = _one_hot(puzzles, digits) @ _one_hot(grids, digits).T
+    agreements = _one_hot(puzzles, digits) @ _one_hot(grid_array(), digits).T
     clues = (puzzles > 0).sum(axis=1)
     return (agreements == clues[:, None]).sum(axis=1)
 

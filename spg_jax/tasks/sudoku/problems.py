@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spg_jax.tasks.sudoku.grids import all_grids, count_solutions
+from spg_jax.tasks.sudoku.grids import all_grids, count_solutions, grid_array
 
 SIZES = {'test': 256, 'validation': 256, 'train': 20_000}
 SEED = 20251009
@@ -16,6 +16,7 @@ VALIDATION_GRIDS = 24
 # Empty cells -> puzzles of that kind in the published test set, whose mix every split has.
 EMPTIES = {7: 82, 8: 83, 9: 76, 11: 12, 12: 3}
 PUBLISHED = Path(__file__).with_name('published_problems.json')
+_TRIES = 1 << 12
 
 
 def identity(puzzle: str) -> str:
@@ -59,20 +60,22 @@ def _draw(pool: list[int], size: int, random: np.random.RandomState) -> list[tup
     """Fixes each puzzle's grid and number of empty cells, then draws cells until they will do."""
     mix = np.repeat(list(EMPTIES), list(EMPTIES.values()))
     empties = random.permutation(np.resize(mix, size))
-    grids = np.array([list(map(int, all_grids()[index])) for index in pool])
+    grids = grid_array()[pool]
     solutions = random.permutation(np.resize(np.arange(len(pool)), size))
     seen = set(published()['puzzles'])
     drawn: list[tuple[str, str] | None] = [None] * size
     pending = np.arange(size)
     while pending.size:
-        filled = grids[solutions[pending]]
+        # Few clues seldom do, so the last puzzles to be found get many tries a round.
+        tries = np.repeat(pending, max(1, _TRIES // pending.size))
+        filled = grids[solutions[tries]]
         rank = random.random_sample(filled.shape).argsort(axis=1).argsort(axis=1)
-        puzzles = np.where(rank < empties[pending][:, None], 0, filled)
+        puzzles = np.where(rank < empties[tries][:, None], 0, filled)
         for place in np.flatnonzero(count_solutions(puzzles) == 1):
             puzzle = _text(puzzles[place])
-            if identity(puzzle) not in seen:
+            if drawn[tries[place]] is None and identity(puzzle) not in seen:
                 seen.add(identity(puzzle))
-                drawn[pending[place]] = (puzzle, _text(filled[place]))
+                drawn[tries[place]] = (puzzle, _text(filled[place]))
         pending = np.array([place for place in pending if drawn[place] is None], dtype=int)
     return drawn
 

@@ -1,0 +1,65 @@
+"""Whatever a model writes, rewards and scores are numbers, at once."""
+
+import time
+
+import pytest
+
+from spg_jax import tasks
+
+EXAMPLES = {
+    'countdown': {'numbers': [9, 9, 9], 'target': 9},
+    'sudoku': {'puzzle': '0040423100030104', 'solution': '1342423124133124'},
+}
+LONG = 100_000
+CONTENTS = {
+    'letters': 'a' * LONG,
+    'digits': '9' * LONG,
+    'digits and spaces': '9 ' * (LONG // 2),
+    'deep parentheses': '(' * (LONG // 2) + ')' * (LONG // 2),
+    'numbers in deep parentheses': '(' * 40_000 + '9+9-9' + ')' * 40_000,
+    'tower of powers': '9**9**9',
+    'larger tower': '9**(9**9)',
+    'long tower': '9**' * (LONG // 3) + '9',
+    'unicode digits': '\u0669' * LONG,
+    'unicode tower': '\uff19+\uff19-\uff19',
+    'division by zero': '9/(9-9)',
+    'NUL bytes': '\0' * LONG,
+    'NUL in an expression': '9+9-9\0',
+    'white space': ' \n\t' * (LONG // 3),
+    'equals signs': '=' * LONG,
+    'equations': '1=1' * (LONG // 3),
+    'opening tags': '<answer>' * (LONG // 8),
+    'closing tags': '</answer>' * (LONG // 9),
+    'both tags': '<answer></answer>' * (LONG // 17),
+    'fences': '```' * (LONG // 3),
+    'open fences': '``` 1' * (LONG // 5),
+    'a fence that never closes': '```' + '1 ' * (LONG // 2),
+    'boxes': '\\boxed{' * (LONG // 7),
+    'spaced boxes': '\\boxed ' * (LONG // 7),
+    'braces': '{' * (LONG // 2) + '}' * (LONG // 2),
+    'half a surrogate pair': '\ud800' * 1000,
+    'sixteen digits each': '1234123412341234 ' * (LONG // 17),
+    'minus signs': '-' * LONG + '9',
+}
+WRAPPERS = [
+    '{}',
+    '<answer>{}',
+    '<answer>{}</answer>',
+    '{}</answer>',
+    '\\boxed{{{}}}',
+    '\\boxed{{{}',
+]
+
+
+@pytest.mark.parametrize('format', ['compact', 'published_train', 'published_eval'])
+@pytest.mark.parametrize('name', sorted(tasks.TASKS))
+@pytest.mark.parametrize('content', CONTENTS)
+def test_hostile_completions(content, name, format):
+    task, example = tasks.get(name, format), EXAMPLES[name]
+    for wrapper in WRAPPERS:
+        completion = wrapper.format(CONTENTS[content])
+        start = time.process_time()
+        reward, score = task.reward(completion, example), task.score(completion, example)
+        assert time.process_time() - start < 0.5, wrapper
+        assert isinstance(reward, float) and 0 <= reward < 1
+        assert 0 <= score.right <= score.total and not score.solved

@@ -1,0 +1,198 @@
+"""Sudoku: reward and scores against verdicts set by hand, demonstrations, grids, problems."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spg_jax import tasks
+from spg_jax.tasks.sudoku import grids, problems
+
+HERE = Path(__file__).parent
+EXAMPLE = {'puzzle': '0040423100030104', 'solution': '1342423124133124', 'index': 0}
+UNITS = [
+    *([4 * row + column for column in range(4)] for row in range(4)),
+    *([4 * row + column for row in range(4)] for column in range(4)),
+    *([corner + step for step in (0, 1, 4, 5)] for corner in (0, 2, 8, 10)),
+]
+
+
+@pytest.fixture(scope='module')
+def generated():
+    return problems.generate()
+
+
+def valid(grid):
+    return all(sorted(grid[cell] for cell in unit) == list('1234') for unit in UNITS)
+
+
+def solutions(puzzle):
+    """Every way to fill a puzzle, row by row over all permutations of each row."""
+    rows = [
+        [
+            row
+            for row in map(''.join, itertools.permutations('1234'))
+            if fits(row, puzzle[4 * i : 4 * i + 4])
+        ]
+        for i in range(4)
+    ]
+    return [grid for grid in map(''.join, itertools.product(*rows)) if valid(grid)]
+
+
+def fits(row, given):
+    return all(clue in ('0', cell) for clue, cell in zip(given, row, strict=True))
+
+
+@pytest.mark.parametrize('line', (HERE / 'sudoku_completions.jsonl').read_text().splitlines())
+def test_reward_and_published_score_by_hand(line):
+    case = json.loads(line)
+    for format in ('published_train', 'published_eval'):
+        task = tasks.get('sudoku', format)
+        example = task.read_record(case['question'], case['ground_truth'])
+        right, total = case['score']
+        assert task.score(case['completion'], example) == (right, total, right == total), case[
+            'rule'
+        ]
+        assert task.reward(case['completion'], example) == case['reward'], case['rule']
+
+
+def test_compact_reward_and_score_read_the_same():
+    task = tasks.get('sudoku')
+    assert task.scorer == 'compact'
+    for answer, right in [('1 3 4 2 4 2 3 1 2 4 1 3 3 1 2 4', 8), ('1 3 4 2', 3), ('x', 0)]:
+        completion = f'<answer> 0 </answer> <answer> {answer} </answer>'
+        assert task.score(completion, EXAMPLE) == (right, 8, right == 8)
+        assert task.reward(completion, EXAMPLE) == right / 8
+    full = {'puzzle': EXAMPLE['solution'], 'solution': EXAMPLE['solution']}
+    assert task.reward('<answer>1</answer>', full) == 0  # nothing empty: not a division by zero
+
+
+def test_compact_text():
+    task, rng = tasks.get('sudoku'), np.random.default_rng(0)
+    assert task.prompt(EXAMPLE) == '0 0 4 0 4 2 3 1 0 0 0 3 0 1 0 4 :'
+    assert (
+        task.demonstration(EXAMPLE, rng, 1.0)
+        == '<answer> 1 3 4 2 4 2 3 1 2 4 1 3 3 1 2 4 </answer>'
+    )
+    # Rows as they lack digits: 1 2 . 3, nothing, 1 2 4, 2 . 3.
+    assert (
+        task.demonstration(EXAMPLE, rng, 0.0)
+        == '<answer> 1 2 4 3 4 2 3 1 1 2 4 3 2 1 3 4 </answer>'
+    )
+
+
+def test_published_text_has_three_worked_examples_from_training_grids():
+    task = tasks.get('sudoku', 'published_eval')
+    prompt = task.prompt(EXAMPLE)
+    assert prompt.endswith(f'Puzzle: {EXAMPLE["puzzle"]}\n') and task.prefill == '<reasoning>'
+    assert tasks.get('sudoku', 'published_train').prefill == ''
+    worked = re.findall(
+        r'Puzzle: ([0-4]{16})\n<reasoning>.*?<answer>\n([1-4]{16})\n', prompt, re.DOTALL
+    )
+    assert len(worked) == 3
+    training = problems.grids_of_splits()['train']
+    for puzzle, solution in worked:
+        assert solutions(puzzle) == [solution]
+        assert grids.all_grids().index(solution) in training
+
+
+def test_there_are_288_grids():
+    found = grids.all_grids()
+    assert len(set(found)) == 288 and list(found) == sorted(found) and all(map(valid, found))
+
+
+def test_counting_solutions():
+    puzzles = ['0' * 16, '1' + '0' * 15, EXAMPLE['puzzle'], '11' + '0' * 14, '1200' + '0' * 12]
+    counts = grids.count_solutions(np.array([list(map(int, puzzle)) for puzzle in puzzles]))
+    assert counts.tolist() == [288, 72, 1, 0, len(solutions(puzzles[-1]))]
+
+
+def test_puzzles_are_what_they_should_be(generated):
+    assert {split: len(drawn) for split, drawn in generated.items()} == problems.SIZES
+    for split, drawn in generated.items():
+        empties = Counter(puzzle.count('0') for puzzle, _ in drawn)
+        assert set(empties) == set(problems.EMPTIES)
+        for number, published in problems.EMPTIES.items():
+            assert empties[number] / len(drawn) == pytest.approx(published / 256, abs=0.01)
+        for puzzle, solution in drawn[:100]:
+            assert solutions(puzzle) == [solution], split
+
+
+def test_splits_share_no_solution_and_no_published_puzzle(generated):
+    found = {
+        split: {grids.all_grids().index(solution) for _, solution in drawn}
+        for split, drawn in generated.items()
+    }
+    assert found == {split: set(pool) for split, pool in problems.grids_of_splits().items()}
+    assert {split: len(pool) for split, pool in found.items()} == {
+        'test': 88,
+        'validation': 24,
+        'train': 176,
+    }
+    assert not found['test'] & found['validation'] and not found['train'] & found['validation']
+    assert not found['train'] & found['test']
+    assert found['test'] == set(problems.published()['solutions'])
+    puzzles = [puzzle for drawn in generated.values() for puzzle, _ in drawn]
+    assert len(set(puzzles)) == len(puzzles)
+    assert len(problems.published()['puzzles']) == 256
+    assert not set(problems.published()['puzzles']) & set(map(problems.identity, puzzles))
+
+
+def test_a_published_puzzle_is_never_drawn(generated, monkeypatch):
+    first, _ = generated['test'][0]
+    forbidden = {**problems.published(), 'puzzles': [problems.identity(first)]}
+    monkeypatch.setattr(problems, 'published', lambda: forbidden)
+    monkeypatch.setattr(problems, 'SIZES', {'test': 256})
+    assert first not in {puzzle for puzzle, _ in problems.generate()['test']}
+
+
+def test_generation_is_the_same_for_ever(generated):
+    """Pinned: figures of one release must be figures on the same problems in the next."""
+    assert generated['test'][0] == ('1030042040002140', '1234342143122143')
+    assert generated['train'][0] == ('0201130030002140', '4231132434122143')
+    assert problems.generate() == generated
+
+
+def test_published_set(reference, generated):
+    examples = tasks.get('sudoku').read_published(reference / 'data' / 'sudoku_test.csv')
+    assert len(examples) == 256
+    assert examples[0] == {'puzzle': '0310200404001043', 'solution': '4312213434211243', 'index': 0}
+    published = {grids.all_grids().index(example['solution']) for example in examples}
+    assert published == set(problems.published()['solutions'])
+    puzzles = {example['puzzle'] for example in examples}
+    assert set(map(problems.identity, puzzles)) == set(problems.published()['puzzles'])
+    assert not puzzles & {puzzle for drawn in generated.values() for puzzle, _ in drawn}
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '0310200404001043',
+        '0310200404001043,431221343421124',
+        '0310200404001045,4312213434211243',
+        '1310200404001043,4312213434211243',
+        'x,y',
+        '\0,' * 50,
+    ],
+)
+def test_a_wrong_published_line_is_named(tmp_path, line):
+    path = tmp_path / 'test.csv'
+    path.write_text('Puzzle,Solution\n0310200404001043,4312213434211243\n' + line + '\n')
+    with pytest.raises(ValueError) as error:
+        tasks.get('sudoku').read_published(path)
+    message = str(error.value)
+    assert message.startswith(f'{path}:3: found ') and 'expected 16 digits' in message
+    assert '\n' not in message and len(message) < 400
+
+
+def test_a_wrong_header_is_named(tmp_path):
+    path = tmp_path / 'test.csv'
+    path.write_text('0310200404001043,4312213434211243\n')
+    with pytest.raises(
+        ValueError, match='test.csv:1: found .* expected the header Puzzle,Solution'
+    ):
+        tasks.get('sudoku').read_published(path)

@@ -1,0 +1,105 @@
+"""The interface every task has: names, formats, prompt files, vocabularies, figures."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from spg_jax import tasks
+from spg_jax.tasks.task import Score
+from spg_jax.tokenizers import WordTokenizer
+
+EXAMPLES = {
+    'countdown': {'numbers': [74, 3, 5], 'target': 37},
+    'sudoku': {'puzzle': '0040423100030104', 'solution': '1342423124133124'},
+}
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="unknown task 'sudocu'; known are countdown, sudoku"):
+        tasks.get('sudocu')
+    with pytest.raises(ValueError, match="'short'.* compact, published_train, published_eval"):
+        tasks.get('sudoku', 'short')
+
+
+@pytest.mark.parametrize('name', sorted(tasks.TASKS))
+def test_vocabulary_covers_compact_text(name):
+    task, example, rng = tasks.get(name), EXAMPLES[name], np.random.default_rng(0)
+    tokenizer = WordTokenizer(task.vocabulary)
+    for text in (task.prompt(example), *(task.demonstration(example, rng, p) for p in (0.0, 1.0))):
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(text.split())  # word by word
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize('name', sorted(tasks.TASKS))
+def test_a_right_demonstration_is_right(name):
+    for format in ('compact', 'published_train'):
+        task, rng = tasks.get(name, format), np.random.default_rng(0)
+        assert task.reward(task.demonstration(EXAMPLES[name], rng, 1.0), EXAMPLES[name]) == 1
+    for format in ('compact', 'published_eval'):
+        task, rng = tasks.get(name, format), np.random.default_rng(0)
+        assert task.score(task.demonstration(EXAMPLES[name], rng, 1.0), EXAMPLES[name]).solved
+
+
+def test_prompt_template_file(tmp_path):
+    path = tmp_path / 'prompt.txt'
+    path.write_text('Make {target} of {numbers}, inside \\boxed{}, {as said}.\n')
+    task = tasks.get('countdown', 'published_eval', str(path))
+    expected = 'Make 37 of 74, 3, 5, inside \\boxed{}, {as said}.\n'
+    assert task.prompt(EXAMPLES['countdown']) == expected
+    assert task.prefill == '<reasoning>'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (
+            '{numbers}',
+            r'placeholder \{target\} is missing; this task needs \{numbers\} and \{target\}',
+        ),
+        ('{numbers} {target} {goal}', r'unknown placeholder \{goal\}; this task fills in'),
+        (None, 'cannot be read .No such file or directory'),
+        (b'\xff{numbers}', 'cannot be read .UnicodeDecodeError'),
+    ],
+)
+def test_wrong_prompt_template(tmp_path, text, message):
+    path = tmp_path / 'prompt.txt'
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        tasks.get('countdown', prompt_template=str(path))
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_figures_pool_items():
+    scores = [Score(8, 8, True), Score(1, 12, False)]
+    assert tasks.get('sudoku').figures(scores) == {
+        'task': 'sudoku',
+        'accuracy': 9 / 20,
+        'correct': 9,
+        'total': 20,
+        'grid_accuracy': 0.5,
+        'scorer': 'compact',
+    }
+    scores = [Score(1, 1, True), Score(0, 1, False), Score(0, 1, False)]
+    assert tasks.get('countdown', 'published_eval').figures(scores) == {
+        'task': 'countdown',
+        'accuracy': 1 / 3,
+        'correct': 1,
+        'total': 3,
+        'scorer': 'published',
+    }
+    with pytest.raises(ValueError, match='nothing to score'):
+        tasks.get('countdown').figures([])
+
+
+def test_tasks_need_neither_jax_nor_tensorflow():
+    code = (
+        'import sys; from spg_jax import tasks, score, tokenizers; '
+        'tasks.get("countdown").builder(); tasks.get("sudoku").builder(); '
+        'print(sorted({"jax", "flax", "tensorflow"} & set(sys.modules)))'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'

@@ -1,0 +1,155 @@
+"""The score command: totals, both layouts of a file, one line for every kind of wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spg_jax import score
+
+FIXTURES = Path(__file__).parent / 'tasks'
+COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
+SUDOKU = FIXTURES / 'sudoku_completions.jsonl'
+
+
+def run(*arguments):
+    """Runs the command and returns (exit code, last line printed, what went to standard error)."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'spg_jax.score', *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, (done.stdout.splitlines() or [''])[-1], done.stderr
+
+
+def test_countdown_file():
+    code, last, error = run('--task=countdown', COUNTDOWN)
+    cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
+    right = sum(case['score'] for case in cases)
+    assert (code, error) == (0, '')
+    assert json.loads(last) == {
+        'task': 'countdown',
+        'accuracy': right / len(cases),
+        'correct': right,
+        'total': len(cases),
+        'files': [str(COUNTDOWN)],
+        'scorer': 'published',
+    }
+
+
+def test_sudoku_pools_cells_over_files(tmp_path):
+    """Files of 8 and 12 empty cells: the mean of the two shares would be another number."""
+    one, two = tmp_path / 'one.jsonl', tmp_path / 'two.jsonl'
+    truth = '1342423124133124'
+    record = {
+        'question': '0040423100030104',
+        'ground_truth': truth,
+        'completion': f'<answer>{truth}</answer>',
+    }
+    one.write_text(json.dumps(record) + '\n\n')
+    record |= {'question': '0000420000030004', 'completion': '<answer>1300</answer>'}
+    two.write_text(json.dumps(record))
+    figures = score.score('sudoku', [str(one), str(two)])
+    assert (figures['correct'], figures['total'], figures['accuracy']) == (10, 20, 0.5)
+    assert figures['grid_accuracy'] == 0.5 and figures['files'] == [str(one), str(two)]
+
+
+def test_the_published_layout_gives_the_same(tmp_path):
+    path = tmp_path / 'generations.json'
+    cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
+    generations = [
+        {
+            'question': c['question'],
+            'ground_truth': c['ground_truth'],
+            'generations': c['completion'],
+        }
+        for c in cases
+    ]
+    path.write_text(json.dumps({'generations': generations, 'metrics': {}}, indent=2))
+    assert score.score('countdown', [str(path)])['correct'] == sum(case['score'] for case in cases)
+
+
+@pytest.mark.parametrize('path', [COUNTDOWN, SUDOKU], ids=lambda path: path.stem)
+def test_verify_agrees(path):
+    result = score.verify(str(path))
+    assert result['disagreements'] == 0
+    assert result['checked'] == len(path.read_text().splitlines()) >= 20
+
+
+def test_verify_shows_disagreements_and_what_it_skips(tmp_path):
+    path = tmp_path / 'verdicts.jsonl'
+    cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
+    cases[1]['score'] = not cases[1]['score']
+    path.write_text('\n'.join(json.dumps(case) for case in [*cases, {'task': 'gsm8k'}]))
+    done = subprocess.run(
+        [sys.executable, '-m', 'spg_jax.score', '--verify', str(path)],
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert lines[0] == f'{path}:2: countdown: ours True, theirs False'
+    assert lines[1].startswith('1 of task gsm8k skipped: no scorer for it here')
+    assert json.loads(lines[2])['disagreements'] == 1
+
+
+GOOD = '{"question": "", "ground_truth": [[2, 4, 3], 5], "completion": "2*4-3"}\n'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('', 'the file is empty'),
+        ('\n \n', 'the file is empty'),
+        (GOOD + 'nonsense', ":2: found 'nonsense', expected JSON"),
+        (GOOD + '[1]', ':2: found [1], expected a JSON object'),
+        (GOOD + '{"question": ""}', ':2: found '),
+        (GOOD + GOOD.replace('[2, 4, 3]', '[]'), ':2: found ground_truth'),
+        (GOOD + GOOD.replace('[2, 4, 3]', '[true, 4, 3]'), ':2: found ground_truth'),
+        (GOOD + GOOD.replace('"2*4-3"', '7'), ':2: completion is 7, expected text'),
+        (GOOD + '[' * 100_000, ':2: found '),
+        (GOOD + '{"a": ' + '9' * 10_000 + '}', ':2: found '),
+        ('{"generations": []}', 'generations is [], expected a list'),
+        ('{"generations": [7]}', 'generations[0]: found 7, expected question'),
+        (b'\xff\xfe', 'byte 0 is not UTF-8'),
+        (None, 'cannot be read (No such file or directory)'),
+    ],
+)
+def test_wrong_files(tmp_path, text, message):
+    path = tmp_path / 'file.jsonl'
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as error:
+        score.score('countdown', [str(path)])
+    shown = str(error.value)
+    assert shown.startswith(str(path)) and message in shown
+    assert '\n' not in shown and len(shown) < 400
+
+
+def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
+    path = tmp_path / 'file.jsonl'
+    path.write_text('{"question": "123", "ground_truth": "1342423124133124", "completion": ""}')
+    with pytest.raises(
+        ValueError, match=":1: found question '123'.*expected a puzzle of 16 digits"
+    ):
+        score.score('sudoku', [str(path)])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
+        (['--task=chess', COUNTDOWN], "unknown task 'chess'; known are countdown, sudoku"),
+        (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
+        ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
+        (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
+        (['--task=sudoku', COUNTDOWN], 'found question'),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_1(arguments, message):
+    code, last, error = run(*arguments)
+    assert (code, last) == (1, '')
+    assert message in error and error.count('\n') == 1 and 'Traceback' not in error
