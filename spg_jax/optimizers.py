@@ -28,8 +28,10 @@ def for_rl(config: ml_collections.ConfigDict, total_steps: int) -> optax.Gradien
     )
 
 
-def for_pretraining(config: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; warm-up over a fortieth of the steps, then cosine to a twentieth.
+def for_pretraining(
+    config: ml_collections.ConfigDict, total_steps: int
+) -> optax.GradientTransformation:
+    """AdamW with gradient clipping; warm-up over a fortieth of the steps, then cosine to a tenth.
 
     Args:
       config: the `base` group.
@@ -39,7 +41,7 @@ def for_pretraining(config: ml_collections.ConfigDict, total_steps: int) -> opta
         config.learning_rate,
         warmup_steps=max(1, total_steps // 40),
         decay_steps=max(2, total_steps),
-        end_value=config.learning_rate / 20,
+        end_value=config.learning_rate / 10,
     )
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
@@ -50,7 +52,9 @@ def for_pretraining(config: ml_collections.ConfigDict, total_steps: int) -> opta
 def decayed(params: Any) -> Any:
     """True at the parameters that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not UNDECAYED.search(jax.tree_util.keystr(path, simple=True, separator='/')),
+        lambda path, _: (
+            not UNDECAYED.search(jax.tree_util.keystr(path, simple=True, separator='/'))
+        ),
         params,
     )
 
@@ -58,8 +62,13 @@ def decayed(params: Any) -> Any:
 def state_shardings(
     optimizer: optax.GradientTransformation, abstract_params: Any, shardings: Any, replicated: Any
 ) -> Any:
-    """Shardings of the optimiser's state: moments where their parameters are, the rest replicated."""
+    """Shardings of the optimiser's state: moments where their parameters are, the rest
+    replicated."""
     state = jax.eval_shape(optimizer.init, abstract_params)
     return optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated,
     )

@@ -1,67 +1,87 @@
-"""Trains a base policy: masked-diffusion training from scratch, or supervised fine-tuning of a checkpoint.
+"""Trains a base policy: masked diffusion from scratch, or supervised fine-tuning of a checkpoint.
 
-    python -m spg_jax.pretrain --config=configs/countdown.py                      # the base policy of that task
-    python -m spg_jax.pretrain --config=… --workdir=DIR --demonstrations=FILE     # on given answers
-    python -m spg_jax.pretrain --config=… --config.base.checkpoint=POLICY_DIR …   # starting from a policy
+    python -m spg_jax.pretrain --config=configs/countdown.py          # that task's base policy
+    python -m spg_jax.pretrain --config=… --workdir=DIR --demonstrations=FILE
+    python -m spg_jax.pretrain --config=… --workdir=DIR --config.base.checkpoint=POLICY_DIR
 
-The loss is that of LLaDA (arXiv 2502.09992, eq. 3 and 5): a uniformly drawn number k >= 1 of the C completion
-tokens is masked, EOS filling included, and their cross-entropy weighs 1/k. The numbers are stratified over
-the batch, which lowers the variance. The parameters kept are the decaying average.
+The loss is that of LLaDA (arXiv 2502.09992, eq. 3 and 5): a uniformly drawn number k >= 1 of the C
+completion tokens is masked, EOS filling included, and their cross-entropy weighs 1/k. The numbers
+are stratified over the batch, which lowers the variance. The parameters kept are the average.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from absl import app, flags
-from jax import Array
+from absl import flags
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
-from spg_jax import checkpoints, data, metrics, optimizers, sharding, tasks
-from spg_jax.cli import compile_cache, one_line_errors
-from spg_jax.config import digest
-from spg_jax.diffusion.bounds import completion_log_probs
+from spg_jax import checkpoints, cli, data, optimizers, sharding
+from spg_jax.config import digest, training_task
+from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.interruption import Interruption
+from spg_jax.metrics import MetricsWriter
+from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Params, Policy
-from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.models.transformer import TransformerConfig
 from spg_jax.progress import track
-from spg_jax.random import Purpose
-from spg_jax.rl.learner import Metrics, TrainState, apply_gradient
-from spg_jax.tokenizers import Tokenizer, WordTokenizer
-from spg_jax.validation import validate
+from spg_jax.random import Purpose, example_keys, step_key
+from spg_jax.runs import claimed, policy_of_run
+from spg_jax.tasks.task import Example, Task
+from spg_jax.tokenizers import SPECIALS, Tokenizer, WordTokenizer
+from spg_jax.train_state import (
+    Metrics,
+    TrainState,
+    apply_gradient,
+    initial_state,
+    shardings_of,
+)
+from spg_jax.validation import check_mesh, validate
 
+CHECKPOINT_EVERY = 1000
 FLAGS = flags.FLAGS
+
+
+def made_of(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
+    """Everything in a configuration that makes its base policy, wording of the prompt included."""
+    task = training_task(config)
+    return {
+        'task': {'name': task.name, 'format': task.format, 'template': task.template},
+        'model': config.model.to_dict(),
+        'base': {
+            name: value
+            for name, value in config.base.to_dict().items()
+            if name not in ('checkpoint', 'cache')
+        },
+        'sampling': {name: config.sampling[name] for name in ('prompt_length', 'length')},
+    }
 
 
 def base_directory(config: ml_collections.ConfigDict) -> Path:
     """Where the base policy of a configuration is or will be: named by everything that makes it."""
-    made_of = {
-        'task': {name: config.task[name] for name in ('name', 'format', 'prompt_template')},
-        'model': config.model.to_dict(),
-        'base': {name: value for name, value in config.base.items() if name not in ('checkpoint', 'cache')},
-        'length': [config.sampling.prompt_length, config.sampling.length],
-    }
-    return Path(config.base.cache) / f'{config.task.name}-{digest(made_of)}'
+    return Path(config.base.cache) / f'{config.task.name}-{digest(made_of(config))}'
 
 
-def find_or_make_base(config: ml_collections.ConfigDict, mesh: Mesh) -> Path | None:
-    """The directory of the base policy, trained now unless it exists; None if interrupted (and saved).
+def find_or_make_base(
+    config: ml_collections.ConfigDict, mesh: Mesh, interruption: Interruption
+) -> Path | None:
+    """The directory of the base policy, trained now unless it exists; None if interrupted (and
+    saved).
 
     Raises:
       ValueError, FileNotFoundError: `base.checkpoint` names something that is no policy.
     """
     if config.base.checkpoint:
-        return Path(config.base.checkpoint)
+        return policy_of_run(Path(config.base.checkpoint))
     directory = base_directory(config)
     if not checkpoints.is_policy(directory):
         print(f'base policy: training {directory}', flush=True)
-        if not pretrain(config, directory, mesh):
+        if not pretrain(config, directory, mesh, interruption):
             return None
     return directory
 
@@ -70,75 +90,111 @@ def pretrain(
     config: ml_collections.ConfigDict,
     directory: Path,
     mesh: Mesh,
+    interruption: Interruption,
     start_from: Path | None = None,
-    records: list[tuple[Any, str]] | None = None,
+    records: list[data.Record] | None = None,
 ) -> bool:
-    """Trains through `base.stages` and writes a policy directory; goes on where an earlier call was cut.
+    """Trains through `base.stages` and writes a policy directory, unless it is there already; goes
+    on where a call was cut.
 
     Args:
+      config: of the run; its `base` group says how to train.
+      directory: where the policy goes. What a cut training goes on from is beside it.
+      mesh: the devices.
+      interruption: looked at after every step.
       start_from: a policy to fine-tune; None starts from random parameters.
-      records: (problem, answer) pairs to imitate in every stage, in place of the task's demonstrator.
+      records: (problem, answer) pairs to imitate in every stage instead of the demonstrator.
 
     Returns:
       Whether it finished. If not, it was interrupted and everything is saved.
+
+    Raises:
+      FloatingPointError: `train.max_skipped` steps in a row were not finite; the state is saved.
+      ValueError, BlockingIOError: the place is another training's, or one is at work there.
     """
+    training = directory.with_name(directory.name + '.training')
+    given = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
+    with claimed(training, made_of(config) | {'given': given}):
+        if checkpoints.is_policy(directory):
+            return True
+        return _pretrain(config, directory, training, mesh, interruption, start_from, records)
+
+
+def _pretrain(
+    config: ml_collections.ConfigDict,
+    directory: Path,
+    training: Path,
+    mesh: Mesh,
+    interruption: Interruption,
+    start_from: Path | None,
+    records: list[data.Record] | None,
+) -> bool:
     started = time.monotonic()
-    task = tasks.get(config.task.name, config.task.format, config.task.prompt_template)
-    if start_from:
-        policy, tokenizer, params = checkpoints.load_policy(start_from, mesh)
-    else:
-        tokenizer = WordTokenizer(task.vocabulary)
-        policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
-        key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
-        params = sharding.init_params(Transformer(policy.config), key, mesh)
+    task = training_task(config)
+    policy, tokenizer, params = _starting_point(config, task, mesh, start_from)
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
     state = initial_state(params, optimizer, policy, mesh, average=True)
-    step_fn = make_step(policy, optimizer, config)
-    run = checkpoints.RunCheckpoints(directory.with_name(directory.name + '.checkpoints'), keep=1)
-    iterator_state = None
+    train_step = make_step(policy, optimizer, config, shardings_of(state))
+    run = checkpoints.RunCheckpoints(training / 'checkpoints', keep=1)
+    record: dict[str, Any] = {'stage': None, 'seconds': 0.0}
     if run.latest_step is not None:
         state, record = run.restore(checkpoints.abstract(state))
-        iterator_state = record['iterator']
-    directory.mkdir(parents=True, exist_ok=True)
-    writer = metrics.MetricsWriter(directory, start=int(state.step))
+    done, seconds_before = int(state.step), record['seconds']
+    writer = MetricsWriter(training, done, record.get('last_row'), seconds=seconds_before)
 
-    done, latest = int(state.step), {}
-    with Interruption() as interruption:
-        first = 0
-        for stage, (steps, right_share) in enumerate(config.base.stages):
-            last = first + steps
-            if done >= last:
-                first = last
-                continue
-            batches = _batches(config, task, tokenizer, records, right_share, stage)
-            if iterator_state:
-                batches.set_state(iterator_state)
-            iterator_state = None
-            what = f'base policy, {right_share:.0%} right' if records is None else 'fine-tuning'
-            for _ in track(range(done - first, steps), what, lambda: _figures(latest)):
-                batch = sharding.put_batch(mesh, next(batches))
-                state, pending = step_fn(state, batch)
-                done += 1
-                if done % 50 == 0 or done == total:
-                    latest = metrics.read(pending)
-                    writer.write({'step': done, **latest})
-                    if latest['skipped_in_a_row'] >= config.train.max_skipped:
-                        raise FloatingPointError(
-                            f'{directory}: {config.train.max_skipped} non-finite updates in a row at step {done}; '
-                            'lower base.learning_rate'
-                        )
-                if interruption.requested or done % 1000 == 0 and done < total:
-                    run.save(done, state, {'iterator': batches.get_state()})
-                if interruption.requested:
-                    print(f'stopped at step {done} of {total}, saved; run the same command to go on')
-                    return False
-            first = last
+    def save() -> None:
+        writer.flush()
+        seconds = seconds_before + time.monotonic() - started
+        saved = {'stage': stage, 'iterator': batches.get_state(), 'seconds': seconds}
+        run.save(done, state, saved | {'last_row': writer.last_row})
+
+    problems = None if records else list(task.source('train', config.task.data_dir))
+    for stage, (steps, right_share) in enumerate(config.base.stages):
+        first = sum(steps for steps, _ in config.base.stages[:stage])
+        batches = _batches(config, task, tokenizer, problems, records, right_share, stage)
+        if record['stage'] == stage:
+            batches.set_state(record['iterator'])
+        what = 'fine-tuning' if records else f'base policy, {right_share:.0%} right answers'
+        for step in track(range(done - first, steps), what, lambda: _figures(writer)):
+            state, metrics = train_step(state, sharding.put_batch(mesh, next(batches)))
+            done = first + step + 1
+            writer.push(done, metrics)
+            if done == total:
+                writer.flush()
+            if writer.last_row.get('skipped_in_a_row', 0) >= config.train.max_skipped:
+                save()
+                raise FloatingPointError(
+                    f'{training}: {config.train.max_skipped} non-finite steps in a row, saved at '
+                    f'step {done}; lower base.learning_rate in another --workdir'
+                )
+            if interruption.requested or done % CHECKPOINT_EVERY == 0:
+                save()
+            if interruption.requested:
+                print(f'stopped at step {done} of {total}, saved; the same command goes on')
+                return False
     writer.close()
     run.close()
-    notes = {'steps': done, 'seconds': time.monotonic() - started, 'stages': list(map(list, config.base.stages))}
+    seconds = seconds_before + time.monotonic() - started
+    notes = {'seconds': seconds, 'config': config.to_dict()}
     checkpoints.save_policy(directory, state.average, policy.config, tokenizer, notes)
     return True
+
+
+def _starting_point(
+    config: ml_collections.ConfigDict, task: Task, mesh: Mesh, start_from: Path | None
+) -> tuple[Policy, Tokenizer, Params]:
+    """A policy from disk, or a new one for the words of the task's compact format."""
+    if start_from:
+        return checkpoints.load_policy(start_from, mesh)
+    tokenizer = WordTokenizer(task.vocabulary)
+    policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
+    key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
+    params = sharding.init_params(policy.model, key, mesh)
+    if config.base.number_features:
+        params = with_number_features(params, tokenizer.words, len(SPECIALS))
+        params = jax.device_put(params, sharding.param_shardings(policy.model, mesh))
+    return policy, tokenizer, params
 
 
 def model_config(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TransformerConfig:
@@ -146,83 +202,43 @@ def model_config(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Tra
     return TransformerConfig(vocab_size=tokenizer.size, **config.model)
 
 
-def initial_state(
-    params: Params, optimizer: optax.GradientTransformation, policy: Policy, mesh: Mesh, *, average: bool
-) -> TrainState:
-    """A train state at step 0, every array sharded like its parameter."""
-    shardings = sharding.param_shardings(Transformer(policy.config), mesh)
-    whole = sharding.replicated(mesh)
-    opt_shardings = optimizers.state_shardings(optimizer, params, shardings, whole)
-    zero = jax.device_put(jnp.int32(0), whole)
-    return TrainState(
-        step=zero,
-        params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(params),
-        average=jax.tree.map(jnp.copy, params) if average else None,
-        skipped=jnp.copy(zero),
-    )
-
-
-def make_step(policy: Policy, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict):
-    """A compiled (state, Demonstrations) -> (state, metrics); the old state's memory is given up."""
+def make_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    shardings: TrainState,
+):
+    """A compiled (state, Demonstrations) -> (state, metrics); the old state is given up."""
 
     def step(state: TrainState, batch: data.Demonstrations) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.CORRUPT)
-        masked = stratified_masks(jax.random.fold_in(key, state.step), *batch.completion.shape)
-        loss, gradient = jax.value_and_grad(denoising_loss, argnums=1)(policy, state.params, batch, masked)
+        seed, purpose = config.base.seed, Purpose.CORRUPT
+        row_keys = example_keys(seed, purpose, state.step, batch.index)
+        masked = stratified_masks(
+            step_key(seed, purpose, state.step), row_keys, batch.completion.shape[1]
+        )
+        loss, gradient = jax.value_and_grad(denoising_loss, argnums=1)(
+            policy, state.params, batch.prompt, batch.prompt_mask, batch.completion, masked
+        )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
         decay = jnp.minimum(config.base.ema, (1.0 + state.step) / (10.0 + state.step))
-        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, state.params)
+        average = jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new, state.average, state.params
+        )
         return state.replace(average=average), applied | {'loss': (loss, jnp.float32(1))}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def stratified_masks(key: Array, rows: int, length: int) -> Array:
-    """[rows, length] bool: row r masks ceil(length * t_r) random positions, t_r = mod(u + r/rows, 1).
-
-    One uniform u for the whole batch: every share of masked tokens is equally often in it (MD4's
-    low-variance times).
-    """
-    time_key, position_key = jax.random.split(key)
-    times = jnp.mod(jax.random.uniform(time_key) + jnp.arange(rows) / rows, 1.0)
-    count = jnp.clip(jnp.ceil(times * length), 1, length)
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(position_key, (rows, length)), axis=1), axis=1)
-    return rank < count[:, None]
-
-
-def denoising_loss(policy: Policy, params: Params, batch: data.Demonstrations, masked: Array) -> Array:
-    """Mean over rows of the cross-entropy per masked token, in nats; its weight 1/k is C/k per token."""
-    noisy = jnp.where(masked, policy.mask_id, batch.completion)
-    logits = policy.completion_logits(params, batch.prompt, batch.prompt_mask, noisy)
-    logp = jax.vmap(completion_log_probs)(logits, batch.completion)
-    return -(jnp.where(masked, logp, 0.0).sum(1) / masked.sum(1)).mean()
-
-
-def read_demonstrations(path: str) -> list[tuple[Any, str]]:
-    """(problem, answer) pairs of a JSON lines file.
-
-    Raises:
-      ValueError, FileNotFoundError: naming the file, the line and what was expected.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist; expected JSON lines with "example" and "completion"')
-    records = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            records.append((row['example'], row['completion']))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}:{number}: expected {{"example": …, "completion": …}}, found {line[:60]!r}'
-            ) from error
-    if not records:
-        raise ValueError(f'{path} is empty; expected one demonstration a line')
-    return records
-
-
-def _batches(config, task, tokenizer, records, right_share, stage):
+def _batches(
+    config: ml_collections.ConfigDict,
+    task: Task,
+    tokenizer: Tokenizer,
+    problems: list[Example] | None,
+    records: list[data.Record] | None,
+    right_share: float,
+    stage: int,
+) -> grain.DatasetIterator:
     sizes = dict(
         batch_size=config.base.batch_size,
         prompt_length=config.sampling.prompt_length,
@@ -231,35 +247,43 @@ def _batches(config, task, tokenizer, records, right_share, stage):
     )
     if records is not None:
         return data.recorded_demonstrations(task, tokenizer, records, **sizes)
-    source = task.source('train', config.task.data_dir)
-    return data.demonstrations(task, tokenizer, source, right_share=right_share, **sizes)
+    return data.demonstrations(task, tokenizer, problems, right_share=right_share, **sizes)
 
 
-def _figures(latest: dict[str, float]) -> str:
-    return f'loss {latest["loss"]:.3f}' if latest else ''
+def _figures(writer: MetricsWriter) -> str:
+    loss = writer.last_row.get('loss')
+    return f'loss {loss:.3f}' if loss is not None else ''
 
 
 def main(_: list[str]) -> None:
     config = FLAGS.config
     validate(config)
-    compile_cache()
+    if (FLAGS.demonstrations or config.base.checkpoint) and not FLAGS.workdir:
+        raise ValueError(
+            '--demonstrations or base.checkpoint without --workdir; give one, since base.cache is '
+            'for policies trained from scratch by the demonstrator'
+        )
+    cli.compile_cache()
     mesh = sharding.make_mesh(config.mesh)
-    records = read_demonstrations(FLAGS.demonstrations) if FLAGS.demonstrations else None
-    start_from = Path(config.base.checkpoint) if config.base.checkpoint else None
+    check_mesh(config, mesh)
+    records = None
+    if FLAGS.demonstrations:
+        records = data.read_demonstrations(FLAGS.demonstrations, training_task(config))
+    start_from = policy_of_run(Path(config.base.checkpoint)) if config.base.checkpoint else None
     directory = Path(FLAGS.workdir) if FLAGS.workdir else base_directory(config)
-    if checkpoints.is_policy(directory):
-        print(f'{directory}: finished before; evaluate it, or delete it to train again')
-        return
-    with jax.set_mesh(mesh):
-        if pretrain(config, directory, mesh, start_from, records):
-            print(f'{directory}: policy written; python -m spg_jax.evaluate --workdir={directory}')
+    with jax.set_mesh(mesh), Interruption() as interruption:
+        if pretrain(config, directory, mesh, interruption, start_from, records):
+            print(f'policy    {directory}')
+            print(f'evaluate  python -m spg_jax.evaluate --workdir={directory}')
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'configs/TASK.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.')
+    cli.define_config_flag()
     flags.DEFINE_string('workdir', '', "Where the policy goes; '' is a folder of base.cache.")
     flags.DEFINE_string(
-        'demonstrations', '', 'JSON lines {"example", "completion"} to imitate in place of the task\'s demonstrator.'
+        'demonstrations',
+        '',
+        'JSON lines {"example": problem, "completion": text} to imitate in place of the '
+        "task's demonstrator.",
     )
-    flags.mark_flag_as_required('config')
-    app.run(one_line_errors(main))
+    cli.run(main)

@@ -1,0 +1,151 @@
+"""Base policies: a cut training goes on exactly, fine-tuning imitates, wrong files say where."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from configs import countdown
+from spg_jax import checkpoints, data, pretrain, sharding
+from spg_jax.config import training_task
+from spg_jax.interruption import Interruption
+from spg_jax.models.number_features import PERIODS, with_number_features
+
+GOOD_LINE = json.dumps(
+    {
+        'example': {'numbers': [1, 2, 3], 'target': 6},
+        'completion': '<answer> 3 + 2 + 1 </answer>',
+    }
+)
+
+
+@pytest.fixture
+def config(tmp_path_factory):
+    return two_stages(tmp_path_factory)
+
+
+def two_stages(tmp_path_factory):
+    config = countdown.get_config('tiny')
+    config.task.data_dir = str(tmp_path_factory.getbasetemp() / 'data')
+    config.base.stages = ((12, 1.0), (8, 0.3))
+    return config
+
+
+def mesh():
+    return sharding.make_mesh({'data': 1}, jax.devices()[:1])
+
+
+def run(config, directory, *more):
+    with Interruption() as interruption:
+        return pretrain.pretrain(config, directory, mesh(), interruption, *more)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('whole') / 'base'
+    assert run(two_stages(tmp_path_factory), directory)
+    return directory
+
+
+@pytest.mark.parametrize('cut', [5, 12])
+def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cut):
+    """Interrupted within the first stage, and on the border of the two."""
+    done = 0
+    put_batch = sharding.put_batch
+
+    def interrupting(*arguments):
+        nonlocal done
+        done += 1
+        if done == cut:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(*arguments)
+
+    monkeypatch.setattr(sharding, 'put_batch', interrupting)
+    assert not run(config, tmp_path / 'cut')
+    assert not checkpoints.is_policy(tmp_path / 'cut')
+    assert run(config, tmp_path / 'cut')
+    assert done == 20
+    found, expected = (
+        checkpoints.load_policy(path, mesh())[2] for path in (tmp_path / 'cut', whole)
+    )
+    jax.tree.map(assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
+    config.base.stages = ((60, 1.0),)
+    assert run(config, tmp_path / 'base')
+    records = tmp_path / 'records.jsonl'
+    records.write_text(GOOD_LINE + '\n')
+    pairs = data.read_demonstrations(str(records), training_task(config))
+    assert run(config, tmp_path / 'tuned', tmp_path / 'base', pairs)
+    losses = [
+        json.loads((tmp_path / f'{name}.training' / 'metrics.jsonl').read_text().splitlines()[-1])
+        for name in ('base', 'tuned')
+    ]
+    assert losses[1]['loss'] < 0.3 * losses[0]['loss']
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        (None, 'cannot be read'),
+        ('', 'is empty'),
+        ('{"example": {}, "completion": ""}', ':1: found'),
+        ('{"example": {"numbers": [1, 2, 3], "target": 6}, "completion": 6}', ':1: found'),
+        (GOOD_LINE + '\nno json', ':2: found'),
+        (GOOD_LINE + '\n{"example": {}}', ':2: found'),
+    ],
+)
+def test_wrong_demonstrations_say_where(config, tmp_path, text, said):
+    path = tmp_path / 'records.jsonl'
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        data.read_demonstrations(str(path), training_task(config))
+    assert '\n' not in str(error.value)
+
+
+def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
+    config.base.learning_rate = 1e-3
+    with pytest.raises(ValueError, match='base.learning_rate 0.003, asked for 0.001'):
+        run(config, whole)
+
+
+def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path):
+    config.base.learning_rate, config.train.max_skipped = float('inf'), 3
+    with pytest.raises(FloatingPointError, match='3 non-finite steps in a row'):
+        run(config, tmp_path / 'base')
+    assert not checkpoints.is_policy(tmp_path / 'base')
+    assert any((tmp_path / 'base.training' / 'checkpoints').iterdir())
+
+
+def test_base_policies_are_named_by_what_makes_them(config, tmp_path):
+    same, other = countdown.get_config('tiny'), countdown.get_config('tiny')
+    same.update(config)
+    same.rl.beta, same.train.seed, same.task.data_dir = 3.0, 5, 'elsewhere'
+    other.update(config)
+    other.base.seed = 1
+    assert pretrain.base_directory(same) == pretrain.base_directory(config)
+    assert pretrain.base_directory(other) != pretrain.base_directory(config)
+    wording = tmp_path / 'wording.txt'
+    wording.write_text('{numbers} = {target} :')
+    same.task.prompt_template = str(wording)
+    assert pretrain.base_directory(same) == pretrain.base_directory(config)
+    wording.write_text('= {target} {numbers} :')
+    assert pretrain.base_directory(same) != pretrain.base_directory(config)
+
+
+def test_number_words_start_as_waves_of_their_value():
+    params = {'embedding': jnp.asarray(np.random.default_rng(0).normal(size=(5, 32)), jnp.float32)}
+    found = np.asarray(with_number_features(params, ['+', '10', '20'], 2)['embedding'])
+    assert_array_equal(found[:3], params['embedding'][:3])
+    ten = PERIODS.index(10)
+    assert_allclose(found[3, ten], found[4, ten])
+    assert abs(found[3, PERIODS.index(400)] - found[4, PERIODS.index(400)]) > 1e-3
+    with pytest.raises(ValueError, match='model.width 16'):
+        with_number_features({'embedding': jnp.zeros((5, 16))}, ['1'], 3)
