@@ -1,7 +1,7 @@
-"""Accuracy of a policy by the published protocol: temperature 0, low-confidence commitment, fixed lengths."""
+"""Accuracy of a policy by the published protocol: temperature 0, low-confidence commitment."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -9,80 +9,91 @@ from jax.sharding import Mesh
 
 from spg_jax.config import evaluation_lengths, evaluation_sampling
 from spg_jax.data import encode_prompts
-from spg_jax.models.policy import Policy
+from spg_jax.models.policy import Params, Policy
 from spg_jax.random import Purpose, example_ids, example_keys
-from spg_jax.rl.rollout import decode, make_generate
-from spg_jax.sharding import put_batch
-from spg_jax.tasks.task import Score, Task
+from spg_jax.rl.rollout import Generate, decode, make_generate
+from spg_jax.sharding import put_batch, row_shards
+from spg_jax.tasks.task import Example, Task
 from spg_jax.tokenizers import Tokenizer
 
-
-class Figures(NamedTuple):
-    """What one evaluation found, all fractions in [0, 1]."""
-
-    accuracy: float       # items right over items asked for, pooled over all problems
-    correct: int
-    total: int
-    solved: float         # problems right altogether: for Sudoku the grids, else the accuracy
-    reward: float         # mean training reward
+Figures = dict[str, Any]  # JSON values; accuracies are fractions in [0, 1]
 
 
 class Evaluator:
     """Decodes and scores problems with a policy's current parameters; compiled once a length."""
 
-    def __init__(self, policy: Policy, task: Task, tokenizer: Tokenizer, config: ml_collections.ConfigDict, mesh: Mesh):
+    def __init__(
+        self,
+        policy: Policy,
+        task: Task,
+        tokenizer: Tokenizer,
+        config: ml_collections.ConfigDict,
+        mesh: Mesh,
+    ):
         self._policy, self._task, self._tokenizer = policy, task, tokenizer
         self._config, self._mesh = config, mesh
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[tuple[int, int, float], Generate] = {}
 
-    def report(self, params: Any, examples: Sequence[Any]) -> dict[str, Any]:
-        """JSON figures of the best length: greedy accuracy at every length, and pass@k at that one."""
-        by_length = {
+    def report(self, params: Params, examples: Sequence[Example]) -> Figures:
+        """Figures at the headline length, its pass@k, and the accuracy at every length."""
+        headline, steps = headline_length(self._config)
+        found = {
             length: self.greedy(params, examples, length, steps)
             for length, steps in evaluation_lengths(self._config)
         }
-        best = max(by_length, key=lambda length: by_length[length].accuracy)
         samples = self._config.evaluation.samples
-        steps = dict(evaluation_lengths(self._config))[best]
-        return self._json(by_length[best]) | {
-            'scorer': self._task.scorer,
-            'length': best,
-            'accuracy_by_length': {str(length): found.accuracy for length, found in by_length.items()},
-            f'pass_at_{samples}': self.pass_at(params, examples, best, steps, samples),
+        return found[headline] | {
+            'length': headline,
+            'accuracy_by_length': {str(length): found[length]['accuracy'] for length in found},
+            f'pass_at_{samples}': self.pass_at(params, examples, headline, steps, samples),
         }
 
-    def validate(self, params: Any, examples: Sequence[Any]) -> dict[str, Any]:
-        """JSON figures at the first length, greedy: cheap enough to come often."""
-        return self._json(self.greedy(params, examples, *evaluation_lengths(self._config)[0]))
+    def validate(self, params: Params, examples: Sequence[Example]) -> Figures:
+        """Figures at the headline length only: cheap enough to come often."""
+        return self.greedy(params, examples, *headline_length(self._config))
 
-    def _json(self, found: Figures) -> dict[str, Any]:
-        figures = {'accuracy': found.accuracy, 'reward': found.reward, 'correct': found.correct, 'total': found.total}
-        return figures | ({'grid_accuracy': found.solved} if self._task.name == 'sudoku' else {})
-
-    def greedy(self, params: Any, examples: Sequence[Any], length: int, steps: int) -> Figures:
-        """Figures at temperature 0."""
+    def greedy(
+        self, params: Params, examples: Sequence[Example], length: int, steps: int
+    ) -> Figures:
+        """The task's figures and the mean reward, at temperature 0."""
         texts = self.complete(params, examples, length, steps, temperature=0.0, samples=1)
-        return self.figures(texts, examples)
+        pairs = list(zip(texts, examples, strict=True))
+        rewards = [self._task.reward(text, example) for text, example in pairs]
+        figures = self._task.figures([self._task.score(text, example) for text, example in pairs])
+        return figures | {'reward': float(np.mean(rewards))}
 
-    def pass_at(self, params: Any, examples: Sequence[Any], length: int, steps: int, samples: int) -> float:
-        """Share of problems that at least one of `samples` completions solves, at the rollout's temperature."""
-        texts = self.complete(params, examples, length, steps, self._config.sampling.temperature, samples)
+    def pass_at(
+        self, params: Params, examples: Sequence[Example], length: int, steps: int, samples: int
+    ) -> float:
+        """Share of problems solved by at least one of `samples` completions, sampled as in
+        rollouts."""
+        temperature = self._config.sampling.temperature
+        texts = self.complete(params, examples, length, steps, temperature, samples)
         solved = [
-            self._task.score(text, examples[row // samples]).solved for row, text in enumerate(texts)
+            self._task.score(text, examples[row // samples]).solved
+            for row, text in enumerate(texts)
         ]
         return float(np.reshape(solved, (-1, samples)).any(axis=1).mean())
 
     def complete(
-        self, params: Any, examples: Sequence[Any], length: int, steps: int, temperature: float, samples: int
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        length: int,
+        steps: int,
+        temperature: float,
+        samples: int,
     ) -> list[str]:
         """`samples` completions of each example, next to each other."""
-        key = (length, steps, temperature)
-        if key not in self._programs:
-            self._programs[key] = make_generate(
-                self._policy, evaluation_sampling(self._config, length, steps, temperature)
-            )
-        generate, batch = self._programs[key], self._config.evaluation.batch
-        prompts = encode_prompts(self._task, self._tokenizer, examples, self._config.sampling.prompt_length)
+        program = (length, steps, temperature)
+        if program not in self._programs:
+            decoding = evaluation_sampling(self._config, length, steps, temperature)
+            self._programs[program] = make_generate(self._policy, decoding)
+        config, shards = self._config, row_shards(self._mesh)
+        batch = -(-config.evaluation.batch // shards) * shards
+        prompts = encode_prompts(
+            self._task, self._tokenizer, examples, config.sampling.prompt_length
+        )
         rows = {
             'prompt': np.repeat(prompts.prompt, samples, axis=0),
             'prompt_mask': np.repeat(prompts.prompt_mask, samples, axis=0),
@@ -92,28 +103,18 @@ class Evaluator:
         for first in range(0, len(rows['prompt']), batch):
             some = {name: _fill(x[first : first + batch], batch) for name, x in rows.items()}
             some = put_batch(self._mesh, some)
-            keys = example_keys(self._config.train.seed, Purpose.EVALUATE, 0, some['example_id'])
-            completion = generate(params, some['prompt'], some['prompt_mask'], keys)
+            keys = example_keys(config.train.seed, Purpose.EVALUATE, 0, some['example_id'])
+            completion = self._programs[program](params, some['prompt'], some['prompt_mask'], keys)
             texts += decode(self._tokenizer, completion.tokens)
         return texts[: len(examples) * samples]
 
-    def figures(self, texts: Sequence[str], examples: Sequence[Any]) -> Figures:
-        """Scores and rewards of one completion an example."""
-        scores = [self._task.score(text, example) for text, example in zip(texts, examples, strict=True)]
-        rewards = [self._task.reward(text, example) for text, example in zip(texts, examples, strict=True)]
-        return pooled(scores, rewards)
 
-
-def pooled(scores: Sequence[Score], rewards: Sequence[float]) -> Figures:
-    """Items pooled over problems, as published for Sudoku; elsewhere a problem is one item."""
-    correct, total = sum(score.right for score in scores), sum(score.total for score in scores)
-    return Figures(
-        accuracy=correct / max(total, 1),
-        correct=correct,
-        total=total,
-        solved=float(np.mean([score.solved for score in scores])),
-        reward=float(np.mean(rewards)),
-    )
+def headline_length(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(length, steps) whose figures choose checkpoints and stand for the policy: the length it was
+    trained at if it is evaluated at that, else the first. Never the one that is best on the test.
+    """
+    lengths = evaluation_lengths(config)
+    return next((pair for pair in lengths if pair[0] == config.sampling.length), lengths[0])
 
 
 def _fill(x: np.ndarray, rows: int) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Learner: one gradient step of an objective on a rollout, in microbatches and, if asked, draw by draw.
+"""Learner: one gradient step of an objective on a rollout, in microbatches and, if asked, draw by
+draw.
 
-The policy enters a loss only through the log-probabilities logp [b, M, C], so the gradient is the product
-of d loss / d logp, cheap, with the Jacobian of logp. That product can be taken one draw at a time: first all
-log-probabilities without a gradient, then for each draw its share of d loss / d logp as fixed weights. Memory
-is then flat in M, for one more forward pass, and the gradient is the same even though the EUBO couples the
-draws through its logarithm.
+The policy enters a loss only through the log-probabilities logp [b, M, C], so the gradient is the
+product of d loss / d logp, cheap, with the Jacobian of logp. That product can be taken one draw at
+a time: first all log-probabilities without a gradient, then for each draw its share of d loss / d
+logp as fixed weights. Memory is then flat in M, for one more forward pass, and the gradient is the
+same even though the EUBO couples the draws through its logarithm.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from flax import struct
 from jax import Array
 
 from spg_jax.diffusion.bounds import completion_log_probs
@@ -23,41 +23,7 @@ from spg_jax.models.policy import Params, Policy
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout, rollout_metrics
-
-
-@struct.dataclass
-class TrainState:
-    """Everything a run carries from one update to the next."""
-
-    step: Array       # [] int32, updates done
-    params: Any       # trained parameters
-    opt_state: Any
-    average: Any      # decaying average of the parameters (pre-training), or None
-    skipped: Array    # [] int32, non-finite updates since the last finite one
-
-
-Metrics = dict[str, tuple[Array, Array]]
-
-
-def apply_gradient(
-    state: TrainState, gradient: Params, loss: Array, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Metrics]:
-    """One optimiser step, or none if the loss or the gradient is not finite: then only counters move."""
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
-    skipped = jnp.where(finite, 0, state.skipped + 1)
-    one = jnp.float32(1)
-    metrics = {
-        'gradient_norm': (norm, one),
-        'skipped': (1.0 - finite.astype(jnp.float32), one),
-        'skipped_in_a_row': (skipped.astype(jnp.float32), one),
-    }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped), metrics
+from spg_jax.train_state import Metrics, TrainState, apply_gradient
 
 
 def make_update(
@@ -65,10 +31,18 @@ def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
+    shardings: TrainState,
 ) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
     """A compiled (state, rollout) -> (state, metrics); the old state's memory is given up.
 
     Every update corrupts the rows afresh, from (seed, step, row identity).
+
+    Args:
+      policy: the model.
+      objective: what to descend.
+      optimizer: how.
+      config: groups `rl` and `train`.
+      shardings: of the state, which the new state keeps; `shardings_of(state)`.
     """
     gradient_of = make_gradient(
         policy, objective, microbatch=config.rl.microbatch, draws_per_pass=config.rl.draws_per_pass
@@ -82,7 +56,7 @@ def make_update(
         metrics |= applied | rollout_metrics(rollout, config.rl.group_size, policy.eos_id)
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_gradient(
@@ -114,25 +88,13 @@ def make_gradient(
             loss = objective.loss(logp, batch)
             return loss.total, loss
 
-        by_logp = jax.grad(loss_of, has_aux=True)
-        draws_total = draws.masked.shape[1]
-        if draws_per_pass in (0, draws_total):
+        weigh = jax.grad(loss_of, has_aux=True)
+        passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
+        if passes == 1:
             logp, pull_back = jax.vjp(lambda params: log_probs(params, draws.masked), params)
-            weights, loss = by_logp(logp)
+            weights, loss = weigh(logp)
             return pull_back(weights)[0], loss
-
-        passes = draws_total // draws_per_pass
-        masked = _split(draws.masked, passes)                                        # [passes, b, m, L]
-        logp = jax.lax.map(lambda some: log_probs(params, some), masked)
-        weights, loss = by_logp(_join(logp))
-
-        def add(gradient: Params, some: tuple[Array, Array]) -> tuple[Params, None]:
-            masked, weights = some
-            more = jax.grad(lambda params: jnp.vdot(weights, log_probs(params, masked)))(params)
-            return jax.tree.map(jnp.add, gradient, more), None
-
-        zero = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, zero, (masked, _split(weights, passes)))[0], loss
+        return _in_passes(log_probs, weigh, params, _split(draws.masked, passes))
 
     def gradient_of(params: Params, rollout: Rollout, draws: Any) -> tuple[Array, Params, Metrics]:
         batches = len(rollout.reward) // microbatch
@@ -148,6 +110,32 @@ def make_gradient(
         return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
 
     return gradient_of
+
+
+def _in_passes(
+    log_probs: Callable[[Params, Array], Array],
+    weigh: Callable[[Array], tuple[Array, Any]],
+    params: Params,
+    masked: Array,
+) -> tuple[Params, Any]:
+    """The gradient of a loss, some draws at a time, and what `weigh` says beside it.
+
+    Args:
+      log_probs: (params, masked [b, m, L]) -> logp [b, m, C].
+      weigh: logp [b, M, C] of all draws -> (d loss / d logp, anything).
+      params: where to take the gradient.
+      masked: [passes, b, m, L] bool.
+    """
+    logp = jax.lax.map(lambda some: log_probs(params, some), masked)
+    weights, beside = weigh(_join(logp))
+
+    def add(gradient: Params, some: tuple[Array, Array]) -> tuple[Params, None]:
+        masked, weights = some
+        more = jax.grad(lambda params: jnp.vdot(weights, log_probs(params, masked)))(params)
+        return jax.tree.map(jnp.add, gradient, more), None
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zero, (masked, _split(weights, len(masked))))[0], beside
 
 
 def draw_log_probs(policy: Policy, params: Params, rollout: Rollout, masked: Array) -> Array:
@@ -176,7 +164,8 @@ def draw_log_probs(policy: Policy, params: Params, rollout: Rollout, masked: Arr
 
 
 def _microbatches(x: Array, batches: int) -> Array:
-    """[B, ...] -> [batches, B / batches, ...]; strided, so that rows stay on the devices they are on."""
+    """[B, ...] -> [batches, B / batches, ...]; strided, so that rows stay on the devices they are
+    on."""
     return jnp.moveaxis(x.reshape(len(x) // batches, batches, *x.shape[1:]), 1, 0)
 
 

@@ -26,19 +26,23 @@ from spg_jax.tokenizers import Tokenizer
 class Rollout:
     """Completions of a batch of prompts, scored and ready to learn from. Rows are sequences."""
 
-    prompt: Array           # [B, P] int32, left-padded
-    prompt_mask: Array      # [B, P] bool, False on padding
-    completion: Array       # [B, C] int32
-    scored: Array           # [B, C] bool, True through the first EOS
-    commit_step: Array      # [B, C] int32, denoising step at which each token was fixed; -1 after an early stop
-    reward: Array           # [B] float32
-    advantage: Array        # [B] float32
-    example_id: Array       # [B] uint32, prompt index * G + member: the seed of everything random about the row
+    prompt: Array  # [B, P] int32, left-padded
+    prompt_mask: Array  # [B, P] bool, False on padding
+    completion: Array  # [B, C] int32
+    scored: Array  # [B, C] bool, True through the first EOS
+    commit_step: Array  # [B, C] int32, denoising step that fixed each token, -1 after a stop
+    reward: Array  # [B] float32
+    advantage: Array  # [B] float32
+    example_id: Array  # [B] uint32, prompt index * G + member: seeds all that is random in the row
 
 
 def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh) -> Rollout:
     """A rollout of zeros: what a run holds before its first one, and the shapes to restore into."""
-    rows, prompt, length = config.rl.prompts * config.rl.group_size, config.sampling.prompt_length, config.sampling.length
+    rows, prompt, length = (
+        config.rl.prompts * config.rl.group_size,
+        config.sampling.prompt_length,
+        config.sampling.length,
+    )
     return put_batch(
         mesh,
         Rollout(
@@ -61,7 +65,9 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
     """A compiled (params, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion."""
 
     @jax.jit
-    def generate(params: Any, prompt: Array, prompt_mask: Array, keys: Array) -> sampling.Completion:
+    def generate(
+        params: Any, prompt: Array, prompt_mask: Array, keys: Array
+    ) -> sampling.Completion:
         return sampling.generate(
             lambda tokens, valid: policy.hidden(params, tokens, valid),
             lambda hidden: policy.unembed(params, hidden),
@@ -90,7 +96,8 @@ def make_collect(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
 ) -> Callable[[Any, PromptBatch, int], tuple[Rollout, list[str]]]:
-    """A function (params, prompts, step) -> (Rollout, texts): sample, decode, reward, compare within groups."""
+    """A function (params, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
+    within groups."""
     generate = make_generate(policy, decoding)
     group_size, seed = config.rl.group_size, config.train.seed
     keys_of = jax.jit(example_keys, static_argnums=(0, 1))
@@ -111,11 +118,17 @@ def make_collect(
             task.reward(text, prompts.examples[row // group_size]) for row, text in enumerate(texts)
         ]
         reward = np.asarray(rewards, np.float32)
-        outcome = put_batch(mesh, {'reward': reward, 'advantage': np.asarray(group_advantages(reward, group_size))})
-        scored = jax.vmap(scored_positions, (0, None))(completion.tokens, policy.eos_id)
+        outcome = put_batch(
+            mesh, {'reward': reward, 'advantage': np.asarray(group_advantages(reward, group_size))}
+        )
+        scored = scored_positions(completion.tokens, policy.eos_id)
         return (
             Rollout(
-                completion=completion.tokens, commit_step=completion.commit_step, scored=scored, **rows, **outcome
+                completion=completion.tokens,
+                commit_step=completion.commit_step,
+                scored=scored,
+                **rows,
+                **outcome,
             ),
             texts,
         )
@@ -123,18 +136,23 @@ def make_collect(
     return collect
 
 
-def rollout_metrics(rollout: Rollout, group_size: int, eos_id: int) -> dict[str, tuple[Array, Array]]:
+def rollout_metrics(
+    rollout: Rollout, group_size: int, eos_id: int
+) -> dict[str, tuple[Array, Array]]:
     """What the rollout looked like, each figure as (sum, weight)."""
     rows = jnp.float32(len(rollout.reward))
     groups = rollout.completion.reshape(-1, group_size, rollout.completion.shape[1])
-    same = jnp.all(groups[:, :, None, :] == groups[:, None, :, :], axis=-1)         # [B/G, G, G]
+    same = jnp.all(groups[:, :, None, :] == groups[:, None, :, :], axis=-1)  # [B/G, G, G]
     # A completion counts as distinct if no earlier member of its group equals it.
     first = ~jnp.any(jnp.tril(same, k=-1), axis=-1)
     signal = groups_with_signal(rollout.reward, group_size)
     ended = jnp.any((rollout.completion == eos_id) & rollout.scored, axis=1)
     return {
         'reward': (rollout.reward.sum(), rows),
-        'reward_max_of_group': (rollout.reward.reshape(-1, group_size).max(1).sum(), jnp.float32(len(groups))),
+        'reward_max_of_group': (
+            rollout.reward.reshape(-1, group_size).max(1).sum(),
+            jnp.float32(len(groups)),
+        ),
         'groups_with_signal': (signal.sum().astype(jnp.float32), jnp.float32(len(groups))),
         'distinct_completions': (first.sum().astype(jnp.float32), rows),
         'length': (rollout.scored.sum().astype(jnp.float32), rows),

@@ -1,4 +1,5 @@
-"""Policy-gradient objectives, one file each. A file's name is the objective's name in the configuration.
+"""Policy-gradient objectives, one file each. A file's name is the objective's name in the
+configuration.
 
 To add one, put a module here with `build(config) -> Objective`; nothing else needs to change.
 """

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from flax import struct
 from jax import Array
@@ -15,19 +14,20 @@ class Batch:
     """Rows of a rollout with the corruption of this update, as a loss sees them."""
 
     completion: Array  # [B, C] int32
-    scored: Array      # [B, C] bool, True through the first EOS
-    masked: Array      # [B, M, C] bool, completion part of the draws
-    block: Array       # [B, M] int32, chosen block of each draw
-    advantage: Array   # [B] float32
+    scored: Array  # [B, C] bool, True through the first EOS
+    masked: Array  # [B, M, C] bool, completion part of the draws
+    block: Array  # [B, M] int32, chosen block of each draw
+    advantage: Array  # [B] float32
 
 
 @struct.dataclass
 class Loss:
-    """A loss as a sum and its weight: divided once, after all microbatches, so accumulation is exact."""
+    """A loss as a sum and its weight: divided once, after all microbatches, so accumulation is
+    exact."""
 
-    total: Array                               # [] float32, differentiated with respect to logp
-    weight: Array                              # [] float32, not a function of the policy
-    metrics: dict[str, tuple[Array, Array]]    # name -> (sum, weight)
+    total: Array  # [] float32, differentiated with respect to logp
+    weight: Array  # [] float32, not a function of the policy
+    metrics: dict[str, tuple[Array, Array]]  # name -> (sum, weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Objective:
 
     Attributes:
       corruption: how each row is corrupted, afresh at every update.
-      loss: (logp [B, M, C] in nats, Batch) -> Loss. The policy enters through logp alone, which is what
-        lets the learner differentiate draw by draw (see `spg_jax.rl.learner`).
+      loss: (logp [B, M, C] in nats, Batch) -> Loss. The policy enters through logp alone, which is
+        what lets the learner differentiate draw by draw (see `spg_jax.rl.learner`).
     """
 
     corruption: Corruption
-    loss: Callable[[Array, Batch], Loss] | Any
+    loss: Callable[[Array, Batch], Loss]

@@ -1,0 +1,56 @@
+"""A small policy and a rollout of it, for the tests of the learner."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spg_jax.config import default_config
+from spg_jax.diffusion.corruption import scored_positions
+from spg_jax.models.policy import Policy
+from spg_jax.models.transformer import TransformerConfig
+from spg_jax.rl.rollout import Rollout
+
+MASK, EOS, VOCAB = 0, 1, 24
+
+
+@pytest.fixture
+def config():
+    """Eight rows of 4 + 12 tokens in groups of 4, 4 draws in blocks of 4."""
+    config = default_config()
+    config.sampling.update(prompt_length=4, length=12, steps=12, block_length=4, temperature=1.0)
+    config.corruption.draws = 4
+    config.rl.update(group_size=4, prompts=2, microbatch=8, inner_updates=2)
+    config.optimizer.update(learning_rate=1e-3, warmup_fraction=0.0)
+    return config
+
+
+@pytest.fixture
+def policy():
+    allowed = np.arange(VOCAB) != MASK
+    model = TransformerConfig(
+        vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, scale_logits=True
+    )
+    return Policy(model, mask_id=MASK, eos_id=EOS, allowed=allowed)
+
+
+def random_rollout(rows: int = 8, prompt: int = 4, length: int = 12, seed: int = 0) -> Rollout:
+    """Completions of every length, the first of them with EOS at position 0; rewards 0 or 1."""
+    rng = np.random.default_rng(seed)
+    completion = rng.integers(2, VOCAB, (rows, length)).astype(np.int32)
+    for row in range(rows):
+        completion[row, (row * 5) % (length + 2) :] = EOS
+    prompt_mask = np.arange(prompt)[None, :] >= rng.integers(0, 3, rows)[:, None]
+    reward = rng.integers(0, 2, rows).astype(np.float32)
+    reward[:2] = 0, 1
+    groups = reward.reshape(-1, 4)
+    return Rollout(
+        prompt=jnp.asarray(rng.integers(2, VOCAB, (rows, prompt)), jnp.int32),
+        prompt_mask=jnp.asarray(prompt_mask),
+        completion=jnp.asarray(completion),
+        scored=jax.vmap(scored_positions, (0, None))(jnp.asarray(completion), EOS),
+        commit_step=jnp.zeros((rows, length), jnp.int32),
+        reward=jnp.asarray(reward),
+        advantage=jnp.asarray((groups - groups.mean(1, keepdims=True)).reshape(-1)),
+        example_id=jnp.arange(rows, dtype=jnp.uint32) + 17,
+    )

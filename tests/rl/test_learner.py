@@ -1,0 +1,176 @@
+"""The learner against a plain derivative, and its invariance to microbatches, passes over draws
+and meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax import optimizers, sharding
+from spg_jax.diffusion import bounds
+from spg_jax.models.transformer import Transformer
+from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.learner import make_gradient, make_update
+from spg_jax.rl.objectives import REGISTRY
+from spg_jax.train_state import initial_state, shardings_of
+from tests.rl.conftest import MASK, random_rollout
+
+MESHES = ((1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2))
+
+
+def mesh_of(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+def params_of(policy):
+    return sharding.init_params(Transformer(policy.config), jax.random.key(0), mesh_of((1, 1, 1)))
+
+
+def draws_of(config, rollout, step=0):
+    corruption = REGISTRY['spg'](config).corruption
+    keys = example_keys(config.train.seed, Purpose.CORRUPT, step, rollout.example_id)
+    return jax.vmap(corruption)(keys, rollout.prompt_mask, rollout.scored)
+
+
+def plain_loss(params, policy, config, rollout, draws):
+    """-sum A L / sum n, row by row, over one forward pass: no microbatches, no chain rule of the
+    learner's."""
+    estimator = bounds.estimator(config.rl.estimator, config.sampling.block_length)
+    rows, number, _ = draws.masked.shape
+    sequence = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
+    valid = jnp.concatenate([rollout.prompt_mask, jnp.ones(rollout.completion.shape, bool)], axis=1)
+    noisy = jnp.where(draws.masked, MASK, sequence[:, None, :]).reshape(rows * number, -1)
+    logits = Transformer(policy.config).apply(
+        {'params': params}, noisy, jnp.repeat(valid, number, axis=0)
+    )
+    logits = logits[:, rollout.prompt.shape[1] :].reshape(
+        rows, number, -1, policy.config.vocab_size
+    )
+    chosen = jax.nn.one_hot(rollout.completion, policy.config.vocab_size)
+    logp = (jax.nn.log_softmax(logits) * chosen[:, None]).sum(-1)
+    total = 0.0
+    for row in range(rows):
+        arguments = (
+            logp[row],
+            draws.masked[row, :, rollout.prompt.shape[1] :],
+            rollout.scored[row],
+            draws.block[row],
+        )
+        elbo, eubo = estimator.elbo(*arguments), estimator.eubo(*arguments, config.rl.beta)
+        advantage = rollout.advantage[row]
+        negative = config.rl.omega * eubo + (1 - config.rl.omega) * elbo
+        total -= advantage * jnp.where(advantage > 0, elbo, negative)
+    return total / rollout.scored.sum()
+
+
+def assert_trees_close(left, right, **tolerance):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert_allclose(np.asarray(a), np.asarray(b), **tolerance)
+
+
+def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
+    """1, 2 or 4 microbatches, all draws at once or two or one at a time: one and the same
+    gradient."""
+    params, rollout = params_of(policy), random_rollout()
+    draws = draws_of(config, rollout)
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda params: plain_loss(params, policy, config, rollout, draws))
+    )(params)
+    assert optax.tree.norm(gradient) > 1e-3
+    for microbatch, draws_per_pass in ((8, 0), (4, 2), (2, 0), (2, 1)):
+        objective = REGISTRY['spg'](config)
+        pieces = jax.jit(
+            make_gradient(policy, objective, microbatch=microbatch, draws_per_pass=draws_per_pass)
+        )
+        loss_in_pieces, in_pieces, _ = pieces(params, rollout, draws)
+        assert_allclose(loss_in_pieces, loss, rtol=1e-5)
+        assert_trees_close(in_pieces, gradient, atol=2e-6)
+
+
+def test_update_is_the_same_on_every_mesh(policy, config):
+    """Parameters after two updates, with fresh draws each, to 1e-5 on four meshes; on one of them
+    in microbatches, too."""
+    found = {}
+    for sizes, microbatch in [(sizes, 8) for sizes in MESHES] + [(MESHES[-1], 4)]:
+        config.rl.microbatch = microbatch
+        mesh = mesh_of(sizes)
+        with jax.set_mesh(mesh):
+            params = sharding.init_params(Transformer(policy.config), jax.random.key(0), mesh)
+            optimizer = optimizers.for_rl(config.optimizer, 10)
+            state = initial_state(params, optimizer, policy, mesh, average=False)
+            rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
+            update = make_update(
+                policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
+            )
+            for _ in range(2):
+                state, metrics = update(state, rollout)
+        found[sizes, microbatch] = jax.device_get((state.params, metrics))
+    (params, metrics), *others = found.values()
+    for other_params, other_metrics in others:
+        assert_trees_close(other_params, params, atol=1e-5, rtol=0)
+        assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-5)
+
+
+def test_every_update_draws_afresh(policy, config):
+    rollout = random_rollout()
+    first, again, second = (draws_of(config, rollout, step).masked for step in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != second).any(axis=(1, 2)).all()
+
+
+def test_a_row_keeps_its_draws_wherever_it_stands(config):
+    rollout = random_rollout()
+    order = jnp.array([3, 0, 7, 1, 2, 6, 5, 4])
+    moved = draws_of(config, jax.tree.map(lambda x: x[order], rollout))
+    assert (moved.masked == draws_of(config, rollout).masked[order]).all()
+
+
+@pytest.mark.parametrize('poison', [np.nan, np.inf])
+def test_a_non_finite_update_is_skipped_and_counted(policy, config, poison):
+    mesh = mesh_of((1, 1, 1))
+    optimizer = optimizers.for_rl(config.optimizer, 10)
+    state = initial_state(params_of(policy), optimizer, policy, mesh, average=False)
+    before = jax.device_get((state.params, state.opt_state))
+    update = make_update(policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state))
+    rollout = random_rollout()
+    poisoned = rollout.replace(advantage=rollout.advantage.at[1].set(poison))
+    for count in (1, 2):
+        state, metrics = update(state, poisoned)
+        assert int(state.skipped) == count
+        assert metrics['skipped'][0] == 1
+        assert_trees_close((state.params, state.opt_state), before, rtol=0)
+    state, metrics = update(state, rollout)
+    assert int(state.skipped) == 0 and int(state.step) == 3
+    assert metrics['skipped'][0] == 0
+
+
+@pytest.fixture
+def optimized():
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
+
+
+def test_memory_is_flat_in_the_number_of_draws(policy, config, optimized):
+    """One draw a pass: M = 8 needs at most 1.3 times the temporary and output bytes of M = 2."""
+    config.sampling.update(length=48, block_length=16)
+    needed = {}
+    for draws_per_pass in (0, 1):
+        for draws in (2, 8):
+            config.corruption.draws = draws
+            rollout = random_rollout(rows=32, length=48)
+            gradient = make_gradient(
+                policy, REGISTRY['spg'](config), microbatch=32, draws_per_pass=draws_per_pass
+            )
+            program = (
+                jax.jit(gradient)
+                .lower(params_of(policy), rollout, draws_of(config, rollout))
+                .compile()
+            )
+            memory = program.memory_analysis()
+            needed[draws_per_pass, draws] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert needed[1, 8] <= 1.3 * needed[1, 2]
+    assert needed[0, 8] > 2 * needed[0, 2]  # the comparison means something: all at once it grows
