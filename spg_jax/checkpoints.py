@@ -1,8 +1,9 @@
 """What is kept on disk: policies (a model to use) and runs (everything needed to go on), by Orbax.
 
 A policy directory holds `policy.json` (model, tokenizer, how it was made) and `params/`. A run's
-`checkpoints/<step>/` holds the train state, the current rollout and, as metadata, the state of the data
-iterator, the best-on-validation record and the last metrics row. Both appear whole or not at all.
+`checkpoints/<step>/` holds the train state, the current rollout and, as metadata, the state of the
+data iterator, the best-on-validation record and the last metrics row. Both appear whole or not at
+all.
 """
 
 import dataclasses
@@ -31,31 +32,82 @@ def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
 
 
 def save_policy(
-    directory: Path, params: Params, config: TransformerConfig, tokenizer: WordTokenizer, notes: dict[str, Any]
+    directory: Path,
+    params: Params,
+    config: TransformerConfig,
+    tokenizer: WordTokenizer,
+    notes: dict[str, Any],
 ) -> None:
     """Writes a policy directory, replacing an older one only when the new one is whole.
 
     Args:
       notes: JSON values that say how the policy came about.
     """
-    new = directory.with_name(directory.name + '.new')
+    old, new = _aside(directory), directory.with_name(directory.name + '.new')
+    if old.is_dir() and not directory.exists():  # an earlier call was cut between its two renames
+        old.rename(directory)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     ocp.save((new / PARAMS).absolute(), params)
     description = {'model': dataclasses.asdict(config), 'words': tokenizer.words, 'notes': notes}
     (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    shutil.rmtree(directory, ignore_errors=True)
+    # At every moment one of the two is whole under a name that readers look for.
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(directory.name + '.old')
 
 
 def is_policy(directory: Path) -> bool:
     """Whether a whole policy was written here."""
-    return (directory / DESCRIPTION).is_file()
+    return (_whole(directory) / DESCRIPTION).is_file()
+
+
+def _whole(directory: Path) -> Path:
+    """Where the policy is: set aside for the moment in which `save_policy` replaces it."""
+    old = _aside(directory)
+    return old if old.is_dir() and not directory.exists() else directory
 
 
 def policy_notes(directory: Path) -> dict[str, Any]:
-    """How the policy in `directory` came about."""
-    return json.loads((directory / DESCRIPTION).read_text())['notes']
+    """How the policy in `directory` came about; raises as `load_policy`."""
+    return _describe(_whole(directory))[2]
+
+
+def _describe(directory: Path) -> tuple[TransformerConfig, WordTokenizer, dict[str, Any]]:
+    """Model, tokenizer and notes of a policy directory.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, what was found and what to do.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f'{directory} does not exist; expected a directory with {DESCRIPTION}'
+        )
+    path = directory / DESCRIPTION
+    if not path.is_file() and (directory / 'config.json').is_file():
+        llada.check_checkpoint(directory)  # says what does not fit, before what is missing here
+        raise ValueError(
+            f'{directory} is a published checkpoint, whose tokenizer this version cannot read; '
+            f'use a directory with {DESCRIPTION}'
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{directory} has no {DESCRIPTION}; give a policy directory, such as the best/ of a run'
+        )
+    try:
+        found = json.loads(path.read_text())
+        return TransformerConfig(**found['model']), WordTokenizer(found['words']), found['notes']
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{path} is not the description of a policy ({_line(error)}); restore it or make the '
+            'policy again'
+        ) from error
 
 
 def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]:
@@ -64,27 +116,8 @@ def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]
     Raises:
       FileNotFoundError: nothing there; ValueError: something there that does not fit.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f'{directory} does not exist; expected a directory with {DESCRIPTION}')
-    if not is_policy(directory):
-        if (directory / 'config.json').is_file():
-            llada.load_checkpoint(directory, mesh)   # says what does not fit, before this says what is missing
-            raise ValueError(
-                f'{directory} is a published checkpoint, whose tokenizer this version cannot read; '
-                f'use a directory with {DESCRIPTION}'
-            )
-        raise FileNotFoundError(
-            f'{directory} has no {DESCRIPTION}; give a policy directory, such as the best/ of a run'
-        )
-    try:
-        description = json.loads((directory / DESCRIPTION).read_text())
-        config = TransformerConfig(**description['model'])
-        tokenizer = WordTokenizer(description['words'])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{directory / DESCRIPTION} is not the description of a policy ({_line(error)}); '
-            'restore it or make the policy again'
-        ) from error
+    directory = _whole(directory)
+    config, tokenizer, _ = _describe(directory)
     target = abstract_params(Transformer(config), mesh)
     params = _restore(directory / PARAMS, lambda path: ocp.load(path, target))
     return make_policy(config, tokenizer), tokenizer, params
@@ -110,9 +143,7 @@ class RunCheckpoints:
 
     def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
         """Saves a pytree of arrays and a JSON record, and returns when both are on disk."""
-        self._checkpointer.save(
-            step, arrays, custom_metadata=record, force=True, overwrite=True
-        )
+        self._checkpointer.save(step, arrays, custom_metadata=record, force=True, overwrite=True)
 
     def restore(self, target: Any) -> tuple[Any, dict[str, Any]]:
         """The newest checkpoint: arrays as `target` (abstract, with shardings), and the record.
@@ -140,12 +171,10 @@ def _restore(path: Path, load: Any) -> Any:
         return load(path.absolute())
     except Exception as error:
         raise ValueError(
-            f'{path} cannot be restored ({_line(error)[:300]}); the checkpoint is damaged or of another '
-            'configuration: use another one, or delete it and run again'
+            f'{path} cannot be restored ({_line(error)[:300]}); the checkpoint is damaged or of '
+            'another configuration: use another one, or delete it and run again'
         ) from error
 
 
 def _line(error: Exception) -> str:
     return ' '.join(f'{type(error).__name__}: {error}'.split())
-
-

@@ -1,31 +1,30 @@
-"""What the entry points share: the configuration flag, the compile cache and errors on one line."""
+"""What the entry points share: flags, the compile cache and errors on one line."""
 
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
+from ml_collections import config_flags
 
-# What a user can mend: a wrong value, file or machine. Anything else is a bug and keeps its traceback.
-MENDABLE = (ValueError, FileNotFoundError, FloatingPointError, PermissionError)
+# What a user can mend: a wrong value, file or machine. Anything else is a bug, with its traceback.
+MENDABLE = (ValueError, OSError, FloatingPointError)
 
 
-def one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """`main`, with an error that the user can mend printed as one line and exit status 1."""
+def define_config_flag() -> None:
+    """The --config flag of the entry points that train."""
+    config_flags.DEFINE_config_file(
+        'config', None, 'configs/TASK.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.'
+    )
+    flags.mark_flag_as_required('config')
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['config'])  # so --help has it
 
-    def run(arguments: list[str]) -> None:
-        if not flags.FLAGS['verbosity'].present:
-            logging.set_verbosity(logging.WARNING)      # libraries tell of every array they save
-        try:
-            main(arguments)
-        except MENDABLE as error:
-            if os.environ.get('SPG_JAX_TRACEBACK'):
-                raise
-            print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-            sys.exit(1)
 
-    return run
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Parses the flags and runs `main`; what the user can mend is one line and exit status 1."""
+    app.run(_one_line_errors(main), flags_parser=_parse)
 
 
 def compile_cache() -> None:
@@ -34,3 +33,33 @@ def compile_cache() -> None:
         cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'spg_jax', 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    def guarded(arguments: list[str]) -> None:
+        if not flags.FLAGS['verbosity'].present:
+            logging.set_verbosity(logging.WARNING)  # libraries tell of every array they save
+        try:
+            main(arguments)
+        except MENDABLE as error:
+            if os.environ.get('SPG_JAX_TRACEBACK'):
+                raise
+            _fail(' '.join(str(error).split()))
+
+    return guarded
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    """absl's parsing; a configuration file that cannot be used is one line, too."""
+    try:
+        return flags.FLAGS(arguments)
+    except AttributeError as error:  # an override of a setting that does not exist
+        _fail(f'no setting {error} in the configuration; spg_jax/config.py has them all')
+    except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        _fail(f'{lines[-1] if lines else error}; see --help')
+
+
+def _fail(message: str) -> NoReturn:
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(1)

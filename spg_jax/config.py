@@ -1,7 +1,8 @@
 """Every setting of a run, its default and its meaning, and what is derived from several of them.
 
-`spg_jax.validation` refuses what cannot work. `configs/<task>.py` start from `default_config()` and change what their preset needs. The defaults are the published
-recipe (SPG, arXiv 2510.09541, appendix and released code) wherever the publication gives a number.
+`spg_jax.validation` refuses what cannot work. `configs/<task>.py` start from `default_config()`
+and change what their preset needs. The defaults are the published recipe (SPG, arXiv 2510.09541,
+appendix and released code) wherever the publication gives a number.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import ml_collections
 from ml_collections import config_dict
 
+from spg_jax import tasks
 from spg_jax.diffusion import corruption, sampling
 
 
@@ -19,92 +21,144 @@ def default_config() -> ml_collections.ConfigDict:
 
     return c(
         task=c(
-            name='countdown',        # a name in spg_jax.tasks
-            format='compact',        # compact | published_train; evaluation of the latter uses published_eval
-            prompt_template='',      # file with the wording of the prompt; '' is our own
-            data_dir='data',         # where the generated problems are kept
+            name='countdown',  # a name in spg_jax.tasks
+            format='compact',  # compact | published_train (evaluated as published_eval)
+            prompt_template='',  # file with the wording of the prompt; '' is our own
+            data_dir='data',  # where the generated problems are kept
         ),
-        model=c(                     # read when the base policy is trained here; an imported checkpoint brings its own
-            width=96,
-            layers=3,
-            heads=4,
-            kv_heads=4,
-            mlp_width=256,
-            tie_embeddings=True,     # unembed with the embedding table
-            scale_logits=True,       # logits x width^-1/2; tied small models learn far faster so
-            dtype='float32',         # of activations and products
-            remat=False,             # recompute layers in the backward pass: less memory, a third more time
-            scan_unroll=1,           # layers per iteration of the scan over layers
-            attention='xla',
+        model=c(  # of a base policy trained here; an imported checkpoint brings its own
+            width=64,  # D
+            layers=6,  # transformer blocks; these tasks reward depth over width
+            heads=4,  # N
+            kv_heads=4,  # K; fewer than heads is grouped-query attention
+            mlp_width=192,  # F
+            tie_embeddings=True,  # unembed with the embedding table
+            scale_logits=True,  # logits x width^-1/2; tied small models learn far faster so
+            dtype='float32',  # of activations and products
+            remat=False,  # recompute layers backwards: less memory, a third more time
+            scan_unroll=1,  # layers per iteration of the scan over layers
+            attention='xla',  # implementation; xla picks the layout that suits the platform
         ),
         base=c(
-            checkpoint='',           # a policy directory or a published checkpoint to start from; '' trains one
-            cache='runs/base',       # trained base policies, one folder for each hash of what made it
-            stages=((3000, 1.0), (300, 0.35)),  # (steps, share of right demonstrations), one after the other
-            batch_size=128,          # demonstrations a step
-            learning_rate=3e-3,      # peak; warm-up, then cosine to a twentieth
-            weight_decay=0.01,
-            grad_clip=1.0,
-            ema=0.995,               # decay of the averaged parameters, which are the base policy
-            seed=0,
+            checkpoint='',  # a policy directory to start from; '' trains one
+            cache='runs/base',  # trained base policies, a folder for each hash of what made it
+            stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right demonstrations), in turn
+            batch_size=128,  # demonstrations a step
+            learning_rate=3e-3,  # peak; warm-up, then cosine to a tenth
+            weight_decay=0.01,  # of everything but norms
+            grad_clip=1.0,  # largest gradient norm
+            ema=0.995,  # decay of the averaged parameters, which are the base policy
+            number_features=False,  # start embeddings of numbers as waves of their value
+            seed=0,  # of parameters, data order and masks
         ),
         sampling=c(
-            prompt_length=200,       # prompts are left-padded to this many tokens
-            length=256,              # completion tokens
-            steps=128,               # denoising steps for the whole completion
-            block_length=32,
-            temperature=0.9,
-            commit='low_confidence',  # which positions a step fixes: low_confidence | random | entropy | margin
-            guidance=0.0,            # classifier-free guidance scale
-            stop_early=True,         # stop once every row has ended; False decodes the rest as released
+            prompt_length=200,  # P; prompts are left-padded to it
+            length=256,  # C, completion tokens
+            steps=128,  # denoising steps for the whole completion
+            block_length=32,  # positions finished before the next ones start
+            temperature=0.9,  # of the Gumbel-max choice of tokens
+            commit='low_confidence',  # which to fix: low_confidence | random | entropy | margin
+            guidance=0.0,  # classifier-free guidance scale
+            stop_early=True,  # stop once every row has ended; False decodes the rest as released
         ),
         corruption=c(
-            kind='block',            # full | uniform | block | block_full
-            draws=2,                 # Monte-Carlo draws a sequence, M
-            prompt_rate=0.15,        # perturbation of prompt and, under block, earlier blocks
-            block_draw='balanced',   # balanced | released
+            kind='block',  # full | uniform | block | block_full
+            draws=2,  # M, Monte-Carlo draws a sequence
+            prompt_rate=0.15,  # perturbation of the prompt and, under block, of earlier blocks
+            block_draw='balanced',  # balanced | released
         ),
         rl=c(
-            objective='spg',         # a name in spg_jax.rl.objectives.REGISTRY
-            negative='mixture',      # of a completion worse than its group: mixture | eubo | elbo | none
-            estimator='released',    # released | paper (uniform corruption) | block (block corruption)
-            bound='plain',           # plain | strict | loose: which upper bound
-            beta=1.5,                # Renyi order of the EUBO
-            omega=0.5,               # share of the EUBO in the mixture
-            group_size=6,            # completions a prompt, G
-            prompts=16,              # prompts a rollout batch
-            inner_updates=4,         # gradient steps a rollout batch
-            microbatch=6,            # rows differentiated at once; divides prompts x group_size
-            draws_per_pass=0,        # draws differentiated at once; 0 is all, 1 keeps memory flat in M
+            objective='spg',  # a name in spg_jax.rl.objectives.REGISTRY
+            negative='mixture',  # for worse completions: mixture | eubo | elbo | none
+            estimator='released',  # released | paper (uniform) | block (block corruption)
+            bound='plain',  # plain | strict | loose: which upper bound
+            beta=1.5,  # Renyi order of the EUBO
+            omega=0.5,  # share of the EUBO in the mixture
+            group_size=6,  # G, completions a prompt
+            prompts=16,  # prompts a rollout batch
+            inner_updates=4,  # gradient steps a rollout batch
+            microbatch=48,  # rows differentiated at once, over all devices: 6 on each of 8
+            draws_per_pass=0,  # draws differentiated at once; 0 is all, 1 keeps memory flat in M
         ),
         optimizer=c(
-            learning_rate=3e-6,      # constant after the warm-up
-            warmup_fraction=1e-4,    # of the steps
-            b1=0.9,
-            b2=0.99,
-            weight_decay=0.1,
-            grad_clip=0.2,
+            learning_rate=3e-6,  # constant after the warm-up
+            warmup_fraction=1e-4,  # of the steps
+            b1=0.9,  # AdamW's decay of the mean gradient
+            b2=0.99,  # AdamW's decay of the mean square
+            weight_decay=0.1,  # of everything but norms
+            grad_clip=0.2,  # largest gradient norm
         ),
-        mesh=c(data=-1, fsdp=1, tensor=1),  # devices along each axis; -1 is all that are left
+        mesh=c(
+            data=-1,  # devices along rows; -1 is all that are left
+            fsdp=1,  # devices along rows that also split the parameters
+            tensor=1,  # devices along heads, MLP and vocabulary
+        ),
         train=c(
-            steps=6000,              # updates
-            seed=0,
-            max_skipped=20,          # non-finite updates in a row before the run stops
+            steps=6000,  # updates
+            seed=0,  # of prompts, sampling and corruption
+            max_skipped=20,  # non-finite updates in a row before the run stops
+            wandb='',  # project to log to as well (extra 'wandb'); '' does not
         ),
         evaluation=c(
             lengths=(128, 256, 512),  # completion lengths, each reported
-            steps=(64, 128, 256),    # denoising steps for each length
-            block_length=32,
-            every=100,               # updates between validations
-            problems=256,            # validation problems
-            batch=64,                # rows generated at once
-            samples=8,               # k of pass@k
+            steps=(64, 128, 256),  # denoising steps for each length
+            block_length=32,  # positions finished before the next ones start
+            every=100,  # updates between validations
+            problems=256,  # validation problems
+            batch=64,  # rows generated at once
+            samples=8,  # k of pass@k
         ),
         checkpoint=c(
-            every=100,               # updates between checkpoints
-            keep=2,
+            every=100,  # updates between checkpoints
+            keep=2,  # newest checkpoints kept
         ),
     )
+
+
+def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:
+    """Changes the published recipe into one for a small model on two CPU cores.
+
+    Four draws and two inner updates in place of two and four: at this size the variance of the
+    negative term is what hurts.
+
+    Args:
+      config: changed in place.
+      length: completion tokens, decoded one a step.
+      block_length: divides `length`.
+    """
+    decoding = dict(length=length, steps=length, block_length=block_length)
+    config.model.scan_unroll = config.model.layers  # faster on a CPU
+    config.sampling.update(decoding, temperature=1.0)
+    config.corruption.draws = 4
+    config.rl.update(group_size=8, prompts=16, inner_updates=2, microbatch=128)
+    config.optimizer.update(
+        learning_rate=3e-4, warmup_fraction=0.02, weight_decay=0.0, grad_clip=1.0
+    )
+    config.train.steps = 120
+    config.evaluation.update(lengths=(length,), steps=(length,), block_length=block_length)
+    config.evaluation.update(every=20, batch=256)
+    config.checkpoint.every = 20
+
+
+def tiny(config: ml_collections.ConfigDict) -> None:
+    """Changes a laptop's configuration into one of seconds, for tests: it learns nothing."""
+    config.model.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
+    config.base.update(stages=((20, 1.0), (4, 0.35)), batch_size=32)
+    config.rl.update(prompts=4, microbatch=16)
+    config.train.steps = 8
+    config.evaluation.update(every=4, problems=16, batch=64)
+    config.checkpoint.every = 4
+
+
+def training_task(config: ml_collections.ConfigDict) -> tasks.Task:
+    """The task as rollouts and demonstrations see it."""
+    return tasks.get(config.task.name, config.task.format, config.task.prompt_template)
+
+
+def evaluation_task(config: ml_collections.ConfigDict) -> tasks.Task:
+    """The task as evaluation sees it: the published formats differ between the two."""
+    format = 'published_eval' if config.task.format == 'published_train' else config.task.format
+    return tasks.get(config.task.name, format, config.task.prompt_template)
 
 
 def sampling_config(config: ml_collections.ConfigDict) -> sampling.SamplingConfig:
@@ -118,8 +172,8 @@ def evaluation_lengths(config: ml_collections.ConfigDict) -> list[tuple[int, int
     lengths, steps = config.evaluation.lengths, config.evaluation.steps
     if len(lengths) != len(steps) or not lengths:
         raise ValueError(
-            f'evaluation.lengths {tuple(lengths)} and evaluation.steps {tuple(steps)} must pair up; '
-            'give one number of steps for each length'
+            f'evaluation.lengths {tuple(lengths)} and evaluation.steps {tuple(steps)} must pair '
+            'up; give one number of steps for each length'
         )
     return list(zip(lengths, steps, strict=True))
 
@@ -127,15 +181,19 @@ def evaluation_lengths(config: ml_collections.ConfigDict) -> list[tuple[int, int
 def evaluation_sampling(
     config: ml_collections.ConfigDict, length: int, steps: int, temperature: float = 0.0
 ) -> sampling.SamplingConfig:
-    """How problems are decoded when accuracy is measured: low confidence, greedy unless told otherwise."""
-    return sampling.SamplingConfig(
-        length=length,
-        steps=steps,
-        block_length=config.evaluation.block_length,
-        temperature=temperature,
-        guidance=config.sampling.guidance,
-        stop_early=config.sampling.stop_early,
-    )
+    """How problems are decoded when accuracy is measured: low confidence, greedy unless told
+    otherwise."""
+    try:
+        return sampling.SamplingConfig(
+            length=length,
+            steps=steps,
+            block_length=config.evaluation.block_length,
+            temperature=temperature,
+            guidance=config.sampling.guidance,
+            stop_early=config.sampling.stop_early,
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace('sampling.', 'evaluation.')) from None
 
 
 def corruption_of(config: ml_collections.ConfigDict) -> corruption.Corruption:

@@ -1,9 +1,10 @@
-"""Accuracy by the published protocol: temperature 0, low-confidence commitment, fixed lengths and steps.
+"""Accuracy by the published protocol: temperature 0, low-confidence commitment, fixed lengths.
 
-    python -m spg_jax.evaluate --workdir=DIR                          # its best policy, on the task's test split
-    python -m spg_jax.evaluate --workdir=DIR --data=FILE --samples=8  # on a published test file, with pass@8
+    python -m spg_jax.evaluate --workdir=DIR                # its best policy, on the test split
+    python -m spg_jax.evaluate --workdir=DIR --data=FILE    # on a published test file
 
-DIR is a run of `spg_jax.train` or a policy directory. The last line of standard output is one JSON object.
+DIR is a run of `spg_jax.train` or a policy directory. The last line of standard output is one JSON
+object.
 """
 
 import json
@@ -12,13 +13,14 @@ import time
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, sharding, tasks
-from spg_jax.cli import compile_cache, one_line_errors
-from spg_jax.config import evaluation_lengths
+from spg_jax import checkpoints, cli, sharding
+from spg_jax.config import evaluation_lengths, evaluation_task
+from spg_jax.rl.evaluator import Evaluator
+from spg_jax.runs import policy_of_run, run_config
 
 FLAGS = flags.FLAGS
 
@@ -28,10 +30,10 @@ def main(_: list[str]) -> None:
     config = run_config(workdir)
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
-    compile_cache()
+    cli.compile_cache()
     started = time.monotonic()
-    mesh = sharding.make_mesh(config.mesh)
-    task = tasks.get(config.task.name, config.task.format, config.task.prompt_template)
+    mesh = sharding.make_mesh({'data': -1})  # whatever is here, not what the run had
+    task = evaluation_task(config)
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)
     else:
@@ -41,18 +43,21 @@ def main(_: list[str]) -> None:
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         report = evaluator.report(params, examples)
         print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
-    table = Table('length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer')
+    table = Table(
+        'length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer'
+    )
     for length, steps in evaluation_lengths(config):
         accuracy = report['accuracy_by_length'][str(length)]
-        table.add_row(str(length), str(steps), str(config.evaluation.block_length), f'{accuracy:.3f}')
+        table.add_row(
+            str(length), str(steps), str(config.evaluation.block_length), f'{accuracy:.3f}'
+        )
     Console(stderr=True).print(table)
-    report = {'task': task.name, 'files': [FLAGS.data or 'test split']} | report
-    print(json.dumps(report))
+    print(json.dumps(report | {'files': [FLAGS.data or 'test split']}))
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train.')
+    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy directory.')
     flags.DEFINE_string('data', '', "A published test file; '' is the task's own test split.")
     flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)
     flags.mark_flag_as_required('workdir')
-    app.run(one_line_errors(main))
+    cli.run(main)

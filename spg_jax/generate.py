@@ -1,6 +1,7 @@
 """Completes a prompt with a trained policy, and shows in which order the tokens were committed.
 
-    python -m spg_jax.generate --workdir=DIR --prompt='30 100 93 = 23 :' [--temperature=0.9 --seed=1] [--trace]
+    python -m spg_jax.generate --workdir=DIR --trace --prompt='100 93 30 = 23 :'
+    python -m spg_jax.generate --workdir=DIR --temperature=0.9 --seed=1
 
 Without a prompt it takes the first test problem of the run's task.
 """
@@ -9,14 +10,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spg_jax import checkpoints, sharding, tasks
-from spg_jax.cli import compile_cache, one_line_errors
-from spg_jax.config import evaluation_lengths, evaluation_sampling
+from spg_jax import checkpoints, cli, sharding
+from spg_jax.config import evaluation_lengths, evaluation_sampling, evaluation_task
 from spg_jax.data import left_pad
 from spg_jax.diffusion.sampling import Completion
 from spg_jax.random import Purpose, example_keys
@@ -28,7 +28,8 @@ FLAGS = flags.FLAGS
 
 
 def show_trace(completion: Completion, tokenizer: Tokenizer, console: Console) -> None:
-    """One line a denoising step: what was committed so far, the newest tokens in colour, the rest as dots."""
+    """One line a denoising step: what was committed so far, the newest tokens in colour, the rest
+    as dots."""
     tokens, committed = np.asarray(completion.tokens)[0], np.asarray(completion.commit_step)[0]
     table = Table('step', 'completion', show_edge=False)
     for step in range(committed.max() + 1):
@@ -45,15 +46,19 @@ def show_trace(completion: Completion, tokenizer: Tokenizer, console: Console) -
 def main(_: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
     config = run_config(workdir)
-    compile_cache()
+    cli.compile_cache()
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-    task = tasks.get(config.task.name, config.task.format, config.task.prompt_template)
+    task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
     with jax.set_mesh(mesh):
         policy, tokenizer, params = checkpoints.load_policy(policy_of_run(workdir), mesh)
-        tokens, valid = left_pad([tokenizer.encode(prompt)], config.sampling.prompt_length, tokenizer.pad_id)
+        tokens, valid = left_pad(
+            [tokenizer.encode(prompt)], config.sampling.prompt_length, tokenizer.pad_id
+        )
         length, steps = evaluation_lengths(config)[0]
-        generate = make_generate(policy, evaluation_sampling(config, length, steps, FLAGS.temperature))
+        generate = make_generate(
+            policy, evaluation_sampling(config, length, steps, FLAGS.temperature)
+        )
         keys = example_keys(FLAGS.seed, Purpose.SAMPLE, 0, np.zeros(1, np.uint32))
         completion = generate(params, tokens, valid, keys)
     if FLAGS.trace:
@@ -62,10 +67,12 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train.')
+    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy directory.')
     flags.DEFINE_string('prompt', '', "The prompt, in the run's format; '' is a test problem.")
-    flags.DEFINE_float('temperature', 0.0, 'Of the choice of tokens; 0 takes the likeliest.', lower_bound=0.0)
+    flags.DEFINE_float(
+        'temperature', 0.0, 'Of the choice of tokens; 0 takes the likeliest.', lower_bound=0.0
+    )
     flags.DEFINE_integer('seed', 0, 'Seed of the choice of tokens at a temperature above 0.')
     flags.DEFINE_bool('trace', False, 'Show the completion after every denoising step.')
     flags.mark_flag_as_required('workdir')
-    app.run(one_line_errors(main))
+    cli.run(main)

@@ -5,7 +5,8 @@ from types import FrameType
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual."""
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one acts as
+    usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -17,13 +18,17 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self.release()
+
+    def release(self) -> None:
+        """Gives the signals their usual meaning again: nothing is left to save."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        print(f'\n{signal.Signals(number).name}: saving after this update, again to stop at once', flush=True)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        print(
+            f'\n{signal.Signals(number).name}: saving after the next update, again to stop at once',
+            flush=True,
+        )
+        self.release()

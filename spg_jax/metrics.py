@@ -1,5 +1,6 @@
 """Metrics as (sum, weight) pairs until they are written: JSON lines and TensorBoard events."""
 
+import hashlib
 import json
 import math
 import time
@@ -14,31 +15,46 @@ from tensorboardX import SummaryWriter
 
 from spg_jax.rl.rollout import Rollout
 
-SAMPLES = 4     # completions of a rollout that are kept to look at
+SAMPLES = 4  # completions of a rollout that are kept to look at
 
 
 def read(metrics: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
-    """Fetches device metrics and divides each sum by its weight; a metric without weight is left out."""
+    """Fetches device metrics and divides each sum by its weight; a metric without weight is left
+    out."""
     fetched = jax.device_get(dict(metrics))
     return {name: float(total / weight) for name, (total, weight) in fetched.items() if weight != 0}
 
 
 class MetricsWriter:
-    """Rows of metrics by step, the updates done. Reopened at an earlier step, it drops what comes again."""
+    """Rows of metrics by step, the updates done; reopened, it drops the rows that come again.
 
-    def __init__(self, directory: Path, start: int = 0, last_row: dict[str, Any] | None = None):
-        """Args:
-          directory: gets `metrics.jsonl` and the TensorBoard events.
-          start: updates done when writing begins; rows of later steps are dropped.
-          last_row: of the last update before `start`, should the file have lost it.
-        """
+    Args:
+      directory: gets `metrics.jsonl` and the TensorBoard events.
+      start: updates done when writing begins; rows of later steps are dropped.
+      last_row: of the last update before `start`, should the file have lost it.
+      seconds: spent before writing begins; rows count on from there.
+      wandb: project to log to as well; '' does not.
+
+    Raises:
+      ValueError: `wandb` names a project and the package is not installed.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        start: int = 0,
+        last_row: dict[str, Any] | None = None,
+        wandb: str = '',
+        seconds: float = 0.0,
+    ):
         path = directory / 'metrics.jsonl'
         keep_rows(path, start, last_row)
         self.last_row: dict[str, Any] = last_row or {}
         self._pending: tuple[int, Mapping[str, tuple[Array, Array]]] | None = None
         self._file = path.open('a')
         self._events = SummaryWriter(str(directory / 'events'), purge_step=start + 1)
-        self._started = time.monotonic()
+        self._started = time.monotonic() - seconds
+        self._wandb = _wandb_run(wandb, directory) if wandb else None
 
     def push(self, step: int, metrics: Mapping[str, tuple[Array, Array]]) -> None:
         """Takes the metrics of an update just dispatched and writes those of the one before."""
@@ -50,7 +66,8 @@ class MetricsWriter:
         if self._pending:
             step, metrics = self._pending
             self._pending = None
-            self.last_row = {'step': step, **read(metrics), 'seconds': time.monotonic() - self._started}
+            row = {'step': step, **read(metrics), 'seconds': time.monotonic() - self._started}
+            self.last_row = {name: _finite(value) for name, value in row.items()}
             self.write(self.last_row)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -61,11 +78,29 @@ class MetricsWriter:
         for name, value in row.items():
             if name != 'step' and isinstance(value, int | float):
                 self._events.add_scalar(name, value, row['step'])
+        if self._wandb:
+            self._wandb.log(row, step=row['step'])
 
     def close(self) -> None:
         self.flush()
         self._file.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(project: str, directory: Path) -> Any:
+    """The wandb run of `directory`, the same one each time it is opened."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"train.wandb is {project!r} but wandb is not installed; pip install -e '.[wandb]'"
+        ) from error
+    identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
+    return wandb.init(
+        project=project, dir=str(directory), id=identity, name=directory.name, resume='allow'
+    )
 
 
 class SampleWriter:
@@ -73,9 +108,11 @@ class SampleWriter:
 
     def __init__(self, directory: Path, start: int):
         self._path = directory / 'completions.jsonl'
-        keep_rows(self._path, start - 1)      # a rollout is written at the step it starts
+        keep_rows(self._path, start - 1)  # a rollout is written at the step it starts
 
-    def write(self, step: int, examples: Sequence[Any], texts: Sequence[str], rollout: Rollout) -> None:
+    def write(
+        self, step: int, examples: Sequence[Any], texts: Sequence[str], rollout: Rollout
+    ) -> None:
         """Appends the first rows of a rollout; `texts` has G completions for each example."""
         reward, advantage = np.asarray(rollout.reward), np.asarray(rollout.advantage)
         group_size = len(texts) // len(examples)
@@ -105,7 +142,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, last_step: int, last_row: dict[str, Any] | None = None) -> None:
-    """Drops the rows after `last_step`, which will be written again; adds `last_row` if it is missing."""
+    """Drops the rows after `last_step`, which will be written again; adds `last_row` if it is
+    missing."""
     rows = [row for row in read_rows(path) if row['step'] <= last_step]
     if last_row and last_row not in rows:
         rows.append(last_row)

@@ -1,57 +1,109 @@
-"""A run's directory: whose it is, its configuration, its policy."""
+"""A training's directory: whose it is, its configuration, its policy."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from spg_jax import checkpoints
 from spg_jax.config import digest
 
+CONFIG = 'config.json'
+
 
 def run_config(workdir: Path) -> ml_collections.ConfigDict:
-    """The configuration a run was made with.
+    """The configuration that made a run, or a policy that was trained here.
 
     Raises:
       FileNotFoundError, ValueError: no run there, or a damaged one.
     """
-    path = workdir / 'config.json'
+    if checkpoints.is_policy(workdir):
+        notes = checkpoints.policy_notes(workdir)
+        if 'config' in notes:
+            return ml_collections.ConfigDict(notes['config'])
+    path = workdir / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist; give the --workdir of a spg_jax.train run')
+        raise FileNotFoundError(
+            f'{path} does not exist; give the --workdir of a spg_jax.train run, or a base policy'
+        )
+    return ml_collections.ConfigDict(_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
+        return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path} is not JSON ({error}); run spg_jax.train again in a new directory') from error
+        raise ValueError(
+            f'{path} is not JSON ({error}); use another --workdir, or delete {path.parent}'
+        ) from error
 
 
 def policy_of_run(workdir: Path) -> Path:
-    """The best policy of a run; before its first validation, the base it starts from."""
+    """The best policy of a run so far, or else `workdir` itself, for `load_policy` to look at.
+
+    Raises:
+      FileNotFoundError: the run has not saved a policy yet.
+    """
     best = workdir / 'best'
     if checkpoints.is_policy(best):
         return best
-    raise FileNotFoundError(f'{workdir} has no best/ policy yet; wait for its first validation')
+    if (workdir / 'checkpoints').is_dir():
+        raise FileNotFoundError(f'{best} does not exist yet; wait for the first validation')
+    return workdir
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes `workdir` this run's, or checks that it is.
+@contextlib.contextmanager
+def claimed(workdir: Path, settings: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Makes `workdir` the place of a training with these settings, alone in it while entered.
+
+    Settings that never got as far as a checkpoint are forgotten, so that a mistake in them can be
+    mended in the same place.
+
+    Args:
+      workdir: made if need be.
+      settings: group -> name -> JSON value.
 
     Raises:
-      ValueError: it holds a run of another configuration; names the first setting that differs.
+      ValueError: it holds a training with other settings; names the first that differs.
+      BlockingIOError: another process is at work in it.
     """
-    path = workdir / 'config.json'
-    mine = json.loads(config.to_json())
-    if not path.is_file():
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1))
-        return
-    theirs = json.loads(path.read_text())
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / CONFIG
+    mine = json.loads(json.dumps(settings))
+    with (workdir / 'lock').open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f'another process is training in {workdir}; wait for it, or use another directory'
+            ) from None
+        if path.is_file() and _has_checkpoint(workdir):
+            _check_same(workdir, _read(path), mine)
+        else:
+            new = path.with_suffix('.new')
+            new.write_text(json.dumps(mine, indent=1))
+            new.rename(path)
+        yield
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
+
+
+def _check_same(
+    workdir: Path, theirs: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]
+) -> None:
     for group in mine:
         for key, value in mine[group].items():
             other = theirs.get(group, {}).get(key)
             if other != value:
                 raise ValueError(
-                    f'{workdir} holds a run with {group}.{key} {other!r}, asked for {value!r}; '
-                    'use another --workdir, or the settings in its config.json'
+                    f'{workdir} holds a training with {group}.{key} {other!r}, asked for '
+                    f'{value!r}; use another --workdir, or the settings in its {CONFIG}'
                 )
 
 

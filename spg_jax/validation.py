@@ -1,19 +1,61 @@
-"""Refuses settings that cannot work before any long work starts, naming the key, the value and the fix."""
+"""Refuses settings that cannot work before any long work starts, naming the key, the value and the
+fix."""
 
+import importlib.util
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_collections
+from jax.sharding import Mesh
 
-from spg_jax.config import corruption_of, evaluation_lengths, evaluation_sampling, sampling_config
+from spg_jax.config import (
+    corruption_of,
+    evaluation_lengths,
+    evaluation_sampling,
+    sampling_config,
+    training_task,
+)
 from spg_jax.diffusion import bounds
+from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
+from spg_jax.sharding import row_shards
 
-NEGATIVES = ('mixture', 'eubo', 'elbo', 'none')
-BOUNDS = ('plain', 'strict', 'loose')
 POSITIVE = (
-    'sampling.prompt_length', 'rl.prompts', 'rl.inner_updates', 'rl.microbatch', 'train.steps',
-    'train.max_skipped', 'base.batch_size', 'evaluation.every', 'evaluation.problems',
-    'evaluation.batch', 'evaluation.samples', 'checkpoint.every', 'checkpoint.keep',
+    'sampling.prompt_length',
+    'rl.prompts',
+    'rl.inner_updates',
+    'rl.microbatch',
+    'train.steps',
+    'train.max_skipped',
+    'base.batch_size',
+    'evaluation.every',
+    'evaluation.problems',
+    'evaluation.batch',
+    'evaluation.samples',
+    'checkpoint.every',
+    'checkpoint.keep',
+)
+# Keys, what must hold, how to say it.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (POSITIVE, lambda x: x >= 1, 'a positive integer'),
+    (
+        ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
+        lambda x: 0 < x < math.inf,
+        'a positive number',
+    ),
+    (
+        ('base.weight_decay', 'optimizer.weight_decay'),
+        lambda x: 0 <= x < math.inf,
+        'a number of at least 0',
+    ),
+    (
+        ('base.ema', 'optimizer.b1', 'optimizer.b2'),
+        lambda x: 0 <= x < 1,
+        'a decay of at least 0 and below 1',
+    ),
+    (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
+    (('sampling.guidance',), math.isfinite, 'a finite number'),
 )
 
 
@@ -23,43 +65,83 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: one line naming the key.
     """
+    training_task(config)
+    TransformerConfig(vocab_size=1, **config.model)
     sampling_config(config)
     for length, steps in evaluation_lengths(config):
         evaluation_sampling(config, length, steps)
-    bounds.check_pairing(
-        config.rl.estimator, config.corruption.kind, corruption_of(config).perturb_completion
-    )
-    _one_of('rl.negative', config.rl.negative, NEGATIVES)
-    _one_of('rl.bound', config.rl.bound, BOUNDS)
+    bounds.check_pairing(config.rl.estimator, corruption_of(config))
     _one_of('rl.objective', config.rl.objective, tuple(REGISTRY))
+    REGISTRY[config.rl.objective](config)
+    _check_numbers(config)
+    _check_stages(config.base.stages)
+    _check_rows(config)
+    if config.train.wandb and not importlib.util.find_spec('wandb'):
+        raise ValueError(
+            f'train.wandb is {config.train.wandb!r} but wandb is not installed; '
+            "pip install -e '.[wandb]'"
+        )
+
+
+def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Refuses batches whose rows do not split evenly over the devices.
+
+    Raises:
+      ValueError: one line naming the key.
+    """
+    shards = row_shards(mesh)
+    for key in ('rl.microbatch', 'base.batch_size'):
+        rows = _get(config, key)
+        if rows % shards:
+            raise ValueError(
+                f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
+                f'divide; use a multiple of {shards}'
+            )
+
+
+def _get(config: ml_collections.ConfigDict, key: str) -> Any:
+    group, leaf = key.split('.')
+    return config[group][leaf]
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    for keys, holds, expected in RANGES:
+        for key in keys:
+            if not holds(_get(config, key)):  # NaN holds nothing
+                raise ValueError(f'{key} is {_get(config, key)}; use {expected}')
+
+
+def _check_stages(stages: Sequence[Any]) -> None:
+    for stage in stages:
+        match stage:
+            case (int(steps), float() | int() as share) if steps >= 0 and 0 <= share <= 1:
+                continue
+        raise ValueError(
+            f'base.stages has {stage!r}; use pairs (steps >= 0, share of right answers in [0, 1]) '
+            'such as ((1500, 1.0), (300, 0.3))'
+        )
+    if not sum(steps for steps, _ in stages):
+        raise ValueError(f'base.stages is {tuple(stages)}; use one step or more in all')
+
+
+def _check_rows(config: ml_collections.ConfigDict) -> None:
     rows = config.rl.prompts * config.rl.group_size
-    for key in POSITIVE:
-        group, leaf = key.split('.')
-        if config[group][leaf] < 1:
-            raise ValueError(f'{key} is {config[group][leaf]}; use a positive integer')
     if config.rl.group_size < 2:
         raise ValueError(
-            f'rl.group_size is {config.rl.group_size}; a completion is compared with its group, use 2 or more'
+            f'rl.group_size is {config.rl.group_size}; a completion is compared with its '
+            'group, use 2 or more'
         )
     if rows % config.rl.microbatch:
         raise ValueError(
-            f'rl.microbatch {config.rl.microbatch} does not divide the {rows} rows of a rollout batch '
-            f'(rl.prompts x rl.group_size); use {math.gcd(rows, config.rl.microbatch)}'
+            f'rl.microbatch {config.rl.microbatch} does not divide the {rows} rows of a rollout '
+            f'batch (rl.prompts x rl.group_size); use {math.gcd(rows, config.rl.microbatch)}'
         )
     per_pass, draws = config.rl.draws_per_pass, config.corruption.draws
     if per_pass < 0 or (per_pass and draws % per_pass):
         raise ValueError(
-            f'rl.draws_per_pass {per_pass} does not divide corruption.draws {draws}; use 1, or 0 for all at once'
+            f'rl.draws_per_pass {per_pass} does not divide corruption.draws {draws}; '
+            'use 1, or 0 for all at once'
         )
-    if config.rl.beta < 1:
-        raise ValueError(f'rl.beta is {config.rl.beta}; the Renyi order of the EUBO is at least 1')
-    if not 0 <= config.rl.omega <= 1:
-        raise ValueError(f'rl.omega is {config.rl.omega}; a share lies within [0, 1]')
-    for index, (steps, right_share) in enumerate(config.base.stages):
-        if steps < 0 or not 0 <= right_share <= 1:
-            raise ValueError(
-                f'base.stages[{index}] is {(steps, right_share)}; use (steps >= 0, share of right answers in [0, 1])'
-            )
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:

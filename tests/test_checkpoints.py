@@ -1,0 +1,82 @@
+"""Policies and runs on disk: they come back as they were, or say in one line why not."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from spg_jax import checkpoints, sharding
+from spg_jax.models.transformer import TransformerConfig
+from spg_jax.tokenizers import WordTokenizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
+    config = TransformerConfig(
+        vocab_size=tokenizer.size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
+    )
+    policy = checkpoints.make_policy(config, tokenizer)
+    params = sharding.init_params(policy.model, jax.random.key(0), mesh((1, 1, 1)))
+    directory = tmp_path / 'policy'
+    checkpoints.save_policy(directory, params, config, tokenizer, {'made': 'here'})
+    return directory, params
+
+
+def mesh(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
+def test_a_policy_comes_back_on_any_mesh(saved, sizes):
+    directory, params = saved
+    policy, tokenizer, found = checkpoints.load_policy(directory, mesh(sizes))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
+    assert tokenizer.decode(tokenizer.encode('1 + 2 :')) == '1 + 2 :'
+    assert not policy.allowed[policy.mask_id] and policy.allowed[policy.eos_id]
+    assert checkpoints.policy_notes(directory) == {'made': 'here'}
+
+
+def test_saving_again_replaces_the_policy(saved):
+    directory, params = saved
+    tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
+    policy, _, _ = checkpoints.load_policy(directory, mesh((1, 1, 1)))
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    checkpoints.save_policy(directory, doubled, policy.config, tokenizer, {})
+    _, _, found = checkpoints.load_policy(directory, mesh((1, 1, 1)))
+    np.testing.assert_array_equal(found['embedding'], doubled['embedding'])
+    assert [path.name for path in directory.parent.iterdir()] == ['policy']
+
+
+def test_what_is_no_policy_says_so(saved, tmp_path):
+    directory, _ = saved
+    with pytest.raises(FileNotFoundError, match='nowhere does not exist'):
+        checkpoints.load_policy(tmp_path / 'nowhere', mesh((1, 1, 1)))
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='policy.json'):
+        checkpoints.load_policy(tmp_path / 'empty', mesh((1, 1, 1)))
+    (directory / 'policy.json').write_text('{"model": {}}')
+    with pytest.raises(ValueError, match='policy.json is not the description') as error:
+        checkpoints.load_policy(directory, mesh((1, 1, 1)))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('damage', ['another width', 'a file cut short', 'a folder missing'])
+def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
+    directory, _ = saved
+    if damage == 'another width':
+        description = json.loads((directory / 'policy.json').read_text())
+        description['model']['width'] = 32
+        (directory / 'policy.json').write_text(json.dumps(description))
+    elif damage == 'a file cut short':
+        largest = max(
+            (p for p in directory.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size
+        )
+        largest.write_bytes(largest.read_bytes()[:100])
+    else:
+        (directory / 'params').rename(directory / 'other')
+    with pytest.raises(ValueError, match='params cannot be restored') as error:
+        checkpoints.load_policy(directory, mesh((1, 1, 1)))
+    assert '\n' not in str(error.value)

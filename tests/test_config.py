@@ -1,0 +1,129 @@
+"""Configurations: every setting is read, every preset holds, what cannot work is refused."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from spg_jax import optimizers, sharding
+from spg_jax.config import default_config
+from spg_jax.diffusion import sampling
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.models.transformer import Block, Transformer, TransformerConfig
+from spg_jax.validation import validate
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def leaves(config):
+    return [(group, leaf) for group, settings in config.items() for leaf in settings]
+
+
+def readers(group):
+    """(source, what stands before the leaf where it is read), wherever a group is read."""
+    whole = [path.read_text() for path in (REPOSITORY / 'spg_jax').rglob('*.py')]
+    found = [(source, rf'\.{group}\.') for source in whole]
+    if group == 'optimizer':
+        found.append((inspect.getsource(optimizers.for_rl), r'config\.'))
+    if group == 'base':
+        found.append((inspect.getsource(optimizers.for_pretraining), r'config\.'))
+    if group == 'model':  # passed whole to TransformerConfig
+        found.append((inspect.getsource(Transformer) + inspect.getsource(Block), r'config\.'))
+        found.append((inspect.getsource(TransformerConfig.head_dim.fget), r'self\.'))
+    if group == 'sampling':  # passed whole to SamplingConfig
+        source = inspect.getsource(sampling)
+        found.append((source[source.index('class Completion') :], r'config\.'))
+        properties = (SamplingConfig.blocks, SamplingConfig.steps_per_block)
+        found += [(inspect.getsource(some.fget), r'self\.') for some in properties]
+    return found
+
+
+@pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
+def test_every_setting_is_read(group, leaf):
+    if group == 'mesh':
+        assert leaf in sharding.AXES
+        return
+    assert any(re.search(rf'{before}{leaf}\b', source) for source, before in readers(group))
+
+
+@pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
+def test_every_setting_says_what_it_means(group, leaf):
+    source = (REPOSITORY / 'spg_jax' / 'config.py').read_text()
+    section = source[source.index(f'        {group}=c(') :]
+    line = re.search(rf'\b{leaf}=.*', section)[0]
+    assert '  # ' in line
+
+
+@pytest.mark.parametrize('task', ['countdown', 'sudoku'])
+@pytest.mark.parametrize('preset', ['small', 'tiny', 'llada_8b'])
+def test_presets_validate(task, preset):
+    validate(importlib.import_module(f'configs.{task}').get_config(preset))
+
+
+def test_the_published_recipe():
+    """Numbers of the publication (SPG, appendix), typed here a second time."""
+    for task, steps, temperature, beta, prompt in (
+        ('countdown', 6000, 0.9, 1.5, 200),
+        ('sudoku', 2500, 0.3, 1.0, 1500),
+    ):
+        config = importlib.import_module(f'configs.{task}').get_config('llada_8b')
+        assert config.optimizer.learning_rate == 3e-6 and config.optimizer.grad_clip == 0.2
+        assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.99)
+        assert config.optimizer.weight_decay == 0.1
+        assert (config.rl.group_size, config.rl.inner_updates, config.corruption.draws) == (6, 4, 2)
+        assert config.rl.prompts * config.rl.group_size == 96
+        assert config.sampling.length == 256 and config.sampling.steps == 128
+        assert config.sampling.block_length == 32 and config.corruption.prompt_rate == 0.15
+        assert (config.rl.omega, config.rl.beta) == (0.5, beta)
+        assert config.sampling.temperature == temperature
+        assert config.sampling.prompt_length == prompt
+        assert config.train.steps == steps
+        assert tuple(config.evaluation.lengths) == (128, 256, 512)
+        assert tuple(config.evaluation.steps) == (64, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        ({'sampling.length': 250}, 'sampling.length 250'),
+        ({'sampling.steps': 300}, '300'),
+        ({'sampling.commit': 'first'}, 'sampling.commit'),
+        ({'evaluation.steps': (64,)}, 'pair up'),
+        ({'rl.objective': 'grpo2'}, 'rl.objective'),
+        ({'rl.negative': 'worse'}, 'rl.negative'),
+        ({'rl.bound': 'tight'}, 'rl.bound'),
+        ({'rl.estimator': 'paper'}, "corruption.kind 'block'"),
+        ({'rl.estimator': 'block', 'corruption.kind': 'uniform'}, "corruption.kind 'uniform'"),
+        ({'rl.group_size': 1, 'rl.prompts': 6}, 'rl.group_size'),
+        ({'rl.microbatch': 7}, 'rl.microbatch 7'),
+        ({'rl.draws_per_pass': 3}, 'rl.draws_per_pass 3'),
+        ({'rl.beta': 0.5}, 'rl.beta'),
+        ({'rl.omega': 1.5}, 'rl.omega'),
+        ({'corruption.draws': 0}, 'corruption.draws'),
+        ({'corruption.kind': 'blocks'}, 'corruption.kind'),
+        ({'base.stages': ((10, 1.5),)}, '(10, 1.5)'),
+        ({'base.stages': (300, 1.0)}, 'base.stages has 300'),
+        ({'base.stages': ()}, 'one step or more'),
+        ({'task.name': 'chess'}, 'chess'),
+        ({'task.prompt_template': 'nowhere.txt'}, 'nowhere.txt'),
+        ({'model.width': 25}, 'model.width 25'),
+        ({'optimizer.learning_rate': -1e-4}, 'optimizer.learning_rate'),
+        ({'optimizer.b1': 1.5}, 'optimizer.b1'),
+        ({'base.grad_clip': float('nan')}, 'base.grad_clip'),
+        ({'rl.beta': float('nan')}, 'rl.beta'),
+        ({'evaluation.block_length': 5}, 'evaluation.block_length 5'),
+        ({'rl.estimator': 'block', 'corruption.block_draw': 'released'}, 'corruption.block_draw'),
+        ({'train.steps': 0}, 'train.steps'),
+        ({'checkpoint.every': 0}, 'checkpoint.every'),
+    ],
+)
+def test_what_cannot_work_is_refused_with_key_and_value(change, said):
+    config = default_config()
+    for name, value in change.items():
+        group, leaf = name.split('.')
+        config[group][leaf] = value
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        validate(config)
+    assert '\n' not in str(error.value)

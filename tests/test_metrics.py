@@ -1,0 +1,47 @@
+"""Files of a run: rows appear once, in order, whatever was cut and resumed."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from spg_jax.metrics import MetricsWriter, SampleWriter, read, read_rows
+
+
+def test_sums_are_divided_by_their_weights_and_empty_ones_left_out():
+    metrics = {'a': (jnp.float32(6), jnp.float32(4)), 'b': (jnp.float32(0), jnp.float32(0))}
+    assert read(metrics) == {'a': 1.5}
+
+
+def test_metrics_come_one_update_late_and_all_of_them(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.push(step, {'loss': (jnp.float32(step), jnp.float32(1))})
+        assert writer.last_row.get('step', 0) == step - 1
+    writer.close()
+    assert [row['loss'] for row in read_rows(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
+
+
+def test_resuming_drops_later_rows_and_restores_a_lost_one(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    writer = MetricsWriter(tmp_path, start=1)
+    writer.write({'step': 2, 'loss': float('nan')})
+    writer.close()
+    assert read_rows(path) == [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': None}]
+    MetricsWriter(tmp_path, start=3, last_row={'step': 3, 'loss': 3.0}).close()
+    assert [row['step'] for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_samples_of_a_rollout_that_comes_again_are_not_doubled(tmp_path):
+    path = tmp_path / 'completions.jsonl'
+    path.write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n')
+    SampleWriter(tmp_path, start=4)
+    assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [0, 2]
+
+
+@pytest.mark.parametrize('text', ['', '{"step": 1'])
+def test_a_file_cut_short_reads_as_far_as_it_goes(tmp_path, text):
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(text)
+    assert read_rows(path) == []
