@@ -1,0 +1,65 @@
+"""Completions of reward 1 by a run's base policy, for rejection-sampling fine-tuning.
+
+    python -m benchmarks.rejection_sampling --workdir=RUN --seconds=60 --out=rewarded.jsonl
+    python -m spg_jax.pretrain --config=… --config.base.checkpoint=BASE --workdir=DIR \\
+        --demonstrations=rewarded.jsonl
+
+Goes through the training problems, sampling each as the run's rollouts did.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from spg_jax import checkpoints, cli, sharding
+from spg_jax.config import training_task
+from spg_jax.pretrain import base_directory
+from spg_jax.rl.evaluator import Evaluator
+from spg_jax.runs import policy_of_run, run_config
+
+PROMPTS_AT_ONCE = 256
+FLAGS = flags.FLAGS
+
+
+def main(_: Sequence[str]) -> None:
+    config = run_config(Path(FLAGS.workdir))
+    given = config.base.checkpoint
+    base = policy_of_run(Path(given)) if given else base_directory(config)
+    cli.compile_cache()
+    mesh = sharding.make_mesh({'data': -1})
+    task = training_task(config)
+    problems = list(task.source('train', config.task.data_dir))
+    group_size = config.rl.group_size
+    kept, sampled, deadline = [], 0, time.monotonic() + FLAGS.seconds
+    with jax.set_mesh(mesh):
+        policy, tokenizer, params = checkpoints.load_policy(base, mesh)
+        evaluator = Evaluator(policy, task, tokenizer, config, mesh)
+        while time.monotonic() < deadline and sampled + PROMPTS_AT_ONCE <= len(problems):
+            some = problems[sampled : sampled + PROMPTS_AT_ONCE]
+            sampled += PROMPTS_AT_ONCE
+            texts = evaluator.complete(
+                params,
+                some,
+                config.sampling.length,
+                config.sampling.steps,
+                config.sampling.temperature,
+                group_size,
+            )
+            for row, text in enumerate(texts):
+                example = some[row // group_size]
+                if task.reward(text, example) == 1:
+                    kept.append({'example': example, 'completion': text})
+    Path(FLAGS.out).write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    print(f'{FLAGS.out}: {len(kept)} of {sampled * group_size} completions earned 1')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train.')
+    flags.DEFINE_float('seconds', None, 'How long to sample.', lower_bound=0.0)
+    flags.DEFINE_string('out', None, 'JSON lines for spg_jax.pretrain --demonstrations.')
+    flags.mark_flags_as_required(['workdir', 'seconds', 'out'])
+    cli.run(main)

@@ -1,0 +1,151 @@
+"""Where time and memory go: rollout, update, memory against draws and length, as one table.
+
+    python -m benchmarks.speed [--config=configs/sudoku.py]
+
+Speeds are shares of the largest matrix-product rate this machine shows in the same run. A pass
+over a token costs 2 FLOPs a parameter forwards and 4 backwards; attention is left out.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from spg_jax import checkpoints, optimizers, sharding
+from spg_jax.config import sampling_config, training_task
+from spg_jax.pretrain import model_config
+from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.learner import make_update
+from spg_jax.rl.objectives import REGISTRY
+from spg_jax.rl.rollout import Rollout, empty_rollout, make_generate
+from spg_jax.tokenizers import WordTokenizer
+from spg_jax.train_state import initial_state, shardings_of
+
+FLAGS = flags.FLAGS
+REPEATS = 5
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Median of REPEATS runs after one that compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def peak_flops(size: int = 2048) -> float:
+    """FLOPs a second of the best of several square float32 products: the physical limit here."""
+    product = jax.jit(jnp.matmul)
+    x = jnp.ones((size, size))
+    jax.block_until_ready(product(x, x))
+    return max(2 * size**3 / seconds(lambda: product(x, x)) for _ in range(3))
+
+
+class Bench:
+    """Programs of a configuration on random parameters and a random rollout."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh)
+        tokenizer = WordTokenizer(training_task(config).vocabulary)
+        self.policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
+        self.params = sharding.init_params(self.policy.model, jax.random.key(0), self.mesh)
+        self.size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        self.rows = config.rl.prompts * config.rl.group_size
+        self.sequence = config.sampling.prompt_length + config.sampling.length
+
+    def rollout(self) -> Rollout:
+        """Random tokens, completions of full length, alternating advantages."""
+        rollout = empty_rollout(self.config, self.mesh)
+        words = lambda shape: np.random.default_rng(0).integers(3, 11, shape, np.int32)  # noqa: E731
+        return rollout.replace(
+            prompt=jnp.asarray(words(rollout.prompt.shape)),
+            prompt_mask=jnp.ones(rollout.prompt.shape, bool),
+            completion=jnp.asarray(words(rollout.completion.shape)),
+            scored=jnp.ones(rollout.completion.shape, bool),
+            advantage=jnp.where(jnp.arange(self.rows) % 2, 0.5, -0.5),
+            example_id=jnp.arange(self.rows, dtype=jnp.uint32),
+        )
+
+    def rollout_seconds(self) -> float:
+        """One rollout batch, without scoring; random parameters rarely stop early."""
+        generate = make_generate(self.policy, sampling_config(self.config))
+        rollout = self.rollout()
+        keys = example_keys(0, Purpose.SAMPLE, 0, rollout.example_id)
+        return seconds(lambda: generate(self.params, rollout.prompt, rollout.prompt_mask, keys))
+
+    def update(self) -> tuple[Callable, object, Rollout]:
+        optimizer = optimizers.for_rl(self.config.optimizer, 100)
+        state = initial_state(self.params, optimizer, self.policy, self.mesh, average=False)
+        objective = REGISTRY[self.config.rl.objective](self.config)
+        update = make_update(self.policy, objective, optimizer, self.config, shardings_of(state))
+        return update, state, self.rollout()
+
+    def update_seconds(self) -> float:
+        update, state, rollout = self.update()
+
+        def run() -> object:
+            nonlocal state
+            state, metrics = update(state, rollout)
+            return metrics
+
+        return seconds(run)
+
+    def update_bytes(self) -> int:
+        """Temporary and output bytes of the compiled update."""
+        update, state, rollout = self.update()
+        memory = update.lower(state, rollout).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def main(_: Sequence[str]) -> None:
+    config = FLAGS.config
+    peak = peak_flops()
+    table = Table('what', 'measured', 'share of peak', title=f'{peak / 1e9:.0f} GFLOP/s at most')
+    with jax.set_mesh(sharding.make_mesh(config.mesh)):
+        bench = Bench(config)
+        took, passes = bench.rollout_seconds(), config.sampling.steps
+        flops = 2 * bench.size * bench.rows * bench.sequence * passes
+        table.add_row(
+            'rollout', f'{bench.rows / took:.0f} completions/s', f'{flops / took / peak:.0%}'
+        )
+        took, tokens = bench.update_seconds(), bench.rows * bench.sequence * config.corruption.draws
+        table.add_row(
+            'update',
+            f'{tokens / took:.0f} tokens/s',
+            f'{6 * bench.size * tokens / took / peak:.0%}',
+        )
+        for per_pass in (0, 1):
+            for draws in (2, 4, 8):
+                changed = (
+                    config.copy_and_resolve_references()
+                )  # groups too, unlike ConfigDict(config)
+                changed.corruption.draws, changed.rl.draws_per_pass = draws, per_pass
+                how = 'one draw a pass' if per_pass else 'all draws at once'
+                size = Bench(changed).update_bytes()
+                table.add_row(f'update memory, M={draws}, {how}', f'{size / 2**20:.0f} MiB', '')
+        for factor in (1, 2, 4):
+            changed = config.copy_and_resolve_references()
+            changed.sampling.length = factor * config.sampling.length
+            size = Bench(changed).update_bytes()
+            table.add_row(
+                f'update memory, C={changed.sampling.length}, M={config.corruption.draws}',
+                f'{size / 2**20:.0f} MiB',
+                '',
+            )
+    Console(width=100).print(table)
+
+
+if __name__ == '__main__':
+    config_flags.DEFINE_config_file('config', 'configs/sudoku.py', 'configs/TASK.py[:PRESET].')
+    app.run(main)
