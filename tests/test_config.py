@@ -12,6 +12,7 @@ from spg_jax.config import default_config
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
+from spg_jax.rl.evaluator import headline_length
 from spg_jax.validation import validate
 
 REPOSITORY = Path(__file__).parent.parent
@@ -127,3 +128,10 @@ def test_what_cannot_work_is_refused_with_key_and_value(change, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         validate(config)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('length', 'headline'), [(256, (256, 128)), (64, (128, 64))])
+def test_the_headline_is_the_length_trained_at_or_else_the_first(length, headline):
+    config = default_config()
+    config.sampling.length = length
+    assert headline_length(config) == headline

@@ -33,6 +33,15 @@ def test_resuming_drops_later_rows_and_restores_a_lost_one(tmp_path):
     assert [row['step'] for row in read_rows(path)] == [1, 2, 3]
 
 
+def test_a_row_that_is_not_finite_comes_back_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.push(1, {'loss': (jnp.float32(jnp.nan), jnp.float32(1))})
+    writer.flush()
+    MetricsWriter(tmp_path, start=1, last_row=writer.last_row).close()
+    rows = read_rows(tmp_path / 'metrics.jsonl')
+    assert [(row['step'], row['loss']) for row in rows] == [(1, None)]
+
+
 def test_samples_of_a_rollout_that_comes_again_are_not_doubled(tmp_path):
     path = tmp_path / 'completions.jsonl'
     path.write_text('{"step": 0}\n{"step": 2}\n{"step": 4}\n')
