@@ -114,8 +114,9 @@ def pretrain(
     """
     training = directory.with_name(directory.name + '.training')
     given = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
-    with claimed(training, made_of(config) | {'given': given}):
-        if checkpoints.is_policy(directory):
+    finished = checkpoints.is_policy(directory)
+    with claimed(training, made_of(config) | {'given': given}, finished):
+        if finished:
             return True
         return _pretrain(config, directory, training, mesh, interruption, start_from, records)
 

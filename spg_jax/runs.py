@@ -57,7 +57,9 @@ def policy_of_run(workdir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, settings: dict[str, dict[str, Any]]) -> Iterator[None]:
+def claimed(
+    workdir: Path, settings: dict[str, dict[str, Any]], finished: bool = False
+) -> Iterator[None]:
     """Makes `workdir` the place of a training with these settings, alone in it while entered.
 
     Settings that never got as far as a checkpoint are forgotten, so that a mistake in them can be
@@ -66,6 +68,8 @@ def claimed(workdir: Path, settings: dict[str, dict[str, Any]]) -> Iterator[None
     Args:
       workdir: made if need be.
       settings: group -> name -> JSON value.
+      finished: whether what was trained here is there already, so that no checkpoint is needed for
+        its settings to hold.
 
     Raises:
       ValueError: it holds a training with other settings; names the first that differs.
@@ -81,7 +85,7 @@ def claimed(workdir: Path, settings: dict[str, dict[str, Any]]) -> Iterator[None
             raise BlockingIOError(
                 f'another process is training in {workdir}; wait for it, or use another directory'
             ) from None
-        if path.is_file() and _has_checkpoint(workdir):
+        if path.is_file() and (finished or _has_checkpoint(workdir)):
             _check_same(workdir, _read(path), mine)
         else:
             new = path.with_suffix('.new')
