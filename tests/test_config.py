@@ -13,7 +13,7 @@ from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
 from spg_jax.rl.evaluator import headline_length
-from spg_jax.validation import validate
+from spg_jax.validation import check_mesh, validate
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -135,3 +135,14 @@ def test_the_headline_is_the_length_trained_at_or_else_the_first(length, headlin
     config = default_config()
     config.sampling.length = length
     assert headline_length(config) == headline
+
+
+@pytest.mark.parametrize('key', ['rl.microbatch', 'base.batch_size'])
+def test_rows_that_do_not_split_over_the_devices_are_refused(key):
+    config = default_config()
+    mesh = sharding.make_mesh({'data': 4, 'fsdp': 2})
+    check_mesh(config, mesh)
+    group, leaf = key.split('.')
+    config[group][leaf] = 12
+    with pytest.raises(ValueError, match=f'{key} is 12.*multiple of 8'):
+        check_mesh(config, mesh)
