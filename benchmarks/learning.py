@@ -5,14 +5,17 @@
 The two files are the published test sets. For the wall-clock time RL took, beside it: the base
 policy trained on with its own data; rejection-sampling fine-tuning on the base policy's own
 completions of reward 1 (a third of the time to sample, the rest to train); and the ceiling, right
-answers only for the time of base and RL together. Accuracy on the held-out test split and on the
-published test; curves in TASK.png. Run again to go on. Two runs share the machine, a core each, so
-that times compare; nothing else should run meanwhile until 'timed part done' appears.
+answers only for the time of base and RL together. All but the ceiling, which trains as the base
+policy does, get their learning rate from the same two, on validation with a seed of its own.
+Accuracy on the held-out test split and on the published test; curves in TASK.png. Run again to go
+on. Two runs share the machine, a core each, so that times compare; nothing else should run
+meanwhile until 'timed part done' appears.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,17 @@ from spg_jax.pretrain import base_directory
 from spg_jax.runs import run_config
 
 TASKS = ('sudoku', 'countdown')  # the longer first, so that no core is idle at the end
-SEEDS = (0, 1, 2)
+RATES = (3e-4, 1e-3)
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
 SAMPLING_SHARE = 1 / 3
 FLAGS = flags.FLAGS
+
+Accuracies = dict[float, float]  # on validation, of each learning rate
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The main job of a task with one seed, and the folder of all that belongs to it."""
+    """A task with one seed, and the folder of all that belongs to it."""
 
     task: str
     seed: int
@@ -49,114 +55,181 @@ class Case:
     def settings(self) -> dict[str, Any]:
         return {'train.seed': self.seed, 'base.seed': self.seed}
 
-    @property
-    def rewarded(self) -> Path:
-        """The base policy's own right completions."""
-        return self.folder / 'rewarded.jsonl'
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished main job: the measure of what the alternatives may spend."""
+
+    case: Case
+    directory: Path
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.directory / 'result.json').read_text())
 
     @property
     def base(self) -> Path:
         """The base policy's directory."""
-        return base_directory(run_config(self.folder / 'spg'))
+        return base_directory(run_config(self.directory))
+
+    @property
+    def rewarded(self) -> Path:
+        """The base policy's own right completions."""
+        return self.case.folder / 'rewarded.jsonl'
+
+    @property
+    def steps(self) -> int:
+        """Steps of pre-training that fit into the seconds of RL."""
+        return round(self.result['seconds'] * pretraining_pace(self.base))
 
 
 def main(_: Sequence[str]) -> None:
-    cases = [Case(task, seed) for task in TASKS for seed in SEEDS]
-    found = runs.at_once(FLAGS.jobs, [partial(timed, case) for case in cases])
-    results = dict(zip(cases, found, strict=True))
+    cases = {task: [Case(task, seed) for seed in SEEDS] for task in TASKS}
+    tuning = {task: Case(task, TUNING_SEED) for task in TASKS}
+    at_once = partial(runs.at_once, FLAGS.jobs)
+
+    at_once([partial(make_base, case) for case in tuning.values()])
+    found = {'spg': tuned({task: partial(spg, case) for task, case in tuning.items()})}
+    rates = {task: best(found['spg'][task]) for task in TASKS}
+    tuning = {task: Trained(case, spg(case, rates[task])) for task, case in tuning.items()}
+    every = [case for task in TASKS for case in cases[task]]
+    places = at_once([partial(spg, case, rates[case.task]) for case in every])
+    trained = [Trained(case, place) for case, place in zip(every, places, strict=True)]
+    at_once([partial(sample, job) for job in (*tuning.values(), *trained)])
     print('timed part done: the steps of the rest are fixed', flush=True)
+
     for task in TASKS:
-        draw([case for case in cases if case.task == task])
-    rest = [call for case in cases for call in alternatives(case, results[case])]
-    runs.at_once(FLAGS.jobs, rest)
+        draw(task, [job for job in trained if job.case.task == task])
+    for fit in (train_on, rejection_sampling):
+        found[fit.__name__] = tuned({task: partial(fit, job) for task, job in tuning.items()})
+    rows: list[tuple[str, Callable[[Trained], Path]]] = [
+        ('base policy', lambda job: job.base),
+        ('**SPG (mixture)**', lambda job: job.directory),
+        ('base trained on', lambda job: train_on(job, best(found['train_on'][job.case.task]))),
+        (
+            'rejection sampling',
+            lambda job: rejection_sampling(job, best(found['rejection_sampling'][job.case.task])),
+        ),
+        ('ceiling: right answers only', ceiling),
+    ]
+    # The ceiling, the longest training, first.
+    at_once([partial(make, job) for _, make in reversed(rows) for job in trained])
     for task in TASKS:
-        table = report({case: result for case, result in results.items() if case.task == task})
+        jobs = [job for job in trained if job.case.task == task]
+        table = report({name: [make(job) for job in jobs] for name, make in rows}, jobs)
+        table += '\n\n' + tuning_report({name: found[name][task] for name in found})
         (Path(FLAGS.workdir) / f'{task}.md').write_text(table + '\n')
         print(f'{task}\n{table}')
 
 
-def timed(case: Case) -> dict[str, Any]:
-    """The main job and the base policy's own right completions; the job's result."""
-    result = runs.train(case.config, case.folder / 'spg', case.settings)
-    if not case.rewarded.is_file():
+def make_base(case: Case) -> None:
+    """Trains the case's base policy, unless it exists."""
+    flags = (f'--config.{name}={value}' for name, value in case.settings.items())
+    runs.run('spg_jax.pretrain', f'--config={case.config}', *flags)
+
+
+def spg(case: Case, rate: float) -> Path:
+    """The directory of the main job at a learning rate."""
+    place = case.folder / f'spg-{rate:g}'
+    runs.train(case.config, place, case.settings | {'optimizer.learning_rate': rate})
+    return place
+
+
+def sample(job: Trained) -> None:
+    """Draws completions of the base policy and keeps the right ones."""
+    if not job.rewarded.is_file():
         runs.run(
             'benchmarks.rejection_sampling',
-            f'--workdir={case.folder / "spg"}',
-            f'--seconds={SAMPLING_SHARE * result["seconds"]}',
-            f'--out={case.rewarded}',
+            f'--workdir={job.directory}',
+            f'--seconds={SAMPLING_SHARE * job.result["seconds"]}',
+            f'--out={job.rewarded}',
         )
-    return result
 
 
-def alternatives(case: Case, result: dict[str, Any]) -> list[Callable[[], None]]:
-    """The three other ways to spend RL's time, each making a policy directory in the folder."""
-    stages = result['config']['base']['stages']
-    steps = round(result['seconds'] * pretraining_pace(case.base))
-    # Continues at the rate the base policy ended with, as it would have without RL.
-    on_base = case.settings | {
-        'base.checkpoint': case.base,
-        'base.learning_rate': result['config']['base']['learning_rate'] / 10,
+def train_on(job: Trained, rate: float) -> Path:
+    """The directory of the base policy trained on with the data it had last, for RL's time."""
+    share = job.result['config']['base']['stages'][-1][1]
+    return _fine_tuned(job, f'trained_on-{rate:g}', rate, job.steps, share)
+
+
+def rejection_sampling(job: Trained, rate: float) -> Path:
+    """The directory of the base policy fine-tuned on its own right completions."""
+    steps = round((1 - SAMPLING_SHARE) * job.steps)
+    demonstrations = f'--demonstrations={job.rewarded}'
+    return _fine_tuned(job, f'rejection_sampling-{rate:g}', rate, steps, 1.0, demonstrations)
+
+
+def ceiling(job: Trained) -> Path:
+    """The directory of a policy trained on right answers only, for base policy's and RL's time."""
+    steps = job.steps + sum(steps for steps, _ in job.result['config']['base']['stages'])
+    overrides = job.case.settings | {'base.stages': f'(({steps}, 1.0),)'}
+    runs.pretrain(job.case.config, job.case.folder / 'ceiling', overrides)
+    return job.case.folder / 'ceiling'
+
+
+def _fine_tuned(job: Trained, name: str, rate: float, steps: int, share: float, *more: str) -> Path:
+    overrides = job.case.settings | {
+        'base.checkpoint': job.base,
+        'base.learning_rate': rate,
+        'base.stages': f'(({steps}, {share}),)',
     }
-
-    def fit(
-        name: str, overrides: dict[str, Any], steps: int, share: float, *more: str
-    ) -> Callable[[], None]:
-        overrides = overrides | {'base.stages': f'(({steps}, {share}),)'}
-        return partial(runs.pretrain, case.config, case.folder / name, overrides, *more)
-
-    rewarded = f'--demonstrations={case.rewarded}'
-    calls = [
-        fit('trained_on', on_base, steps, stages[-1][1]),
-        fit('rejection_sampling', on_base, round((1 - SAMPLING_SHARE) * steps), 1.0, rewarded),
-    ]
-    if case.seed in SEEDS[: FLAGS.ceilings]:
-        total = sum(steps for steps, _ in stages) + steps
-        calls.insert(0, fit('ceiling', case.settings, total, 1.0))
-    return calls
+    runs.pretrain(job.case.config, job.case.folder / name, overrides, *more)
+    return job.case.folder / name
 
 
-def draw(cases: Sequence[Case]) -> None:
+def tuned(makers: dict[str, Callable[[float], Path]]) -> dict[str, Accuracies]:
+    """For each task, the accuracy on validation of what its maker makes of each rate."""
+    tried = [(task, rate) for task in makers for rate in RATES]
+
+    def accuracy(task: str, rate: float) -> float:
+        place = makers[task](rate)
+        return runs.evaluate(place, '--samples=1', '--split=validation')['accuracy']
+
+    found = runs.at_once(FLAGS.jobs, [partial(accuracy, *case) for case in tried])
+    by_case = dict(zip(tried, found, strict=True))
+    return {task: {rate: by_case[task, rate] for rate in RATES} for task in makers}
+
+
+def best(accuracies: Accuracies) -> float:
+    """The learning rate most accurate on validation."""
+    return max(accuracies, key=accuracies.get)
+
+
+def draw(task: str, jobs: Sequence[Trained]) -> None:
     """TASK.png: reward of the rollouts and accuracy on validation, a line a seed."""
-    task = cases[0].task
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
-    for case in cases:
-        rows = read_rows(case.folder / 'spg' / 'metrics.jsonl')
+    for job in jobs:
+        rows = read_rows(job.directory / 'metrics.jsonl')
         for axis, name in zip(axes, ('reward', 'validation_accuracy'), strict=True):
             points = [(row['step'], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), label=f'seed {case.seed}', lw=1)
+            axis.plot(*zip(*points, strict=True), label=f'seed {job.case.seed}', lw=1)
             axis.set(title=f'{task}: {name.replace("_", " ")}', xlabel='updates', ylim=(0, 1))
             axis.grid(alpha=0.3)
     axes[1].legend(loc='lower right')
     figure.savefig(Path(FLAGS.workdir) / f'{task}.png', dpi=110)
 
 
-def report(results: dict[Case, dict[str, Any]]) -> str:
+def report(places: dict[str, list[Path]], jobs: Sequence[Trained]) -> str:
     """The table of a task: means and intervals over seeds, in per cent."""
-    cases = list(results)
-    places: dict[str, Callable[[Case], Path]] = {
-        'base policy': lambda case: case.base,
-        '**SPG (mixture)**': lambda case: case.folder / 'spg',
-        'base trained on': lambda case: case.folder / 'trained_on',
-        'rejection sampling': lambda case: case.folder / 'rejection_sampling',
-        'ceiling: right answers only': lambda case: case.folder / 'ceiling',
-    }
     own = ('--samples=1',)
-    published = (*own, f'--data={FLAGS[cases[0].task].value}')
-    calls = {
-        (name, files, case): partial(runs.evaluate, place(case), *files)
-        for name, place in places.items()
+    published = (*own, f'--data={FLAGS[jobs[0].case.task].value}')
+    wanted = [
+        (name, files, place)
+        for name in places
         for files in (own, published)
-        for case in cases
-        if place(case).is_dir()
-    }
-    found = dict(zip(calls, runs.at_once(FLAGS.jobs, list(calls.values())), strict=True))
-    lines = ['| policy | seeds | test split | published test |', '|---|---|---|---|']
+        for place in places[name]
+    ]
+    calls = [partial(runs.evaluate, place, *files) for _, files, place in wanted]
+    found = dict(zip(wanted, runs.at_once(FLAGS.jobs, calls), strict=True))
+    lines = ['| policy | test split | published test |', '|---|---|---|']
     for name in places:
-        seeds = [case for case in cases if (name, own, case) in found]
-        cells = [shown([found[name, files, case] for case in seeds]) for files in (own, published)]
-        lines.append(f'| {name} | {len(seeds)} | {" | ".join(cells)} |')
+        cells = [
+            shown([found[name, files, place] for place in places[name]])
+            for files in (own, published)
+        ]
+        lines.append(f'| {name} | {" | ".join(cells)} |')
     passed, after, base, rl = (
-        [result[key] for result in results.values()]
+        [job.result[key] for job in jobs]
         for key in ('base_pass_at_8', 'pass_at_8', 'base_seconds', 'seconds')
     )
     return '\n'.join(lines) + (
@@ -174,6 +247,18 @@ def shown(found: Sequence[dict[str, Any]]) -> str:
     return f'{accuracy} / {runs.interval([f["grid_accuracy"] for f in found])}'
 
 
+def tuning_report(found: dict[str, Accuracies]) -> str:
+    """What each method reached on validation at each learning rate."""
+    lines = [f'| on validation, seed {TUNING_SEED} | ', '|---|']
+    for rate in RATES:
+        lines[0] += f'{rate:g} | '
+        lines[1] += '---|'
+    for name, accuracies in found.items():
+        cells = ' | '.join(f'{100 * accuracies[rate]:.1f}' for rate in RATES)
+        lines.append(f'| {name.replace("_", " ")} | {cells} |')
+    return '\n'.join(line.strip() for line in lines)
+
+
 def pretraining_pace(base: Path) -> float:
     """Steps a second at which the base policy was trained, without the compiler's time."""
     rows = read_rows(base.with_name(base.name + '.training') / 'metrics.jsonl')
@@ -185,7 +270,6 @@ if __name__ == '__main__':
     for task in TASKS:
         flags.DEFINE_string(task, None, 'Its published test file.')
     flags.DEFINE_integer('jobs', 2, 'Runs at a time.', lower_bound=1)
-    flags.DEFINE_integer('ceilings', len(SEEDS), 'Seeds with a ceiling, the longest training.')
     flags.DEFINE_string('workdir', 'runs/learning', 'Where the runs live.')
     flags.mark_flags_as_required(TASKS)
     app.run(main)

@@ -21,6 +21,7 @@ from spg_jax import checkpoints, cli, sharding
 from spg_jax.config import evaluation_lengths, evaluation_task
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policy_of_run, run_config
+from spg_jax.tasks.source import SPLITS
 
 FLAGS = flags.FLAGS
 
@@ -37,7 +38,7 @@ def main(_: list[str]) -> None:
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)
     else:
-        examples = list(task.source('test', config.task.data_dir))
+        examples = list(task.source(FLAGS.split, config.task.data_dir))
     with jax.set_mesh(mesh):
         policy, tokenizer, params = checkpoints.load_policy(policy_of_run(workdir), mesh)
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
@@ -52,12 +53,13 @@ def main(_: list[str]) -> None:
             str(length), str(steps), str(config.evaluation.block_length), f'{accuracy:.3f}'
         )
     Console(stderr=True).print(table)
-    print(json.dumps(report | {'files': [FLAGS.data or 'test split']}))
+    print(json.dumps(report | {'files': [FLAGS.data or f'{FLAGS.split} split']}))
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy directory.')
-    flags.DEFINE_string('data', '', "A published test file; '' is the task's own test split.")
+    flags.DEFINE_string('data', '', "A published test file; '' is a split of the task's own.")
+    flags.DEFINE_enum('split', 'test', SPLITS, 'Which of those splits.')
     flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)
     flags.mark_flag_as_required('workdir')
     cli.run(main)
