@@ -33,8 +33,6 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2)
 SAMPLING_SHARE = 1 / 3
 FLAGS = flags.FLAGS
 
-Accuracies = dict[float, float]  # on validation, of each learning rate
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -90,7 +88,7 @@ def main(_: Sequence[str]) -> None:
 
     at_once([partial(make_base, case) for case in tuning.values()])
     found = {'spg': tuned({task: partial(spg, case) for task, case in tuning.items()})}
-    rates = {task: best(found['spg'][task]) for task in TASKS}
+    rates = {task: runs.best(found['spg'][task]) for task in TASKS}
     tuning = {task: Trained(case, spg(case, rates[task])) for task, case in tuning.items()}
     every = [case for task in TASKS for case in cases[task]]
     places = at_once([partial(spg, case, rates[case.task]) for case in every])
@@ -105,10 +103,12 @@ def main(_: Sequence[str]) -> None:
     rows: list[tuple[str, Callable[[Trained], Path]]] = [
         ('base policy', lambda job: job.base),
         ('**SPG (mixture)**', lambda job: job.directory),
-        ('base trained on', lambda job: train_on(job, best(found['train_on'][job.case.task]))),
+        ('base trained on', lambda job: train_on(job, runs.best(found['train_on'][job.case.task]))),
         (
             'rejection sampling',
-            lambda job: rejection_sampling(job, best(found['rejection_sampling'][job.case.task])),
+            lambda job: rejection_sampling(
+                job, runs.best(found['rejection_sampling'][job.case.task])
+            ),
         ),
         ('ceiling: right answers only', ceiling),
     ]
@@ -117,7 +117,9 @@ def main(_: Sequence[str]) -> None:
     for task in TASKS:
         jobs = [job for job in trained if job.case.task == task]
         table = report({name: [make(job) for job in jobs] for name, make in rows}, jobs)
-        table += '\n\n' + tuning_report({name: found[name][task] for name in found})
+        table += '\n\n' + runs.tuning_table(
+            {name: found[name][task] for name in found}, TUNING_SEED
+        )
         (Path(FLAGS.workdir) / f'{task}.md').write_text(table + '\n')
         print(f'{task}\n{table}')
 
@@ -177,7 +179,7 @@ def _fine_tuned(job: Trained, name: str, rate: float, steps: int, share: float, 
     return job.case.folder / name
 
 
-def tuned(makers: dict[str, Callable[[float], Path]]) -> dict[str, Accuracies]:
+def tuned(makers: dict[str, Callable[[float], Path]]) -> dict[str, runs.Accuracies]:
     """For each task, the accuracy on validation of what its maker makes of each rate."""
     tried = [(task, rate) for task in makers for rate in RATES]
 
@@ -188,11 +190,6 @@ def tuned(makers: dict[str, Callable[[float], Path]]) -> dict[str, Accuracies]:
     found = runs.at_once(FLAGS.jobs, [partial(accuracy, *case) for case in tried])
     by_case = dict(zip(tried, found, strict=True))
     return {task: {rate: by_case[task, rate] for rate in RATES} for task in makers}
-
-
-def best(accuracies: Accuracies) -> float:
-    """The learning rate most accurate on validation."""
-    return max(accuracies, key=accuracies.get)
 
 
 def draw(task: str, jobs: Sequence[Trained]) -> None:
@@ -245,18 +242,6 @@ def shown(found: Sequence[dict[str, Any]]) -> str:
     if 'grid_accuracy' not in found[0]:
         return accuracy
     return f'{accuracy} / {runs.interval([f["grid_accuracy"] for f in found])}'
-
-
-def tuning_report(found: dict[str, Accuracies]) -> str:
-    """What each method reached on validation at each learning rate."""
-    lines = [f'| on validation, seed {TUNING_SEED} | ', '|---|']
-    for rate in RATES:
-        lines[0] += f'{rate:g} | '
-        lines[1] += '---|'
-    for name, accuracies in found.items():
-        cells = ' | '.join(f'{100 * accuracies[rate]:.1f}' for rate in RATES)
-        lines.append(f'| {name.replace("_", " ")} | {cells} |')
-    return '\n'.join(line.strip() for line in lines)
 
 
 def pretraining_pace(base: Path) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 Result = TypeVar('Result')
+Accuracies = dict[float, float]  # on validation, of each learning rate
 
 
 def train(config: str, workdir: Path, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +74,24 @@ def interval(values: Sequence[float]) -> str:
         return f'{values.mean():.1f}'
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return f'{values.mean():.1f} ± {half:.1f}'
+
+
+def best(accuracies: Accuracies) -> float:
+    """The learning rate most accurate on validation."""
+    return max(accuracies, key=accuracies.get)
+
+
+def tuning_table(found: dict[str, Accuracies], seed: int) -> str:
+    """What each method reached on validation with each learning rate, in per cent."""
+    rates = list(next(iter(found.values())))
+    lines = [
+        f'| on validation, seed {seed} | {" | ".join(f"{rate:g}" for rate in rates)} |',
+        '|---' * (len(rates) + 1) + '|',
+    ]
+    for name, accuracies in found.items():
+        cells = ' | '.join(f'{100 * accuracies[rate]:.1f}' for rate in rates)
+        lines.append(f'| {name.replace("_", " ")} | {cells} |')
+    return '\n'.join(lines)
 
 
 def _flags(overrides: dict[str, Any]) -> list[str]:
