@@ -158,19 +158,14 @@ def test_memory_is_flat_in_the_number_of_draws(policy, config, optimized):
     """One draw a pass: M = 8 needs at most 1.3 times the temporary and output bytes of M = 2."""
     config.sampling.update(length=48, block_length=16)
     needed = {}
-    for draws_per_pass in (0, 1):
-        for draws in (2, 8):
-            config.corruption.draws = draws
-            rollout = random_rollout(rows=32, length=48)
-            gradient = make_gradient(
-                policy, REGISTRY['spg'](config), microbatch=32, draws_per_pass=draws_per_pass
-            )
-            program = (
-                jax.jit(gradient)
-                .lower(params_of(policy), rollout, draws_of(config, rollout))
-                .compile()
-            )
-            memory = program.memory_analysis()
-            needed[draws_per_pass, draws] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    for draws_per_pass, draws in ((1, 2), (1, 8), (0, 8)):
+        config.corruption.draws = draws
+        rollout = random_rollout(rows=32, length=48)
+        gradient = make_gradient(
+            policy, REGISTRY['spg'](config), microbatch=32, draws_per_pass=draws_per_pass
+        )
+        lowered = jax.jit(gradient).lower(params_of(policy), rollout, draws_of(config, rollout))
+        memory = lowered.compile().memory_analysis()
+        needed[draws_per_pass, draws] = memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert needed[1, 8] <= 1.3 * needed[1, 2]
-    assert needed[0, 8] > 2 * needed[0, 2]  # the comparison means something: all at once it grows
+    assert needed[0, 8] > 2 * needed[1, 8]  # the comparison means something: all at once it grows
