@@ -113,10 +113,12 @@ def main(_: Sequence[str]) -> None:
         ('ceiling: right answers only', ceiling),
     ]
     # The ceiling, the longest training, first.
-    at_once([partial(make, job) for _, make in reversed(rows) for job in trained])
+    calls = [(name, job, partial(make, job)) for name, make in reversed(rows) for job in trained]
+    places = at_once([call for *_, call in calls])
+    made = {(name, job): place for (name, job, _), place in zip(calls, places, strict=True)}
     for task in TASKS:
         jobs = [job for job in trained if job.case.task == task]
-        table = report({name: [make(job) for job in jobs] for name, make in rows}, jobs)
+        table = report({name: [made[name, job] for job in jobs] for name, _ in rows}, jobs)
         table += '\n\n' + runs.tuning_table(
             {name: found[name][task] for name in found}, TUNING_SEED
         )
