@@ -39,7 +39,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
 def _published(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """What differs on Sudoku (SPG, appendix): cooler sampling, beta 1, long 3-shot prompts, fewer
     steps."""
-    config.task.format = 'published_train'
+    config.task.update(format='published_train', shots=3)
     config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'
     config.sampling.update(prompt_length=1500, temperature=0.3)
     config.rl.update(beta=1.0, microbatch=24)  # 3 on each of 8 devices, as released

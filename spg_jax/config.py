@@ -24,6 +24,7 @@ def default_config() -> ml_collections.ConfigDict:
             name='countdown',  # a name in spg_jax.tasks
             format='compact',  # compact | published_train (evaluated as published_eval)
             prompt_template='',  # file with the wording of the prompt; '' is our own
+            shots=0,  # worked examples in the prompt; published Sudoku has up to 3, others none
             data_dir='data',  # where the generated problems are kept
         ),
         model=c(  # of a base policy trained here; an imported checkpoint brings its own
@@ -152,13 +153,17 @@ def tiny(config: ml_collections.ConfigDict) -> None:
 
 def training_task(config: ml_collections.ConfigDict) -> tasks.Task:
     """The task as rollouts and demonstrations see it."""
-    return tasks.get(config.task.name, config.task.format, config.task.prompt_template)
+    return _task(config, config.task.format)
 
 
 def evaluation_task(config: ml_collections.ConfigDict) -> tasks.Task:
     """The task as evaluation sees it: the published formats differ between the two."""
-    format = 'published_eval' if config.task.format == 'published_train' else config.task.format
-    return tasks.get(config.task.name, format, config.task.prompt_template)
+    trained = config.task.format
+    return _task(config, 'published_eval' if trained == 'published_train' else trained)
+
+
+def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:
+    return tasks.get(config.task.name, format, config.task.prompt_template, config.task.shots)
 
 
 def sampling_config(config: ml_collections.ConfigDict) -> sampling.SamplingConfig:

@@ -65,9 +65,9 @@ def test_presets_validate(task, preset):
 
 def test_the_published_recipe():
     """Numbers of the publication (SPG, appendix), typed here a second time."""
-    for task, steps, temperature, beta, prompt in (
-        ('countdown', 6000, 0.9, 1.5, 200),
-        ('sudoku', 2500, 0.3, 1.0, 1500),
+    for task, steps, temperature, beta, prompt, shots in (
+        ('countdown', 6000, 0.9, 1.5, 200, 0),
+        ('sudoku', 2500, 0.3, 1.0, 1500, 3),
     ):
         config = importlib.import_module(f'configs.{task}').get_config('llada_8b')
         assert config.optimizer.learning_rate == 3e-6 and config.optimizer.grad_clip == 0.2
@@ -81,6 +81,7 @@ def test_the_published_recipe():
         assert config.sampling.temperature == temperature
         assert config.sampling.prompt_length == prompt
         assert config.train.steps == steps
+        assert config.task.shots == shots
         assert tuple(config.evaluation.lengths) == (128, 256, 512)
         assert tuple(config.evaluation.steps) == (64, 128, 256)
 
@@ -109,6 +110,9 @@ def test_the_published_recipe():
         ({'base.stages': ()}, 'one step or more'),
         ({'task.name': 'chess'}, 'chess'),
         ({'task.prompt_template': 'nowhere.txt'}, 'nowhere.txt'),
+        ({'task.shots': 3}, 'task.shots is 3'),
+        ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': 4}, '0 to 3'),
+        ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': -1}, '0 to 3'),
         ({'model.width': 25}, 'model.width 25'),
         ({'optimizer.learning_rate': -1e-4}, 'optimizer.learning_rate'),
         ({'optimizer.b1': 1.5}, 'optimizer.b1'),

@@ -2,14 +2,14 @@
 
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.tasks.sudoku import Sudoku
-from spg_jax.tasks.task import Example, Score, Task, read_template
+from spg_jax.tasks.task import EXAMPLES, Example, Score, Task, fill, read_template
 
 __all__ = ['Example', 'Score', 'TASKS', 'Task', 'get']
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Countdown, Sudoku)}
 
 
-def get(name: str, format: str = 'compact', prompt_template: str = '') -> Task:
+def get(name: str, format: str = 'compact', prompt_template: str = '', shots: int = 0) -> Task:
     """Returns the task `name` in a format; the one way to make a Task.
 
     Args:
@@ -17,9 +17,11 @@ def get(name: str, format: str = 'compact', prompt_template: str = '') -> Task:
       format: 'compact' (small models), or the published instructions as 'published_train' or
         'published_eval'.
       prompt_template: file with other wording for the prompt; '' is the built-in wording.
+      shots: worked examples in the prompt, at most as many as the format has.
 
     Raises:
-      ValueError: unknown name or format, or a template that cannot be used; says which are known.
+      ValueError: unknown name or format, more examples than there are, or a template that cannot
+        be used; says which are known.
     """
     if name not in TASKS:
         raise ValueError(f'unknown task {name!r}; known are {", ".join(sorted(TASKS))}')
@@ -28,8 +30,14 @@ def get(name: str, format: str = 'compact', prompt_template: str = '') -> Task:
         raise ValueError(
             f'unknown format {format!r} of task {name}; known are {", ".join(task.formats)}'
         )
+    examples = task.formats[format].examples
+    if shots not in range(len(examples) + 1):
+        has = f'has examples for 0 to {len(examples)}' if examples else 'has no worked examples'
+        raise ValueError(f'task.shots is {shots}; format {format} of task {name} {has}')
     if prompt_template:
-        template = read_template(prompt_template, task.placeholders)
+        shown = (EXAMPLES,) if shots else ()  # so the file has to say where
+        optional = (EXAMPLES,) if examples else ()
+        template = read_template(prompt_template, (*task.placeholders, *shown), optional)
     else:
         template = task.formats[format].template
-    return task(format, template)
+    return task(format, fill(template, {EXAMPLES: ''.join(examples[:shots])}))

@@ -11,6 +11,7 @@ import numpy as np
 
 from spg_jax.tasks.source import Example, Source
 
+EXAMPLES = 'examples'  # the placeholder of worked examples, which a prompt may have besides
 # Only {name} is a placeholder: braces around anything else, as in \boxed{}, are text.
 _PLACEHOLDER = re.compile(r'\{([A-Za-z_]+)\}')
 
@@ -32,6 +33,7 @@ class Format:
     separator: str  # between the numbers or cells of a prompt
     scorer: str  # 'compact' | 'published'; figures name it
     prefill: str = ''  # what a completion starts from; goes after the chat template, if any
+    examples: tuple[str, ...] = ()  # worked ones; the prompt shows the first `shots`
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,15 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda found: fields.get(found[1], found[0]), template)
 
 
-def read_template(path: str | Path, placeholders: tuple[str, ...]) -> str:
+def read_template(
+    path: str | Path, placeholders: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> str:
     """Returns the wording in a `task.prompt_template` file, verbatim.
+
+    Args:
+      path: the file.
+      placeholders: what it must hold, each in braces.
+      optional: what it may hold besides.
 
     Raises:
       ValueError: no such file, or its placeholders are not exactly the task's.
@@ -165,7 +174,7 @@ def read_template(path: str | Path, placeholders: tuple[str, ...]) -> str:
             f"give a UTF-8 text file with {known}, or '' for the built-in wording"
         ) from error
     found = set(_PLACEHOLDER.findall(text))
-    for name in sorted(found - set(placeholders)):
+    for name in sorted(found - {*placeholders, *optional}):
         raise ValueError(
             f'{path}: unknown placeholder {{{name}}}; this task fills in {known} '
             '(inside literal braces, put a space)'

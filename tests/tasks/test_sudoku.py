@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spg_jax import tasks
-from spg_jax.tasks.sudoku import grids, problems
+from spg_jax.tasks.sudoku import grids, problems, solver
 
 HERE = Path(__file__).parent
 EXAMPLE = {'puzzle': '0040423100030104', 'solution': '1342423124133124', 'index': 0}
@@ -85,19 +85,48 @@ def test_compact_text():
     )
 
 
-def test_published_text_has_three_worked_examples_from_training_grids():
-    task = tasks.get('sudoku', 'published_eval')
+@pytest.mark.parametrize('shots', [0, 1, 2, 3])
+def test_worked_examples_are_the_first_training_puzzles(shots, generated):
+    task = tasks.get('sudoku', 'published_eval', shots=shots)
     prompt = task.prompt(EXAMPLE)
     assert prompt.endswith(f'Puzzle: {EXAMPLE["puzzle"]}\n') and task.prefill == '<reasoning>'
-    assert tasks.get('sudoku', 'published_train').prefill == ''
+    assert tasks.get('sudoku', 'published_train', shots=shots).prefill == ''
     worked = re.findall(
         r'Puzzle: ([0-4]{16})\n<reasoning>.*?<answer>\n([1-4]{16})\n', prompt, re.DOTALL
     )
-    assert len(worked) == 3
-    training = problems.grids_of_splits()['train']
-    for puzzle, solution in worked:
-        assert solutions(puzzle) == [solution]
-        assert grids.all_grids().index(solution) in training
+    assert worked == generated['train'][:shots]
+
+
+def test_working_tells_one_forced_cell_a_line(generated):
+    told = re.compile(r'.+: row ([1-4]), column ([1-4]) is ([1-4])\.')
+    for puzzle, solution in generated['train'][:300]:
+        reasoning, grid = solver.work_out(puzzle)
+        opening, *steps, closing = reasoning.split('\n')
+        rows = [', '.join(text[row : row + 4] for row in (0, 4, 8, 12)) for text in (puzzle, grid)]
+        assert opening.endswith(f': {rows[0]}.') and closing.endswith(f': {rows[1]}.')
+        cells = list(puzzle)
+        for step in steps:
+            row, column, digit = map(int, told.fullmatch(step).groups())
+            cell = 4 * row + column - 5
+            assert cells[cell] == '0' and forced(cells, cell, str(digit)), (puzzle, step)
+            cells[cell] = str(digit)
+        assert ''.join(cells) == grid == solution
+
+
+def forced(cells, cell, digit):
+    """Whether the cell has no other digit, or the digit no other cell in one of its units."""
+
+    def free(place):
+        seen = {cells[peer] for unit in UNITS if place in unit for peer in unit}
+        return set('1234') - seen if cells[place] == '0' else set()
+
+    alone = [[place for place in unit if digit in free(place)] for unit in UNITS if cell in unit]
+    return free(cell) == {digit} or [cell] in alone
+
+
+def test_two_solutions_cannot_be_worked_out():
+    with pytest.raises(ValueError, match='no single step goes on from 0{16}; try another puzzle'):
+        solver.work_out('0' * 16)
 
 
 def test_there_are_288_grids():

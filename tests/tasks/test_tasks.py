@@ -73,6 +73,26 @@ def test_wrong_prompt_template(tmp_path, text, message):
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
+def test_worked_examples(tmp_path):
+    with pytest.raises(ValueError, match='task.shots is 4; format published_train of task sudoku'):
+        tasks.get('sudoku', 'published_train', shots=4)
+    for name, format in (('sudoku', 'compact'), ('countdown', 'published_train')):
+        with pytest.raises(ValueError, match=f'shots is 1; format {format} of .* has no worked'):
+            tasks.get(name, format, shots=1)
+    path = tmp_path / 'prompt.txt'
+    path.write_text('Fill {puzzle}!')
+    with pytest.raises(ValueError, match=r'placeholder \{examples\} is missing'):
+        tasks.get('sudoku', 'published_eval', str(path), shots=1)
+    path.write_text('{examples}Fill {puzzle}!')
+    bare, worked = (tasks.get('sudoku', 'published_eval', str(path), shots=n) for n in (0, 1))
+    assert bare.prompt(EXAMPLES['sudoku']) == 'Fill 0040423100030104!'
+    shown = worked.prompt(EXAMPLES['sudoku'])
+    assert shown.startswith('Puzzle: 0201130030002140\n<reasoning>\n') and 'Fill 004' in shown
+    path.write_text('{examples} {numbers} {target}')
+    with pytest.raises(ValueError, match=r'unknown placeholder \{examples\}'):
+        tasks.get('countdown', 'published_eval', str(path))
+
+
 def test_figures_pool_items():
     scores = [Score(8, 8, True), Score(1, 12, False)]
     assert tasks.get('sudoku').figures(scores) == {

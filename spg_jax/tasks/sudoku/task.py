@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from spg_jax.tasks import extraction, reading
+from spg_jax.tasks.sudoku.solver import work_out
 from spg_jax.tasks.task import Example, Format, Score, Task
 
 CELLS = 16
 
 _WORDING = Path(__file__).with_name('published_prompt.txt').read_text(encoding='utf-8')
 _SPOKEN = '\nI fill in each row.\n</reasoning>\n<answer>\n{answer}\n</answer>'
+
+# The first puzzles of the train split: whoever learns from it may know them.
+_WORKED = ('0201130030002140', '0003401021340001', '0204143240000140')
+_EXAMPLES = tuple(
+    f'Puzzle: {puzzle}\n<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{grid}\n</answer>\n\n'
+    for puzzle in _WORKED
+    for reasoning, grid in [work_out(puzzle)]
+)
 
 _ENDS = ('<|eot_id|>', '<|endoftext|>')
 _FENCE = re.compile(r'```([\d\s]++)```')
@@ -42,6 +51,7 @@ class Sudoku(Task):
             completion=f'<reasoning>{_SPOKEN}',
             separator='',
             scorer='published',
+            examples=_EXAMPLES,
         ),
         'published_eval': Format(
             template=_WORDING,
@@ -49,6 +59,7 @@ class Sudoku(Task):
             separator='',
             scorer='published',
             prefill='<reasoning>',
+            examples=_EXAMPLES,
         ),
     }
     vocabulary = ('<answer>', '</answer>', ':', *'01234')
