@@ -25,7 +25,8 @@ def default_config() -> ml_collections.ConfigDict:
             format='compact',  # compact | published_train (evaluated as published_eval)
             prompt_template='',  # file with the wording of the prompt; '' is our own
             shots=0,  # worked examples in the prompt; published Sudoku has up to 3, others none
-            data_dir='data',  # where the generated problems are kept
+            rules='released',  # of the reward: released | mended (math500, see its task.py)
+            data_dir='data',  # where problems are kept, and given files of them looked for
         ),
         model=c(  # of a base policy trained here; an imported checkpoint brings its own
             width=64,  # D
@@ -163,7 +164,13 @@ def evaluation_task(config: ml_collections.ConfigDict) -> tasks.Task:
 
 
 def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:
-    return tasks.get(config.task.name, format, config.task.prompt_template, config.task.shots)
+    return tasks.get(
+        config.task.name,
+        format,
+        config.task.prompt_template,
+        config.task.shots,
+        config.task.rules,
+    )
 
 
 def sampling_config(config: ml_collections.ConfigDict) -> sampling.SamplingConfig:

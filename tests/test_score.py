@@ -11,6 +11,8 @@ from spg_jax import score
 
 FIXTURES = Path(__file__).parent / 'tasks'
 COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
+GSM8K = FIXTURES / 'gsm8k_completions.jsonl'
+MATH500 = FIXTURES / 'math500_completions.jsonl'
 SUDOKU = FIXTURES / 'sudoku_completions.jsonl'
 
 
@@ -72,7 +74,7 @@ def test_the_published_layout_gives_the_same(tmp_path):
     assert score.score('countdown', [str(path)])['correct'] == sum(case['score'] for case in cases)
 
 
-@pytest.mark.parametrize('path', [COUNTDOWN, SUDOKU], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [COUNTDOWN, GSM8K, MATH500, SUDOKU], ids=lambda path: path.stem)
 def test_verify_agrees(path):
     result = score.verify(str(path))
     assert result['disagreements'] == 0
@@ -83,7 +85,7 @@ def test_verify_shows_disagreements_and_what_it_skips(tmp_path):
     path = tmp_path / 'verdicts.jsonl'
     cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
     cases[1]['score'] = not cases[1]['score']
-    path.write_text('\n'.join(json.dumps(case) for case in [*cases, {'task': 'gsm8k'}]))
+    path.write_text('\n'.join(json.dumps(case) for case in [*cases, {'task': 'chess'}]))
     done = subprocess.run(
         [sys.executable, '-m', 'spg_jax.score', '--verify', str(path)],
         capture_output=True,
@@ -92,7 +94,7 @@ def test_verify_shows_disagreements_and_what_it_skips(tmp_path):
     lines = done.stdout.splitlines()
     assert done.returncode == 1
     assert lines[0] == f'{path}:2: countdown: ours True, theirs False'
-    assert lines[1].startswith('1 of task gsm8k skipped: no scorer for it here')
+    assert lines[1].startswith('1 of task chess skipped: no scorer for it here')
     assert json.loads(lines[2])['disagreements'] == 1
 
 
@@ -142,7 +144,10 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
     ('arguments', 'message'),
     [
         (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
-        (['--task=chess', COUNTDOWN], "unknown task 'chess'; known are countdown, sudoku"),
+        (
+            ['--task=chess', COUNTDOWN],
+            "unknown task 'chess'; known are countdown, gsm8k, math500, sudoku",
+        ),
         (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
         ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),

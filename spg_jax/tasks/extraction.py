@@ -39,6 +39,14 @@ def last_answer(text: str) -> str | None:
     return None if found is None else text[slice(*found)].strip()
 
 
+def after_last_tag(text: str) -> str:
+    """Returns the stripped text between the last `<answer>` and the next `</answer>`.
+
+    Without an opening tag that is the text up to the first closing one, or all of it.
+    """
+    return text.rpartition(OPEN)[2].partition(CLOSE)[0].strip()
+
+
 def until(text: str, ends: Sequence[str]) -> str | None:
     r"""Returns `text` up to the earliest of `ends`, or None where none of them occurs."""
     cuts = [cut for cut in map(text.find, ends) if cut >= 0]

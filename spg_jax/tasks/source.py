@@ -1,4 +1,4 @@
-"""The generated problems of a task: made once by its TFDS builder, then read at random."""
+"""The problems of a task: made once by its TFDS builder, then read at random."""
 
 import contextlib
 import fcntl
@@ -15,11 +15,16 @@ SPLITS = ('train', 'validation', 'test')
 _CHUNK = 1024  # examples read at once when reading all
 
 
+class Unavailable(ValueError):
+    """Problems that cannot be made here; one line that says what a person has to do."""
+
+
 class Source:
     """Random access to the examples of one split: dicts of plain Python values and 'index'.
 
-    The data is made on first use. Whatever goes wrong while reading it is a ValueError that says
-    which directory to delete, since everything in it can be made again.
+    The data is made on first use, if need be from files that only a person can bring (a ValueError
+    says which). Whatever goes wrong while reading it is a ValueError that says which directory to
+    delete, since everything in it can be made again.
     """
 
     def __init__(self, builder: Callable[..., Any], split: str, data_dir: Path):
@@ -38,12 +43,14 @@ class Source:
                 made.download_and_prepare()
             self._records = made.as_data_source(split)
             found, expected = len(self._records), made.info.splits[split].num_examples
+        except Unavailable:
+            raise
         except OSError as error:
             raise ValueError(
-                f'{data_dir} cannot hold data ({_line(error)}); choose another directory'
+                f'{data_dir} cannot hold data ({one_line(error)}); choose another directory'
             ) from error
         except Exception as error:
-            raise self._unreadable(split, _line(error)) from error
+            raise self._unreadable(split, one_line(error)) from error
         if found != expected:
             raise self._unreadable(split, f'{found} examples, expected {expected}')
         self.__getitems__([0, found - 1])  # a file cut short fails here, not hours later
@@ -70,7 +77,7 @@ class Source:
                 for index, record in zip(indices, records, strict=True)
             ]
         except Exception as error:
-            raise self._unreadable(f'{self._split} examples', _line(error)) from error
+            raise self._unreadable(f'{self._split} examples', one_line(error)) from error
 
     def _unreadable(self, what: str, found: str) -> ValueError:
         return ValueError(
@@ -79,8 +86,8 @@ class Source:
         )
 
 
-def _line(error: Exception) -> str:
-    """Returns an exception as one line."""
+def one_line(error: Exception) -> str:
+    """Returns an exception as one line: its kind and what it says."""
     return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 

@@ -29,7 +29,7 @@ class Format:
     """How problem and answer are written, and who scores them."""
 
     template: str  # of the prompt, with the task's placeholders
-    completion: str  # of a demonstration, with {answer}
+    completion: str  # of a demonstration, with {answer}; word problems have {reasoning}, too
     separator: str  # between the numbers or cells of a prompt
     scorer: str  # 'compact' | 'published'; figures name it
     prefill: str = ''  # what a completion starts from; goes after the chat template, if any
@@ -46,11 +46,13 @@ class Task(abc.ABC):
 
     format: str
     template: str  # wording of the prompt, with placeholders
+    rules: str  # of the reward, one of `known_rules`
 
     name: ClassVar[str]
     formats: ClassVar[Mapping[str, Format]]
     placeholders: ClassVar[tuple[str, ...]]
     vocabulary: ClassVar[tuple[str, ...]]  # every word the compact format needs
+    known_rules: ClassVar[tuple[str, ...]] = ('released',)  # and 'mended', where those slip
     solved_figure: ClassVar[str] = ''  # name of the share solved, where an answer has several items
 
     @property
@@ -112,7 +114,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def reward(self, completion: str, example: Example) -> float:
-        """Returns the training reward, in [0, 1], as published."""
+        """Returns the training reward, as published, on the scale published for the task."""
 
     @abc.abstractmethod
     def score(self, completion: str, example: Example) -> Score:

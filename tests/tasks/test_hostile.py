@@ -1,5 +1,6 @@
 """Whatever a model writes, rewards and scores are numbers, at once."""
 
+import math
 import time
 
 import pytest
@@ -8,8 +9,11 @@ from spg_jax import tasks
 
 EXAMPLES = {
     'countdown': {'numbers': [9, 9, 9], 'target': 9},
+    'gsm8k': {'question': '', 'answer': '7', 'solution': ''},
+    'math500': {'question': '', 'answer': '7', 'solution': ''},
     'sudoku': {'puzzle': '0040423100030104', 'solution': '1342423124133124'},
 }
+RIGHT = {'countdown': 1, 'gsm8k': 2, 'math500': 2, 'sudoku': 1}  # least reward of a right answer
 LONG = 100_000
 CONTENTS = {
     'letters': 'a' * LONG,
@@ -40,10 +44,28 @@ CONTENTS = {
     'half a surrogate pair': '\ud800' * 1000,
     'sixteen digits each': '1234123412341234 ' * (LONG // 17),
     'minus signs': '-' * LONG + '9',
+    'boxes and one brace': '\\boxed{' * (LONG // 7) + '}',
+    'empty boxes': '\\boxed{}' * (LONG // 8),
+    'lines of boxes': '\\boxed{\n' * (LONG // 8) + '}',
+    'meeting tags': '<reasoning>' + '</reasoning> <answer>' * (LONG // 21),
+    'apart by white space': '<reasoning>' + '</reasoning>' * 1000 + ' \n' * (LONG // 2),
+    'tags on lines': '<reasoning>\n' + '\n</reasoning>\n<answer>\n' * (LONG // 23),
+    'fractions': '\\frac' * (LONG // 5),
+    'fractions of one': '\\frac1' * (LONG // 6),
+    'roots': '\\sqrt' * (LONG // 5),
+    'units': '\\text{ ' * (LONG // 7),
+    'backslashes': '\\' * LONG,
+    'dots': '.' * LONG,
+    'a long fraction': '9' * (LONG // 2) + '/' + '9' * (LONG // 2),
+    'not a number': 'nan',
+    'infinity': '-inf',
+    'a large exponent': '9e999999999',
+    'underscores': '1_' * (LONG // 2) + '1',
 }
 WRAPPERS = [
     '{}',
     '<answer>{}',
+    '<reasoning>\n{}\n</reasoning>\n<answer>\n',
     '<answer>{}</answer>',
     '{}</answer>',
     '\\boxed{{{}}}',
@@ -51,8 +73,10 @@ WRAPPERS = [
 ]
 
 
-@pytest.mark.parametrize('format', ['compact', 'published_train', 'published_eval'])
-@pytest.mark.parametrize('name', sorted(tasks.TASKS))
+@pytest.mark.parametrize(
+    ('name', 'format'),
+    [(name, format) for name, task in sorted(tasks.TASKS.items()) for format in task.formats],
+)
 @pytest.mark.parametrize('content', CONTENTS)
 def test_hostile_completions(content, name, format):
     task, example = tasks.get(name, format), EXAMPLES[name]
@@ -61,5 +85,6 @@ def test_hostile_completions(content, name, format):
         start = time.process_time()
         reward, score = task.reward(completion, example), task.score(completion, example)
         assert time.process_time() - start < 0.5, wrapper
-        assert isinstance(reward, float) and 0 <= reward < 1
+        assert isinstance(reward, float) and math.isfinite(reward) and reward < RIGHT[name]
+        assert reward >= 0 or name == 'gsm8k'  # where text after the answer costs
         assert 0 <= score.right <= score.total and not score.solved

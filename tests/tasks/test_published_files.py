@@ -1,0 +1,132 @@
+"""Published problems on disk: found or fetched, cut for ever, what is missing named on one line."""
+
+import json
+import re
+
+import pytest
+
+from spg_jax import tasks
+from spg_jax.tasks import published_files
+from spg_jax.tasks.source import SPLITS
+
+NAMES = ('gsm8k', 'math500')
+
+
+def line(name, place, note=''):
+    """A problem of our own, as its data set writes them."""
+    if name == 'gsm8k':
+        record = {'question': f'What is {place}?{note}', 'answer': f'Itself.\n#### {place}'}
+    else:
+        record = {'problem': f'What is {place}?{note}', 'solution': rf'$\boxed{{{place}}}$ it is.'}
+    return json.dumps(record) + '\n'
+
+
+def write(folder, name, train=range(40), test=range(40, 45)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, places in (('train', train), ('test', test)):
+        (folder / f'{name}_{split}.jsonl').write_text(''.join(line(name, p) for p in places))
+
+
+def sources(name, data_dir):
+    task = tasks.get(name, 'published_train')
+    return {split: list(task.source(split, data_dir)) for split in SPLITS}
+
+
+def answers(examples):
+    return {int(example['answer']) for example in examples}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refused(*_, **__):
+        raise OSError('no route to host')
+
+    monkeypatch.setattr(published_files.urllib.request, 'urlopen', refused)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('folder', ['.', 'downloads/manual'])
+def test_given_files_become_splits(tmp_path, no_network, name, folder):
+    write(tmp_path / folder, name)
+    found = sources(name, tmp_path)
+    assert {split: len(examples) for split, examples in found.items()} == {
+        'train': 36,
+        'validation': 4,
+        'test': 5,
+    }
+    assert answers(found['test']) == set(range(40, 45))
+    assert answers(found['train']) | answers(found['validation']) == set(range(40))
+    first = found['test'][0]
+    solution = 'Itself.' if name == 'gsm8k' else r'$\boxed{40}$ it is.'
+    expected = {'question': 'What is 40?', 'answer': '40', 'solution': solution, 'index': 0}
+    assert first == expected
+    assert [example['index'] for example in found['train']] == list(range(36))
+
+
+def test_validation_is_the_same_whatever_the_order_of_the_file(tmp_path, no_network):
+    write(tmp_path / 'a', 'gsm8k')
+    write(tmp_path / 'b', 'gsm8k', train=reversed(range(40)))
+    one, other = (answers(sources('gsm8k', tmp_path / f)['validation']) for f in 'ab')
+    assert one == other == {0, 5, 17, 37}  # pinned: the same problems for ever
+
+
+def test_no_test_problem_is_learnt_from_and_none_occurs_twice(tmp_path, no_network):
+    write(tmp_path, 'gsm8k', train=[*range(40), *range(20)], test=range(30, 35))
+    with (tmp_path / 'gsm8k_train.jsonl').open('a') as file:
+        file.write(json.dumps({'question': 'What  is\n34?', 'answer': '#### 34'}))
+    found = sources('gsm8k', tmp_path)
+    learnt = [*found['train'], *found['validation']]
+    assert answers(learnt) == {*range(30), *range(35, 40)} and len(learnt) == 35
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_files_and_no_network_is_one_line(tmp_path, no_network, name):
+    with pytest.raises(ValueError) as error:
+        sources(name, tmp_path)
+    message = str(error.value)
+    assert message.startswith(f'{tmp_path / f"{name}_train.jsonl"} is not there and cannot be ')
+    assert f'put {name}_train.jsonl and {name}_test.jsonl, from https://' in message
+    assert message.endswith(f', into {tmp_path}') and '\n' not in message
+    write(tmp_path, name)  # the remedy helps
+    assert len(sources(name, tmp_path)['test']) == 5
+
+
+def test_files_are_fetched_once(tmp_path, monkeypatch):
+    write(tmp_path / 'server', 'gsm8k')
+    builder = tasks.get('gsm8k', 'published_train').builder()
+    urls = {
+        split: (tmp_path / 'server' / f'gsm8k_{split}.jsonl').as_uri()
+        for split in ('train', 'test')
+    }
+    monkeypatch.setattr(builder, 'URLS', urls)
+    assert len(sources('gsm8k', tmp_path / 'data')['test']) == 5
+    fetched = sorted(path.name for path in (tmp_path / 'data').glob('*.*'))
+    assert fetched == ['gsm8k_test.jsonl', 'gsm8k_train.jsonl']
+    monkeypatch.setattr(builder, 'URLS', dict.fromkeys(urls, 'file:///nowhere'))
+    assert len(sources('gsm8k', tmp_path / 'data')['train']) == 36
+
+
+def test_sources_are_their_authors(tmp_path):
+    for name, root in (
+        ('gsm8k', 'https://raw.githubusercontent.com/openai/grade-school-math/'),
+        ('math500', 'https://github.com/openai/prm800k/'),
+    ):
+        urls = tasks.get(name, 'published_train').builder().URLS
+        assert list(urls) == ['train', 'test']
+        assert all(re.fullmatch(rf'{root}.*/{split}\.jsonl', url) for split, url in urls.items())
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('nonsense', "gsm8k_train.jsonl:1: found 'nonsense', expected JSON; mend that file"),
+        ('', 'gsm8k_train.jsonl: the file is empty'),
+        (line('gsm8k', 1), 'gsm8k_train.jsonl: 1 problems, expected 10 or more'),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_remedy(tmp_path, no_network, text, said):
+    write(tmp_path, 'gsm8k')
+    (tmp_path / 'gsm8k_train.jsonl').write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        sources('gsm8k', tmp_path)
+    assert '\n' not in str(error.value)
