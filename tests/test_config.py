@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spg_jax import optimizers, sharding
-from spg_jax.config import default_config
+from spg_jax import optimizers, sharding, tasks
+from spg_jax.config import default_config, evaluation_task
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
@@ -57,16 +57,41 @@ def test_every_setting_says_what_it_means(group, leaf):
     assert '  # ' in line
 
 
-@pytest.mark.parametrize('task', ['countdown', 'sudoku'])
-@pytest.mark.parametrize('preset', ['small', 'tiny', 'llada_8b'])
-def test_presets_validate(task, preset):
-    validate(importlib.import_module(f'configs.{task}').get_config(preset))
+@pytest.mark.parametrize(
+    ('task', 'presets'),
+    [
+        ('countdown', ('small', 'tiny', 'llada_8b')),
+        ('gsm8k', ('llada_8b',)),
+        ('math500', ('llada_8b',)),
+        ('sudoku', ('small', 'tiny', 'llada_8b')),
+    ],
+)
+def test_presets_validate(task, presets):
+    module = importlib.import_module(f'configs.{task}')
+    assert module.PRESETS == presets and task in tasks.TASKS
+    for preset in presets:
+        config = module.get_config(preset)
+        assert config.task.name == task
+        validate(config)
+        assert evaluation_task(config).format in ('compact', 'published_eval')
+
+
+@pytest.mark.parametrize('task', sorted(tasks.TASKS))
+def test_an_unknown_preset_is_one_line(task):
+    preset = 'large' if task in ('countdown', 'sudoku') else 'small'
+    with pytest.raises(
+        ValueError, match=f"configs/{task}.py has no preset '{preset}'.*use "
+    ) as error:
+        importlib.import_module(f'configs.{task}').get_config(preset)
+    assert '\n' not in str(error.value) and 'llada_8b' in str(error.value)
 
 
 def test_the_published_recipe():
     """Numbers of the publication (SPG, appendix), typed here a second time."""
     for task, steps, temperature, beta, prompt, shots in (
         ('countdown', 6000, 0.9, 1.5, 200, 0),
+        ('gsm8k', 6000, 0.9, 1.5, 200, 0),
+        ('math500', 4000, 0.9, 1.5, 200, 0),
         ('sudoku', 2500, 0.3, 1.0, 1500, 3),
     ):
         config = importlib.import_module(f'configs.{task}').get_config('llada_8b')
@@ -81,7 +106,7 @@ def test_the_published_recipe():
         assert config.sampling.temperature == temperature
         assert config.sampling.prompt_length == prompt
         assert config.train.steps == steps
-        assert config.task.shots == shots
+        assert (config.task.shots, config.task.rules) == (shots, 'released')
         assert tuple(config.evaluation.lengths) == (128, 256, 512)
         assert tuple(config.evaluation.steps) == (64, 128, 256)
 
@@ -110,9 +135,11 @@ def test_the_published_recipe():
         ({'base.stages': ()}, 'one step or more'),
         ({'task.name': 'chess'}, 'chess'),
         ({'task.prompt_template': 'nowhere.txt'}, 'nowhere.txt'),
+        ({'task.name': 'gsm8k'}, "unknown format 'compact' of task gsm8k"),
         ({'task.shots': 3}, 'task.shots is 3'),
         ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': 4}, '0 to 3'),
         ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': -1}, '0 to 3'),
+        ({'task.rules': 'mended'}, "task.rules is 'mended'"),
         ({'model.width': 25}, 'model.width 25'),
         ({'optimizer.learning_rate': -1e-4}, 'optimizer.learning_rate'),
         ({'optimizer.b1': 1.5}, 'optimizer.b1'),
