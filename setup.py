@@ -33,6 +33,7 @@ setup(
     extras_require={
         'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'scipy>=1.13'],
         'hf': ['transformers>=4.51'],
+        'math': ['math-verify>=0.9'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'wandb': ['wandb>=0.19'],

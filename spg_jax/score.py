@@ -2,6 +2,7 @@
 
 python -m spg_jax.score --task=countdown FILE...    # scores completions
 python -m spg_jax.score --verify FILE               # reproduces the verdicts a file brings along
+python -m spg_jax.score --task=math500 --judge=math-verify FILE...   # by a better judge, extra math
 
 A FILE holds one JSON object a line, {question, ground_truth, completion}, or is one JSON document
 as the published evaluation writes it, {"generations": [{question, ground_truth, generations},
@@ -18,12 +19,16 @@ from absl import app, flags
 
 from spg_jax import tasks
 from spg_jax.tasks import reading
+from spg_jax.tasks.math500 import judge as math_verify
 from spg_jax.tasks.task import Example, Score, Task
 
 FORMAT = 'published_eval'  # whose scorer is the published one
 SHOWN = 5  # disagreements printed
 
 _TASK = flags.DEFINE_string('task', None, f'whose scorer: {", ".join(tasks.TASKS)}')
+_JUDGE = flags.DEFINE_enum(
+    'judge', 'published', ['published', math_verify.NAME], 'who judges; the latter only MATH500'
+)
 _VERIFY = flags.DEFINE_string('verify', None, 'file with completions and verdicts to reproduce')
 
 
@@ -72,14 +77,21 @@ def judge(task: Task, record: Any, completion: str, where: str) -> Score:
     return task.score(text, example)
 
 
-def score(name: str, paths: Sequence[str]) -> dict[str, Any]:
+def score(name: str, paths: Sequence[str], judged_by: str = 'published') -> dict[str, Any]:
     """Scores files together: cells (Sudoku) or answers are pooled over all of them.
 
+    Args:
+      name: of the task.
+      paths: of the files.
+      judged_by: 'published', or 'math-verify' for MATH500.
+
     Raises:
-      ValueError: unknown task, or a file or line that is not as it should be; one line that says
-        which.
+      ValueError: unknown task, a judge that is not for it or not installed, or a file or line that
+        is not as it should be; one line that says which.
     """
     task = tasks.get(name, FORMAT)
+    if judged_by == math_verify.NAME:
+        task = math_verify.judged(task)
     scores = [
         judge(task, record, key, where) for path in paths for where, record, key in read(path)
     ]
@@ -134,10 +146,10 @@ def verify(path: str) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     paths = argv[1:]
     try:
-        if _VERIFY.value and not _TASK.value and not paths:
+        if _VERIFY.value and not (_TASK.value or paths or _JUDGE.present):
             result = verify(_VERIFY.value)
         elif _TASK.value and paths and not _VERIFY.value:
-            result = score(_TASK.value, paths)
+            result = score(_TASK.value, paths, _JUDGE.value)
         else:
             raise ValueError('expected --task=NAME FILE... or --verify FILE, and nothing else')
     except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spg_jax import score
+from spg_jax.tasks.math500 import judge
 
 FIXTURES = Path(__file__).parent / 'tasks'
 COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
@@ -72,6 +73,38 @@ def test_the_published_layout_gives_the_same(tmp_path):
     ]
     path.write_text(json.dumps({'generations': generations, 'metrics': {}}, indent=2))
     assert score.score('countdown', [str(path)])['correct'] == sum(case['score'] for case in cases)
+
+
+def test_another_judge_needs_its_package(monkeypatch):
+    monkeypatch.setattr(judge.importlib.util, 'find_spec', lambda _: None)
+    with pytest.raises(
+        ValueError, match=r"needs the package math-verify; pip install -e '.\[math\]'"
+    ):
+        score.score('math500', [str(MATH500)], 'math-verify')
+
+
+def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
+    """By a stand-in for the package: it agrees with 'right', and never returns from 'hang'."""
+    (tmp_path / 'math_verify.py').write_text(
+        'import time\n'
+        'def parse(text): return text\n'
+        'def verify(gold, text):\n'
+        '    while text == "hang": time.sleep(1)\n'
+        '    if text == "raise": raise KeyError(text)\n'
+        '    if text == "die": raise SystemExit\n'
+        '    return gold == "$4$" and text == "right"\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(judge, 'TIMEOUT', 4.0)
+    path = tmp_path / 'file.jsonl'
+    record = {'question': '', 'ground_truth': '4'}
+    texts = ['right', 'hang', 'right', 'raise', 'die', 'right', 'wrong']
+    path.write_text('\n'.join(json.dumps(record | {'completion': text}) for text in texts))
+    judge._worker.cache_clear()
+    figures = score.score('math500', [str(path)], 'math-verify')
+    assert (figures['correct'], figures['total']) == (3, 7)
+    assert figures['scorer'] == 'math-verify'
+    judge._worker.cache_clear()
 
 
 @pytest.mark.parametrize('path', [COUNTDOWN, GSM8K, MATH500, SUDOKU], ids=lambda path: path.stem)
@@ -152,6 +185,8 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', COUNTDOWN], 'found question'),
+        (['--task=gsm8k', '--judge=math-verify', GSM8K], 'is for --task=math500, not gsm8k'),
+        (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_1(arguments, message):
