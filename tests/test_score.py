@@ -87,8 +87,8 @@ def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
     """By a stand-in for the package: it agrees with 'right', and never returns from 'hang'."""
     (tmp_path / 'math_verify.py').write_text(
         'import time\n'
-        'def parse(text): return text\n'
-        'def verify(gold, text):\n'
+        'def parse(text, **_): return text\n'
+        'def verify(gold, text, **_):\n'
         '    while text == "hang": time.sleep(1)\n'
         '    if text == "raise": raise KeyError(text)\n'
         '    if text == "die": raise SystemExit\n'

@@ -6,6 +6,7 @@ and what a model wrote must never hang a scorer.
 
 import functools
 import importlib.util
+import logging
 import multiprocessing
 from multiprocessing.connection import Connection
 
@@ -13,7 +14,7 @@ from spg_jax.tasks.math500.task import Math500
 from spg_jax.tasks.task import Example, Score
 
 NAME = 'math-verify'
-TIMEOUT = 30.0  # seconds for one verdict; math-verify itself gives up after 10 where it can
+TIMEOUT = 30.0  # seconds for one verdict
 LONGEST = 20_000  # characters of a completion that are read, from its end: answers stand there
 
 
@@ -79,6 +80,8 @@ def _serve(pipe: Connection) -> None:
     """Answers (reference, completion) pairs for ever, until the other end is closed."""
     import math_verify
 
+    logging.disable()  # it tells of each text it cannot read, in full
+    math_verify.parse('$1$', parsing_timeout=None)  # which imports the rest of it
     pipe.send(True)
     while True:
         try:
@@ -86,8 +89,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            gold = math_verify.parse(f'${reference}$')
-            verdict = bool(math_verify.verify(gold, math_verify.parse(completion)))
+            # Without its own time limit of 5 seconds, which a busy machine exceeds on 1/2.
+            gold, found = (
+                math_verify.parse(text, parsing_timeout=None)
+                for text in (f'${reference}$', completion)
+            )
+            verdict = bool(math_verify.verify(gold, found, timeout_seconds=None))
         except Exception:  # of many kinds, all because of the text
             verdict = False
         pipe.send(verdict)
