@@ -141,10 +141,9 @@ def has_strict_form(completion: str) -> bool:
 def published_number(completion: str) -> float | None:
     """Returns the number that the published scorer takes for the answer, or None."""
     for box in _boxes(completion):
-        if box.strip('.'):
-            number = _number(box, which=0)
-            if number is not None:
-                return number
+        number = _number(box, which=0)
+        if number is not None:  # an empty box has none, nor have dots
+            return number
     for text in (extraction.first_answer(completion), extraction.after_last_tag(completion)):
         number = _number(text or '', which=-1)
         if number is not None:
