@@ -31,8 +31,15 @@ setup(
         'tensorflow-datasets>=4.9.10,<5',
     ],
     extras_require={
-        'test': ['pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'scipy>=1.13'],
-        'hf': ['transformers>=4.51'],
+        'test': [
+            'jinja2>=3.1',
+            'pytest>=8.0',
+            'pytest-xdist>=3.6',
+            'ruff>=0.9',
+            'scipy>=1.13',
+            'transformers>=4.51',
+        ],
+        'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
         'math': ['math-verify>=0.9'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],

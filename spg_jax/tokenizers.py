@@ -1,8 +1,12 @@
-"""Text to token ids and back, for policies small enough to have a vocabulary of their own."""
+"""Text to token ids and back, for policies small enough to have a vocabulary of their own.
+
+`spg_jax.hf_tokenizer` has the published tokenizers.
+"""
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,11 +26,19 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without EOS; a ValueError names what it has no id for."""
 
+    def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
+        """Returns the ids of what a completion follows: `text` as the policy expects to be asked,
+        then `prefill`, which the completion is made to start with; raises as `encode`."""
+
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
         """Returns the text of `ids` up to the first EOS, or all of it, special tokens included."""
 
     def allowed(self, size: int) -> np.ndarray:
         """Returns [size] bool: those of a model's `size` ids that generation may choose."""
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Makes `directory` if it is read from files, and puts them there; returns its part of a
+        policy's description, JSON values."""
 
 
 class WordTokenizer:
@@ -87,6 +99,10 @@ class WordTokenizer:
             ids.append(self._ids[found[0]])
             place = found.end()
 
+    def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
+        """Returns the ids of `text` and `prefill`, one after the other; raises as `encode`."""
+        return self.encode(text + prefill)
+
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
         """Returns the words of `ids` joined by single spaces.
 
@@ -121,3 +137,7 @@ class WordTokenizer:
         allowed = np.arange(size) < self.size
         allowed[[self.mask_id, self.pad_id]] = False
         return allowed
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Returns its words; they need no file."""
+        return {'words': self.words}
