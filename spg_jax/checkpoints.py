@@ -1,21 +1,23 @@
 """What is kept on disk: policies (a model to use) and runs (everything needed to go on), by Orbax.
 
-A policy directory holds `policy.json` (model, tokenizer, how it was made) and `params/`. A run's
-`checkpoints/<step>/` holds the train state, the current rollout and, as metadata, the state of the
-data iterator, the best-on-validation record and the last metrics row. Both appear whole or not at
-all.
+A policy directory holds `policy.json` (model, tokenizer, how it was made), `params/` and, if the
+tokenizer is a published one, its files in `tokenizer/`. A published checkpoint (config.json,
+safetensors, tokenizer files) is read wherever a policy is. A run's `checkpoints/<step>/` holds the
+train state, the current rollout and, as metadata, the state of the data iterator, the
+best-on-validation record and the last metrics row. Both appear whole or not at all.
 """
 
 import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.policy import Params, Policy
 from spg_jax.models.transformer import Transformer, TransformerConfig
@@ -24,6 +26,16 @@ from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
 DESCRIPTION = 'policy.json'
 PARAMS = 'params'
+TOKENIZER = 'tokenizer'
+
+
+class _Description(NamedTuple):
+    """What a policy directory says of itself."""
+
+    config: TransformerConfig
+    tokenizer: WordTokenizer | llada.SpecialIds  # the ids of a tokenizer that is read from files
+    files: Path  # where those are
+    notes: dict[str, Any]
 
 
 def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
@@ -35,7 +47,7 @@ def save_policy(
     directory: Path,
     params: Params,
     config: TransformerConfig,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
     notes: dict[str, Any],
 ) -> None:
     """Writes a policy directory, replacing an older one only when the new one is whole.
@@ -49,7 +61,8 @@ def save_policy(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     ocp.save((new / PARAMS).absolute(), params)
-    description = {'model': dataclasses.asdict(config), 'words': tokenizer.words, 'notes': notes}
+    description = {'model': dataclasses.asdict(config), **tokenizer.save(new / TOKENIZER)}
+    description['notes'] = notes
     (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
     # At every moment one of the two is whole under a name that readers look for.
     shutil.rmtree(old, ignore_errors=True)
@@ -75,34 +88,44 @@ def _whole(directory: Path) -> Path:
 
 
 def policy_notes(directory: Path) -> dict[str, Any]:
-    """How the policy in `directory` came about; raises as `load_policy`."""
-    return _describe(_whole(directory))[2]
+    """How the policy in `directory` came about, {} for a published checkpoint; raises as
+    `load_policy`."""
+    return _describe(_whole(directory)).notes
 
 
-def _describe(directory: Path) -> tuple[TransformerConfig, WordTokenizer, dict[str, Any]]:
-    """Model, tokenizer and notes of a policy directory.
+def _is_published(directory: Path) -> bool:
+    return not (directory / DESCRIPTION).is_file() and (directory / 'config.json').is_file()
+
+
+def _describe(directory: Path) -> _Description:
+    """Model, tokenizer and notes of a policy directory or a published checkpoint.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, what was found and what to do.
     """
     if not directory.is_dir():
         raise FileNotFoundError(
-            f'{directory} does not exist; expected a directory with {DESCRIPTION}'
+            f'{directory} does not exist; expected a policy directory or a published checkpoint'
         )
+    if _is_published(directory):
+        config, ids, _ = llada.check_checkpoint(directory)
+        return _Description(config, ids, directory, {})
     path = directory / DESCRIPTION
-    if not path.is_file() and (directory / 'config.json').is_file():
-        llada.check_checkpoint(directory)  # says what does not fit, before what is missing here
-        raise ValueError(
-            f'{directory} is a published checkpoint, whose tokenizer this version cannot read; '
-            f'use a directory with {DESCRIPTION}'
-        )
     if not path.is_file():
         raise FileNotFoundError(
-            f'{directory} has no {DESCRIPTION}; give a policy directory, such as the best/ of a run'
+            f'{directory} has no {DESCRIPTION} and no config.json; give a policy directory, such '
+            'as the best/ of a run, or a published checkpoint'
         )
     try:
         found = json.loads(path.read_text())
-        return TransformerConfig(**found['model']), WordTokenizer(found['words']), found['notes']
+        if 'hf_tokenizer' in found:
+            ids = found['hf_tokenizer']
+            tokenizer = llada.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
+        else:
+            tokenizer = WordTokenizer(found['words'])
+        return _Description(
+            TransformerConfig(**found['model']), tokenizer, directory / TOKENIZER, found['notes']
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'{path} is not the description of a policy ({_line(error)}); restore it or make the '
@@ -110,17 +133,35 @@ def _describe(directory: Path) -> tuple[TransformerConfig, WordTokenizer, dict[s
         ) from error
 
 
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a policy directory, without its parameters; raises as `load_policy`."""
+    return _tokenizer(_describe(_whole(directory)))
+
+
+def _tokenizer(found: _Description) -> Tokenizer:
+    if isinstance(found.tokenizer, WordTokenizer):
+        return found.tokenizer
+    tokenizer = HFTokenizer(found.files, *found.tokenizer)
+    tokenizer.allowed(found.config.vocab_size)  # refuses a tokenizer larger than the embedding
+    return tokenizer
+
+
 def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]:
-    """Reads a policy directory, each device receiving its shard.
+    """Reads a policy directory or a published checkpoint, each device receiving its shard.
 
     Raises:
       FileNotFoundError: nothing there; ValueError: something there that does not fit.
     """
     directory = _whole(directory)
-    config, tokenizer, _ = _describe(directory)
-    target = abstract_params(Transformer(config), mesh)
-    params = _restore(directory / PARAMS, lambda path: ocp.load(path, target))
-    return make_policy(config, tokenizer), tokenizer, params
+    found = _describe(directory)
+    tokenizer = _tokenizer(found)
+    policy = make_policy(found.config, tokenizer)
+    if _is_published(directory):
+        _, _, params = llada.load_checkpoint(directory, mesh)
+    else:
+        target = abstract_params(Transformer(found.config), mesh)
+        params = _restore(directory / PARAMS, lambda path: ocp.load(path, target))
+    return policy, tokenizer, params
 
 
 class RunCheckpoints:

@@ -1,14 +1,21 @@
 """Policies and runs on disk: they come back as they were, or say in one line why not."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from spg_jax import checkpoints, sharding
+from spg_jax.hf_tokenizer import HFTokenizer
+from spg_jax.models import llada
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.tokenizers import WordTokenizer
+from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint
+
+QUESTION = 'Reach 26 with 3, 44 and 7.'
 
 
 @pytest.fixture
@@ -24,7 +31,14 @@ def saved(tmp_path):
     return directory, params
 
 
-def mesh(sizes):
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('published')
+    save_checkpoint(directory)
+    return directory
+
+
+def mesh(sizes=(1, 1, 1)):
     devices = jax.devices()[: int(np.prod(sizes))]
     return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
 
@@ -80,3 +94,50 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
     with pytest.raises(ValueError, match='params cannot be restored') as error:
         checkpoints.load_policy(directory, mesh((1, 1, 1)))
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_saved(
+    published, tmp_path, sizes
+):
+    policy, tokenizer, params = checkpoints.load_policy(published, mesh(sizes))
+    assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
+    assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
+    config, _, weights = llada.load_checkpoint(published)
+    assert policy.config == config
+    jax.tree.map(assert_array_equal, jax.device_get(params), weights)
+    assert checkpoints.policy_notes(published) == {}
+
+    checkpoints.save_policy(tmp_path / 'best', params, config, tokenizer, {'made': 'here'})
+    again, found, restored = checkpoints.load_policy(tmp_path / 'best', mesh(sizes))
+    assert again.config == config and isinstance(found, HFTokenizer)
+    jax.tree.map(assert_array_equal, jax.device_get(restored), weights)
+    assert found.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
+    assert checkpoints.policy_notes(tmp_path / 'best') == {'made': 'here'}
+    # Saving in the place a policy was read from must not lose its tokenizer.
+    checkpoints.save_policy(tmp_path / 'best', restored, config, found, {})
+    assert checkpoints.load_tokenizer(tmp_path / 'best').encode_prompt(QUESTION)
+
+
+def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, monkeypatch):
+    shutil.copytree(published, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(llada, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
+    (tmp_path / 'tokenizer.json').unlink()
+    with pytest.raises(ValueError, match='the tokenizer cannot be read'):
+        checkpoints.load_policy(tmp_path, mesh())
+    (tmp_path / 'tokenizer_config.json').unlink()
+    with pytest.raises(ValueError, match='tokenizer_config.json does not exist'):
+        checkpoints.load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
+    _, tokenizer, params = checkpoints.load_policy(published, mesh())
+    config, _ = llada.read_config(published / 'config.json')
+    checkpoints.save_policy(tmp_path / 'best', params, config, tokenizer, {})
+    shutil.rmtree(tmp_path / 'best' / 'tokenizer')
+    with pytest.raises(ValueError, match='best/tokenizer/tokenizer_config.json does not exist'):
+        checkpoints.load_policy(tmp_path / 'best', mesh())
+    path = tmp_path / 'best' / 'policy.json'
+    path.write_text(path.read_text().replace('"eos_id"', '"end"'))
+    with pytest.raises(ValueError, match="policy.json is not the description .*'eos_id'"):
+        checkpoints.load_policy(tmp_path / 'best', mesh())
