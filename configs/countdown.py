@@ -2,7 +2,7 @@
 
 python -m spg_jax.train --config=configs/countdown.py            # small: a laptop
 python -m spg_jax.train --config=configs/countdown.py:tiny       # the whole pipeline, no learning
-python -m spg_jax.train --config=configs/countdown.py:llada_8b   # published recipe; cannot load yet
+python -m spg_jax.train --config=configs/countdown.py:llada_8b   # published recipe; no LoRA yet
 
 On one CPU core: base policy 248 s, RL 103 s, 9 % -> 71 % right (`benchmarks.learning`).
 """

@@ -2,7 +2,7 @@
 
 python -m spg_jax.train --config=configs/sudoku.py            # small: a laptop
 python -m spg_jax.train --config=configs/sudoku.py:tiny       # the whole pipeline, no learning
-python -m spg_jax.train --config=configs/sudoku.py:llada_8b   # published recipe; cannot load yet
+python -m spg_jax.train --config=configs/sudoku.py:llada_8b   # published recipe; no LoRA yet
 
 On one CPU core: base policy 417 s, RL 293 s, cells 51 % -> 95 %, grids 6 % -> 88 % right
 (`benchmarks.learning`).

@@ -28,6 +28,11 @@ def default_config() -> ml_collections.ConfigDict:
             rules='released',  # of the reward: released | mended (math500, see its task.py)
             data_dir='data',  # where problems are kept, and given files of them looked for
         ),
+        data=c(
+            # What to do with prompts over sampling.prompt_length: 'drop' leaves them out of RL and
+            # validation, and stops where an accuracy is reported. Base policies refuse them always.
+            long_prompts='drop',  # drop | truncate_left (keep the end, as released) | error
+        ),
         model=c(  # of a base policy trained here; an imported checkpoint brings its own
             width=64,  # D
             layers=6,  # transformer blocks; these tasks reward depth over width
@@ -42,7 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
             attention='xla',  # implementation; xla picks the layout that suits the platform
         ),
         base=c(
-            checkpoint='',  # a policy directory to start from; '' trains one
+            checkpoint='',  # a policy directory or published checkpoint; '' trains a policy
             cache='runs/base',  # trained base policies, a folder for each hash of what made it
             stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right demonstrations), in turn
             batch_size=128,  # demonstrations a step

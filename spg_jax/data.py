@@ -16,6 +16,7 @@ _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 Record = tuple[Example, str]  # a problem with an answer to imitate
+LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
 
 
 class PromptBatch(NamedTuple):
@@ -36,30 +37,82 @@ class Demonstrations(NamedTuple):
     index: np.ndarray  # [B] uint32, of the problem among those the batches are drawn from
 
 
-def encode_prompts(
-    task: Task, tokenizer: Tokenizer, examples: Sequence[Example], length: int
-) -> PromptBatch:
-    """Left-pads the prompts of `examples` to `length` tokens.
+def fit_prompts(
+    task: Task,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    length: int,
+    long_prompts: str,
+    split: str,
+    may_drop: bool,
+) -> tuple[list[Example], str]:
+    """Looks at every prompt of a split before any work is done with it.
 
-    A format's prefill, which the completion is made to start with, ends the prompt.
+    Args:
+      length: P, the tokens there is room for.
+      long_prompts: one of LONG_PROMPTS, what to do with longer ones.
+      split: what the examples are called in what is said.
+      may_drop: False where an accuracy is reported, since one over fewer problems is another.
+
+    Returns:
+      (the examples to use, what happened to others in one line or '').
 
     Raises:
-      ValueError: if a prompt is longer, with its length and what to set.
+      ValueError: prompts that do not fit and may be neither dropped nor cut, or none that fits.
     """
-    tokens = [tokenizer.encode(task.prompt(example) + task.prefill) for example in examples]
-    prompt, prompt_mask = left_pad(tokens, length, tokenizer.pad_id)
+    lengths = [len(_prompt_tokens(task, tokenizer, example)) for example in examples]
+    longer, longest = sum(n > length for n in lengths), max(lengths, default=0)
+    if not longer:
+        return list(examples), ''
+    found = (
+        f'{longer} of {len(examples)} {split} prompts are longer than sampling.prompt_length '
+        f'{length}, up to {longest} tokens'
+    )
+    if long_prompts == 'truncate_left':
+        return list(examples), f'{found}: cut to their last {length}'
+    droppable = may_drop and longer < len(examples)
+    if long_prompts == 'error' or not droppable:
+        reason = '' if may_drop else ', and an accuracy must not lose problems'
+        remedy = "'truncate_left' or 'drop'" if droppable else "'truncate_left'"
+        raise ValueError(
+            f'{found}{reason}; set it to at least {longest}, or data.long_prompts to {remedy}'
+        )
+    kept = [example for example, n in zip(examples, lengths, strict=True) if n <= length]
+    return kept, f'{found}: dropped'
+
+
+def _prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[int]:
+    # A format's prefill, which the completion is made to start with, ends the prompt.
+    return tokenizer.encode_prompt(task.prompt(example), task.prefill)
+
+
+def encode_prompts(
+    task: Task,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    length: int,
+    truncate: bool = False,
+) -> PromptBatch:
+    """Left-pads the prompts of `examples` to `length` tokens; otherwise as `left_pad`."""
+    tokens = [_prompt_tokens(task, tokenizer, example) for example in examples]
+    prompt, prompt_mask = left_pad(tokens, length, tokenizer.pad_id, truncate)
     index = np.array([example['index'] for example in examples], np.uint32)
     return PromptBatch(prompt, prompt_mask, index, examples)
 
 
 def left_pad(
-    rows: Sequence[Sequence[int]], length: int, pad_id: int
+    rows: Sequence[Sequence[int]], length: int, pad_id: int, truncate: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, length] int32 and [B, length] bool, False on padding.
 
+    Args:
+      truncate: keep the last `length` tokens of a longer row, start token lost, as released.
+
     Raises:
-      ValueError: if a row is longer, with its length and what to set.
+      ValueError: if a row is longer and not truncated, with its length and what to set.
     """
+    if truncate:
+        rows = [row[-length:] for row in rows]
     tokens, valid = (
         np.full((len(rows), length), pad_id, np.int32),
         np.zeros((len(rows), length), bool),
@@ -93,6 +146,20 @@ def encode_completions(tokenizer: Tokenizer, texts: Sequence[str], length: int) 
     return completion
 
 
+def encode_pairs(
+    task: Task, tokenizer: Tokenizer, pairs: Sequence[Record], prompt_length: int, length: int
+) -> Demonstrations:
+    """Tokenised problems and answers.
+
+    Raises:
+      ValueError: if a prompt or an answer does not fit, whatever `data.long_prompts` says.
+    """
+    examples, answers = zip(*pairs, strict=True)
+    prompt = encode_prompts(task, tokenizer, examples, prompt_length)
+    completion = encode_completions(tokenizer, answers, length)
+    return Demonstrations(prompt.prompt, prompt.prompt_mask, completion, prompt.index)
+
+
 def prompts(
     task: Task,
     tokenizer: Tokenizer,
@@ -101,13 +168,15 @@ def prompts(
     batch_size: int,
     length: int,
     seed: int,
+    truncate: bool = False,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of prompts; the iterator has get_state and set_state."""
+
+    def encode(examples: Sequence[Example]) -> PromptBatch:
+        return encode_prompts(task, tokenizer, examples, length, truncate)
+
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(
-        batch_size, batch_fn=lambda examples: encode_prompts(task, tokenizer, examples, length)
-    )
-    return iter(dataset.to_iter_dataset(_READING))
+    return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))
 
 
 def demonstrations(
@@ -179,9 +248,6 @@ def _supervised(
     dataset, task, tokenizer, batch_size, prompt_length, length
 ) -> grain.DatasetIterator:
     def encode(pairs: Sequence[Record]) -> Demonstrations:
-        examples, answers = zip(*pairs, strict=True)
-        prompt = encode_prompts(task, tokenizer, examples, prompt_length)
-        completion = encode_completions(tokenizer, answers, length)
-        return Demonstrations(prompt.prompt, prompt.prompt_mask, completion, prompt.index)
+        return encode_pairs(task, tokenizer, pairs, prompt_length, length)
 
     return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))

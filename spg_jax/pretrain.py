@@ -133,6 +133,11 @@ def _pretrain(
     started = time.monotonic()
     task = training_task(config)
     policy, tokenizer, params = _starting_point(config, task, mesh, start_from)
+    if records:
+        # One that does not fit is found now, and not when its batch comes.
+        data.encode_pairs(
+            task, tokenizer, records, config.sampling.prompt_length, config.sampling.length
+        )
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
     state = initial_state(params, optimizer, policy, mesh, average=True)

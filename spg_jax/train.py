@@ -30,6 +30,8 @@ from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import empty_rollout, make_collect
 from spg_jax.runs import claimed, default_workdir
 from spg_jax.tasks.source import SPLITS
+from spg_jax.tasks.task import Example
+from spg_jax.tokenizers import Tokenizer
 from spg_jax.train_state import initial_state, shardings_of
 from spg_jax.validation import check_mesh, validate
 
@@ -52,6 +54,9 @@ def train(
     if base_directory is None:
         return False
     started = time.monotonic()
+    tokenizer = checkpoints.load_tokenizer(base_directory)
+    # Every prompt is looked at before the parameters, which may be large, are read.
+    problems = fitting_problems(config, tokenizer, problems)
     policy, tokenizer, base_params = checkpoints.load_policy(base_directory, mesh)
 
     # --- programs -------------------------------------------------------------------------------
@@ -64,6 +69,7 @@ def train(
         batch_size=config.rl.prompts,
         length=config.sampling.prompt_length,
         seed=config.train.seed,
+        truncate=config.data.long_prompts == 'truncate_left',
     )
     evaluator = Evaluator(policy, evaluation_task(config), tokenizer, config, mesh)
     validation = problems['validation'][: config.evaluation.problems]
@@ -155,6 +161,30 @@ def train(
     unfinished.write_text(json.dumps(result, indent=1))
     unfinished.rename(workdir / 'result.json')  # whole or not at all: it says the run is finished
     return True
+
+
+def fitting_problems(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer, problems: dict[str, list[Example]]
+) -> dict[str, list[Example]]:
+    """The problems of each split to use; prints what `data.long_prompts` did to others.
+
+    Raises:
+      ValueError: as `data.fit_prompts`.
+    """
+    fitting = {}
+    for split, examples in problems.items():
+        fitting[split], said = data.fit_prompts(
+            training_task(config) if split == 'train' else evaluation_task(config),
+            tokenizer,
+            examples,
+            config.sampling.prompt_length,
+            config.data.long_prompts,
+            split,
+            may_drop=split != 'test',
+        )
+        if said:
+            print(said, flush=True)
+    return fitting
 
 
 def summary(

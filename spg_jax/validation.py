@@ -16,6 +16,7 @@ from spg_jax.config import (
     sampling_config,
     training_task,
 )
+from spg_jax.data import LONG_PROMPTS
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
@@ -71,6 +72,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for length, steps in evaluation_lengths(config):
         evaluation_sampling(config, length, steps)
     bounds.check_pairing(config.rl.estimator, corruption_of(config))
+    _one_of('data.long_prompts', config.data.long_prompts, LONG_PROMPTS)
     _one_of('rl.objective', config.rl.objective, tuple(REGISTRY))
     REGISTRY[config.rl.objective](config)
     _check_numbers(config)

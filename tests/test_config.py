@@ -118,6 +118,7 @@ def test_the_published_recipe():
         ({'sampling.steps': 300}, '300'),
         ({'sampling.commit': 'first'}, 'sampling.commit'),
         ({'evaluation.steps': (64,)}, 'pair up'),
+        ({'data.long_prompts': 'cut'}, "data.long_prompts is 'cut'; use one of drop"),
         ({'rl.objective': 'grpo2'}, 'rl.objective'),
         ({'rl.negative': 'worse'}, 'rl.negative'),
         ({'rl.bound': 'tight'}, 'rl.bound'),

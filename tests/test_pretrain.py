@@ -129,6 +129,7 @@ def test_base_policies_are_named_by_what_makes_them(config, tmp_path):
     same.update(config)
     same.rl.beta, same.train.seed, same.task.data_dir = 3.0, 5, 'elsewhere'
     other.update(config)
+    same.data.long_prompts = 'truncate_left'
     other.base.seed = 1
     assert pretrain.base_directory(same) == pretrain.base_directory(config)
     assert pretrain.base_directory(other) != pretrain.base_directory(config)

@@ -56,9 +56,10 @@ class Evaluator:
         self, params: Params, examples: Sequence[Example], length: int, steps: int
     ) -> Figures:
         """The task's figures and the mean reward, at temperature 0."""
-        texts = self.complete(params, examples, length, steps, temperature=0.0, samples=1)
-        pairs = list(zip(texts, examples, strict=True))
+        tokens = self._generate(params, examples, length, steps, temperature=0.0, samples=1)
+        pairs = zip(decode(self._tokenizer, tokens), examples, strict=True)
         rewards = [self._task.reward(text, example) for text, example in pairs]
+        pairs = zip(self._scored_texts(tokens), examples, strict=True)
         figures = self._task.figures([self._task.score(text, example) for text, example in pairs])
         return figures | {'reward': float(np.mean(rewards))}
 
@@ -68,12 +69,16 @@ class Evaluator:
         """Share of problems solved by at least one of `samples` completions, sampled as in
         rollouts."""
         temperature = self._config.sampling.temperature
-        texts = self.complete(params, examples, length, steps, temperature, samples)
+        tokens = self._generate(params, examples, length, steps, temperature, samples)
         solved = [
             self._task.score(text, examples[row // samples]).solved
-            for row, text in enumerate(texts)
+            for row, text in enumerate(self._scored_texts(tokens))
         ]
         return float(np.reshape(solved, (-1, samples)).any(axis=1).mean())
+
+    def _scored_texts(self, tokens: np.ndarray) -> list[str]:
+        # Published scorers look for the end of the turn in the text; published rewards do not.
+        return decode(self._tokenizer, tokens, keep_specials=self._task.scorer == 'published')
 
     def complete(
         self,
@@ -84,7 +89,22 @@ class Evaluator:
         temperature: float,
         samples: int,
     ) -> list[str]:
-        """`samples` completions of each example, next to each other."""
+        """The texts of `samples` completions of each example, next to each other."""
+        return decode(
+            self._tokenizer,
+            self._generate(params, examples, length, steps, temperature, samples),
+        )
+
+    def _generate(
+        self,
+        params: Params,
+        examples: Sequence[Example],
+        length: int,
+        steps: int,
+        temperature: float,
+        samples: int,
+    ) -> np.ndarray:
+        """Completion tokens [N * samples, C] of N examples."""
         program = (length, steps, temperature)
         if program not in self._programs:
             decoding = evaluation_sampling(self._config, length, steps, temperature)
@@ -92,21 +112,25 @@ class Evaluator:
         config, shards = self._config, row_shards(self._mesh)
         batch = -(-config.evaluation.batch // shards) * shards
         prompts = encode_prompts(
-            self._task, self._tokenizer, examples, config.sampling.prompt_length
+            self._task,
+            self._tokenizer,
+            examples,
+            config.sampling.prompt_length,
+            truncate=config.data.long_prompts == 'truncate_left',
         )
         rows = {
             'prompt': np.repeat(prompts.prompt, samples, axis=0),
             'prompt_mask': np.repeat(prompts.prompt_mask, samples, axis=0),
             'example_id': np.asarray(example_ids(prompts.index, samples)),
         }
-        texts: list[str] = []
+        tokens = []
         for first in range(0, len(rows['prompt']), batch):
             some = {name: _fill(x[first : first + batch], batch) for name, x in rows.items()}
             some = put_batch(self._mesh, some)
             keys = example_keys(config.train.seed, Purpose.EVALUATE, 0, some['example_id'])
             completion = self._programs[program](params, some['prompt'], some['prompt_mask'], keys)
-            texts += decode(self._tokenizer, completion.tokens)
-        return texts[: len(examples) * samples]
+            tokens.append(np.asarray(completion.tokens))
+        return np.concatenate(tokens)[: len(examples) * samples]
 
 
 def headline_length(config: ml_collections.ConfigDict) -> tuple[int, int]:

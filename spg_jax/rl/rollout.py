@@ -83,9 +83,12 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
     return generate
 
 
-def decode(tokenizer: Tokenizer, completion: np.ndarray) -> list[str]:
-    """The text of each row through its first EOS."""
-    return [tokenizer.decode(row) for row in np.asarray(completion).tolist()]
+def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:
+    """The text of each row through its first EOS, with or without special tokens."""
+    rows = np.asarray(completion).tolist()
+    eos = tokenizer.eos_id
+    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    return [tokenizer.decode(row, keep_specials) for row in rows]
 
 
 def make_collect(

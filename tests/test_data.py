@@ -1,0 +1,84 @@
+"""Prompts that do not fit: counted by hand, in every way there is to treat them."""
+
+import numpy as np
+import pytest
+
+from spg_jax import data, tasks
+from spg_jax.tokenizers import WordTokenizer
+
+# Compact Countdown prompts have a token for every number, '=', the target and ':'.
+NUMBERS = ([3, 2, 1], [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [9, 1, 1])
+EXAMPLES = [
+    {'numbers': numbers, 'target': 7, 'index': index} for index, numbers in enumerate(NUMBERS)
+]
+FOUND = '2 of 4 train prompts are longer than sampling.prompt_length 6, up to 9 tokens'
+
+
+@pytest.fixture
+def task():
+    return tasks.get('countdown')
+
+
+@pytest.fixture
+def tokenizer(task):
+    return WordTokenizer(task.vocabulary)
+
+
+def fit(task, tokenizer, how, may_drop=True, length=6):
+    return data.fit_prompts(task, tokenizer, EXAMPLES, length, how, 'train', may_drop)
+
+
+def test_long_prompts_are_dropped_and_counted(task, tokenizer):
+    kept, said = fit(task, tokenizer, 'drop')
+    assert [example['index'] for example in kept] == [0, 3]
+    assert said == f'{FOUND}: dropped'
+    assert len(data.encode_prompts(task, tokenizer, kept, 6).prompt) == 2
+
+
+def test_long_prompts_keep_their_end(task, tokenizer):
+    kept, said = fit(task, tokenizer, 'truncate_left')
+    assert kept == EXAMPLES and said == f'{FOUND}: cut to their last 6'
+    batch = data.encode_prompts(task, tokenizer, kept, 6, truncate=True)
+    texts = [tokenizer.decode(row) for row in batch.prompt]
+    assert texts == ['3 2 1 = 7 :', '3 2 1 = 7 :', '3 2 1 = 7 :', '9 1 1 = 7 :']
+    assert batch.prompt_mask.all()
+    iterator = data.prompts(task, tokenizer, kept, batch_size=4, length=4, seed=0, truncate=True)
+    assert {tokenizer.decode(row) for row in next(iterator).prompt} == {'1 = 7 :'}
+
+
+@pytest.mark.parametrize(
+    ('how', 'may_drop', 'length', 'said'),
+    [
+        ('error', True, 6, "tokens; set it to at least 9, or .* to 'truncate_left' or 'drop'$"),
+        ('drop', False, 6, "must not lose problems; set it to at least 9, .*'truncate_left'$"),
+        ('error', False, 6, "must not lose problems; set it to at least 9, .*'truncate_left'$"),
+        ('drop', True, 5, "^4 of 4 .*_length 5, up to 9 tokens; set .* to 'truncate_left'$"),
+    ],
+)
+def test_long_prompts_are_refused(task, tokenizer, how, may_drop, length, said):
+    with pytest.raises(ValueError, match=said) as error:
+        fit(task, tokenizer, how, may_drop, length)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('how', data.LONG_PROMPTS)
+def test_nothing_is_said_where_all_fit(task, tokenizer, how):
+    assert fit(task, tokenizer, how, may_drop=False, length=9) == (EXAMPLES, '')
+
+
+def test_rows_are_padded_on_the_left():
+    tokens, valid = data.left_pad([[5], [], [7, 8, 9]], 3, pad_id=2)
+    np.testing.assert_array_equal(tokens, [[2, 2, 5], [2, 2, 2], [7, 8, 9]])
+    np.testing.assert_array_equal(valid, [[0, 0, 1], [0, 0, 0], [1, 1, 1]])
+    with pytest.raises(ValueError, match='4 tokens, more than sampling.prompt_length 3'):
+        data.left_pad([[1, 2, 3, 4]], 3, pad_id=2)
+
+
+def test_records_that_do_not_fit_are_refused_before_training(task, tokenizer):
+    fits = (EXAMPLES[0], '<answer> 1 </answer>')
+    batch = data.encode_pairs(task, tokenizer, [fits], 6, 4)
+    assert tokenizer.decode(batch.completion[0]) == fits[1]
+    with pytest.raises(ValueError, match='7 tokens, more than sampling.prompt_length 6'):
+        data.encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
+    with pytest.raises(ValueError, match='more than sampling.length 3; set it to at least 4'):
+        data.encode_pairs(task, tokenizer, [fits], 6, 3)
