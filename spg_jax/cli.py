@@ -13,13 +13,23 @@ from ml_collections import config_flags
 MENDABLE = (ValueError, OSError, FloatingPointError)
 
 
-def define_config_flag() -> None:
-    """The --config flag of the entry points that train."""
+def define_config_flag(required: bool = True) -> None:
+    """The --config flag: of a training, or of what to do with a --checkpoint."""
     config_flags.DEFINE_config_file(
         'config', None, 'configs/TASK.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.'
     )
-    flags.mark_flag_as_required('config')
+    if required:
+        flags.mark_flag_as_required('config')
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['config'])  # so --help has it
+
+
+def define_policy_flags() -> None:
+    """The flags that name a policy: --workdir, or --checkpoint with --config."""
+    flags.DEFINE_string('workdir', '', 'A run of spg_jax.train, or a policy trained here.')
+    flags.DEFINE_string(
+        'checkpoint', '', 'Any policy, or a published checkpoint; needs --config, which has none.'
+    )
+    define_config_flag(required=False)
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -2,33 +2,33 @@
 
     python -m spg_jax.evaluate --workdir=DIR                # its best policy, on the test split
     python -m spg_jax.evaluate --workdir=DIR --data=FILE    # on a published test file
+    python -m spg_jax.evaluate --config=configs/sudoku.py:llada_8b --checkpoint=DIR
 
-DIR is a run of `spg_jax.train` or a policy directory. The last line of standard output is one JSON
-object.
+DIR is a run of `spg_jax.train` or a policy directory; with --checkpoint, also a published one. The
+last line of standard output is one JSON object.
 """
 
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, cli, sharding
+from spg_jax import checkpoints, cli, data, sharding
 from spg_jax.config import evaluation_lengths, evaluation_task
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.runs import policy_of_run, run_config
+from spg_jax.runs import chosen_policy
 from spg_jax.tasks.source import SPLITS
 
 FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    workdir = Path(FLAGS.workdir)
-    config = run_config(workdir)
+    config, directory = chosen_policy(FLAGS.workdir, FLAGS.checkpoint, FLAGS.config)
+    tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()
@@ -39,8 +39,19 @@ def main(_: list[str]) -> None:
         examples = task.read_published(FLAGS.data)
     else:
         examples = list(task.source(FLAGS.split, config.task.data_dir))
+    examples, said = data.fit_prompts(
+        task,
+        tokenizer,
+        examples,
+        config.sampling.prompt_length,
+        config.data.long_prompts,
+        FLAGS.data or FLAGS.split,
+        may_drop=False,
+    )
+    if said:
+        print(said, file=sys.stderr)
     with jax.set_mesh(mesh):
-        policy, tokenizer, params = checkpoints.load_policy(policy_of_run(workdir), mesh)
+        policy, _, params = checkpoints.load_policy(directory, mesh)
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         report = evaluator.report(params, examples)
         print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
@@ -57,9 +68,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy directory.')
+    cli.define_policy_flags()
     flags.DEFINE_string('data', '', "A published test file; '' is a split of the task's own.")
     flags.DEFINE_enum('split', 'test', SPLITS, 'Which of those splits.')
     flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)
-    flags.mark_flag_as_required('workdir')
     cli.run(main)

@@ -1,12 +1,12 @@
-"""Completes a prompt with a trained policy, and shows in which order the tokens were committed.
+"""Completes a prompt with a policy, and shows in which order the tokens were committed.
 
     python -m spg_jax.generate --workdir=DIR --trace --prompt='100 93 30 = 23 :'
     python -m spg_jax.generate --workdir=DIR --temperature=0.9 --seed=1
+    python -m spg_jax.generate --config=configs/countdown.py:llada_8b --checkpoint=DIR
 
-Without a prompt it takes the first test problem of the run's task.
+Without a prompt it takes the first test problem of the task. A published checkpoint gets the prompt
+as one user turn of its chat template.
 """
-
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from spg_jax import checkpoints, cli, sharding
-from spg_jax.config import evaluation_lengths, evaluation_sampling, evaluation_task
+from spg_jax.config import evaluation_sampling, evaluation_task
 from spg_jax.data import left_pad
 from spg_jax.diffusion.sampling import Completion
 from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.evaluator import headline_length
 from spg_jax.rl.rollout import make_generate
-from spg_jax.runs import policy_of_run, run_config
+from spg_jax.runs import chosen_policy
 from spg_jax.tokenizers import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -38,24 +39,30 @@ def show_trace(completion: Completion, tokenizer: Tokenizer, console: Console) -
             # Tokens filled in after an early stop have step -1 and were never predicted.
             known = 0 <= at <= step
             word = tokenizer.decode([token], keep_specials=True) if known else '·'
-            line.append(word + ' ', style='bold green' if at == step else '' if known else 'dim')
+            line.append(
+                word.replace('\n', '\\n') + ' ',
+                style='bold green' if at == step else '' if known else 'dim',
+            )
         table.add_row(str(step), line)
     console.print(table)
 
 
 def main(_: list[str]) -> None:
-    workdir = Path(FLAGS.workdir)
-    config = run_config(workdir)
+    config, directory = chosen_policy(FLAGS.workdir, FLAGS.checkpoint, FLAGS.config)
+    tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     cli.compile_cache()
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
     task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
+    tokens, valid = left_pad(
+        [tokenizer.encode_prompt(prompt, task.prefill)],
+        config.sampling.prompt_length,
+        tokenizer.pad_id,
+        truncate=config.data.long_prompts == 'truncate_left',
+    )
     with jax.set_mesh(mesh):
-        policy, tokenizer, params = checkpoints.load_policy(policy_of_run(workdir), mesh)
-        tokens, valid = left_pad(
-            [tokenizer.encode(prompt)], config.sampling.prompt_length, tokenizer.pad_id
-        )
-        length, steps = evaluation_lengths(config)[0]
+        policy, _, params = checkpoints.load_policy(directory, mesh)
+        length, steps = headline_length(config)
         generate = make_generate(
             policy, evaluation_sampling(config, length, steps, FLAGS.temperature)
         )
@@ -67,12 +74,11 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy directory.')
+    cli.define_policy_flags()
     flags.DEFINE_string('prompt', '', "The prompt, in the run's format; '' is a test problem.")
     flags.DEFINE_float(
         'temperature', 0.0, 'Of the choice of tokens; 0 takes the likeliest.', lower_bound=0.0
     )
     flags.DEFINE_integer('seed', 0, 'Seed of the choice of tokens at a temperature above 0.')
     flags.DEFINE_bool('trace', False, 'Show the completion after every denoising step.')
-    flags.mark_flag_as_required('workdir')
     cli.run(main)

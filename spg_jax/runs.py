@@ -10,7 +10,8 @@ from typing import Any
 import ml_collections
 
 from spg_jax import checkpoints
-from spg_jax.config import digest
+from spg_jax.config import default_config, digest
+from spg_jax.validation import validate
 
 CONFIG = 'config.json'
 
@@ -24,13 +25,56 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
     if checkpoints.is_policy(workdir):
         notes = checkpoints.policy_notes(workdir)
         if 'config' in notes:
-            return ml_collections.ConfigDict(notes['config'])
+            return _complete(notes['config'], workdir / checkpoints.DESCRIPTION)
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f'{path} does not exist; give the --workdir of a spg_jax.train run, or a base policy'
         )
-    return ml_collections.ConfigDict(_read(path))
+    return _complete(_read(path), path)
+
+
+def _complete(found: dict[str, Any], path: Path) -> ml_collections.ConfigDict:
+    """A configuration as it was saved, with the defaults of settings that are newer than it."""
+    if 'task' not in found:
+        raise ValueError(
+            f'{path} is not the configuration of a run; for a published checkpoint give '
+            f'--checkpoint={path.parent} and --config=configs/TASK.py:PRESET instead of --workdir'
+        )
+    defaults = default_config().to_dict()
+    return ml_collections.ConfigDict(
+        {group: leaves | found.get(group, {}) for group, leaves in defaults.items()}
+    )
+
+
+def chosen_policy(
+    workdir: str, checkpoint: str, config: ml_collections.ConfigDict | None
+) -> tuple[ml_collections.ConfigDict, Path]:
+    """What the flags of an entry point name: a configuration and the policy to use with it.
+
+    Args:
+      workdir: a run or a policy trained here, used with its own configuration; or ''.
+      checkpoint: any policy or published checkpoint, used with `config`; or ''.
+
+    Raises:
+      ValueError, FileNotFoundError: both or neither are given, or what is named cannot be used.
+    """
+    if bool(workdir) == bool(checkpoint):
+        raise ValueError(
+            f'{"both" if workdir else "neither"} of --workdir and --checkpoint given; use '
+            '--workdir=DIR of a run, or --checkpoint=DIR with --config=configs/TASK.py:PRESET'
+        )
+    if workdir and config is not None:
+        raise ValueError('--config given with --workdir, which has its own; leave --config out')
+    if workdir:
+        return run_config(Path(workdir)), policy_of_run(Path(workdir))
+    if config is None:
+        raise ValueError(
+            '--checkpoint given without --config; add --config=configs/TASK.py:PRESET, which says '
+            'how to ask, decode and score'
+        )
+    validate(config)
+    return config, policy_of_run(Path(checkpoint))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""A published checkpoint asked and measured without a run, and the flags that name it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import countdown
+from spg_jax import checkpoints, data
+from spg_jax.config import evaluation_task
+from spg_jax.models import llada
+from spg_jax.models.transformer import Transformer
+from spg_jax.rl.rollout import decode
+from spg_jax.runs import chosen_policy, run_config
+from tests.published import END, MASK, SIZE, TURN_END, asked, byte_pairs, save_checkpoint
+
+REPOSITORY = Path(__file__).parent.parent
+QUESTION = 'Reach 26 with 3, 44 and 7.'
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('published')
+    save_checkpoint(directory)
+    return directory
+
+
+def short_answers(length=4):
+    """Countdown as published, decoded one token a step from left to right."""
+    config = countdown.get_config('tiny')
+    config.task.format = 'published_train'
+    config.sampling.prompt_length = 400
+    config.evaluation.update(lengths=(length,), steps=(length,), block_length=1, samples=1)
+    return config
+
+
+def test_prompts_of_a_task_are_padded_on_the_left_and_end_with_the_prefill(published):
+    task = evaluation_task(short_answers())
+    examples = [
+        {'numbers': [3, 44, 7], 'target': 26, 'index': 0},
+        {'numbers': [10, 20, 30], 'target': 100, 'index': 5},
+    ]
+    tokenizer = checkpoints.load_tokenizer(published)
+    rows = [asked(byte_pairs(), task.prompt(one), '<reasoning>') for one in examples]
+    length = max(map(len, rows)) + 2
+    batch = data.encode_prompts(task, tokenizer, examples, length)
+    for row, tokens, valid in zip(rows, batch.prompt, batch.prompt_mask, strict=True):
+        assert tokens.tolist() == [END] * (length - len(row)) + row
+        assert valid.tolist() == [False] * (length - len(row)) + [True] * len(row)
+
+
+def test_scorers_see_the_end_of_the_turn_and_rewards_do_not(published):
+    tokenizer = checkpoints.load_tokenizer(published)
+    answer, rest = byte_pairs().encode_batch(['12', '34'], add_special_tokens=False)
+    rows = np.array([[*answer.ids, TURN_END, *rest.ids, END, *rest.ids]])
+    assert decode(tokenizer, rows) == ['1234']
+    assert decode(tokenizer, rows, keep_specials=True) == ['12<|eot_id|>34<|endoftext|>']
+
+
+def by_hand(published: Path, prompt: list[int], length: int) -> list[int]:
+    """Greedy completion from left to right, unpadded, in a plain loop over the model."""
+    config, _, params = llada.load_checkpoint(published)
+    apply = jax.jit(Transformer(config).apply)
+    tokens = [*prompt, *[MASK] * length]
+    for place in range(len(prompt), len(tokens)):
+        valid = jnp.ones((1, len(tokens)), bool)
+        logits = apply({'params': params}, jnp.asarray([tokens]), valid)[0, place]
+        tokens[place] = int(np.argmax(np.asarray(logits)[:SIZE]))
+    return tokens[len(prompt) :]
+
+
+def start(published: Path, module: str, *arguments: str) -> subprocess.Popen:
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), XDG_CACHE_HOME=str(published.parent))
+    return subprocess.Popen(
+        [
+            *(sys.executable, '-m', f'spg_jax.{module}', f'--checkpoint={published}'),
+            f'--config={REPOSITORY}/configs/countdown.py:tiny',
+            *('--config.task.format=published_train', '--config.sampling.prompt_length=400'),
+            *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
+            *('--config.evaluation.block_length=1', '--config.evaluation.samples=1'),
+            *('--config.evaluation.batch=2', *arguments),
+        ],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, tmp_path):
+    problems = tmp_path / 'two.jsonl'
+    problems.write_text(
+        '{"input": "30,100,93", "output": "23"}\n{"input": "1,2,3", "output": "6"}\n'
+    )
+    processes = [
+        start(published, 'generate', f'--prompt={QUESTION}'),
+        start(published, 'evaluate', f'--data={problems}'),
+        start(published, 'evaluate', f'--data={problems}', '--config.sampling.prompt_length=100'),
+    ]
+    finished = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    (text, error, code), (report, other, measured), (_, refused, failed) = finished
+    assert code == 0, error
+    backend = byte_pairs()
+    expected = by_hand(published, asked(backend, QUESTION, '<reasoning>'), 4)
+    if END in expected:
+        expected = expected[: expected.index(END)]
+    assert text.rstrip('\n') == backend.decode(expected).rstrip('\n')
+    assert measured == 0, other
+    found = json.loads(report.splitlines()[-1])
+    wanted = {'task': 'countdown', 'total': 2, 'correct': 0, 'scorer': 'published', 'length': 4}
+    assert found | wanted == found
+    lengths = [
+        len(asked(backend, evaluation_task(short_answers()).prompt(one), '<reasoning>'))
+        for one in evaluation_task(short_answers()).read_published(problems)
+    ]
+    assert failed == 1 and 'Traceback' not in refused
+    said = f'2 of 2 {problems} prompts are longer than sampling.prompt_length 100, up to '
+    assert f'{said}{max(lengths)} tokens, and an accuracy must not lose problems' in refused
+
+
+@pytest.mark.parametrize(
+    ('workdir', 'checkpoint', 'configured', 'said'),
+    [
+        ('', '', False, 'neither of --workdir and --checkpoint given; use --workdir=DIR'),
+        ('a', 'b', True, 'both of --workdir and --checkpoint given; use --workdir=DIR'),
+        ('a', '', True, '--config given with --workdir, which has its own'),
+        ('', 'b', False, r'--checkpoint given without --config; add --config=configs/TASK'),
+        ('PUBLISHED', '', False, 'config.json is not the configuration of a run; .*--checkpoint='),
+    ],
+)
+def test_flags_that_name_no_policy(published, workdir, checkpoint, configured, said):
+    config = short_answers() if configured else None
+    with pytest.raises(ValueError, match=said) as error:
+        chosen_policy(workdir.replace('PUBLISHED', str(published)), checkpoint, config)
+    assert '\n' not in str(error.value)
+
+
+def test_a_checkpoint_is_used_with_the_configuration_given(published):
+    config = short_answers()
+    assert chosen_policy('', str(published), config) == (config, published)
+    config.evaluation.block_length = 3
+    with pytest.raises(ValueError, match=re.escape('evaluation.block_length 3')):
+        chosen_policy('', str(published), config)
+
+
+def test_settings_newer_than_a_run_have_their_defaults(tmp_path):
+    saved = short_answers().to_dict()
+    del saved['data'], saved['evaluation']['samples']
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    found = run_config(tmp_path)
+    assert found.data.long_prompts == 'drop' and found.evaluation.samples == 8
+    assert found.task.format == 'published_train'
