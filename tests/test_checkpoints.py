@@ -13,7 +13,7 @@ from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.tokenizers import WordTokenizer
-from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint
+from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
 
 QUESTION = 'Reach 26 with 3, 44 and 7.'
 
@@ -141,3 +141,14 @@ def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
     path.write_text(path.read_text().replace('"eos_id"', '"end"'))
     with pytest.raises(ValueError, match="policy.json is not the description .*'eos_id'"):
         checkpoints.load_policy(tmp_path / 'best', mesh())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    save_checkpoint(tmp_path)
+    backend = byte_pairs()
+    backend.add_special_tokens([f'<extra {number}>' for number in range(20)])
+    save_tokenizer(tmp_path, backend=backend)
+    said = 'has ids up to 259, the embedding of the model has 256 rows'
+    for load in (checkpoints.load_tokenizer, lambda path: checkpoints.load_policy(path, mesh())):
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path)
