@@ -133,11 +133,14 @@ def _pretrain(
     started = time.monotonic()
     task = training_task(config)
     policy, tokenizer, params = _starting_point(config, task, mesh, start_from)
+    problems = None if records else list(task.source('train', config.task.data_dir))
+    # What does not fit is found now, and not when its batch comes.
     if records:
-        # One that does not fit is found now, and not when its batch comes.
         data.encode_pairs(
             task, tokenizer, records, config.sampling.prompt_length, config.sampling.length
         )
+    else:
+        data.encode_prompts(task, tokenizer, problems, config.sampling.prompt_length)
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
     state = initial_state(params, optimizer, policy, mesh, average=True)
@@ -155,7 +158,6 @@ def _pretrain(
         saved = {'stage': stage, 'iterator': batches.get_state(), 'seconds': seconds}
         run.save(done, state, saved | {'last_row': writer.last_row})
 
-    problems = None if records else list(task.source('train', config.task.data_dir))
     for stage, (steps, right_share) in enumerate(config.base.stages):
         first = sum(steps for steps, _ in config.base.stages[:stage])
         batches = _batches(config, task, tokenizer, problems, records, right_share, stage)

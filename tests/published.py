@@ -76,8 +76,10 @@ def save_tokenizer(directory: Path, **changes) -> tokenizers.Tokenizer:
     settings |= changes
     backend, chat = settings.pop('backend'), settings.pop('chat_template')
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
-    hf.chat_template = chat
     hf.save_pretrained(directory)
+    # Versions of transformers save the template in different places; LLaDA has it in this one.
+    path = directory / 'tokenizer_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'chat_template': chat}))
     return backend
 
 

@@ -57,14 +57,14 @@ def test_our_own_template_writes_the_same(tokenizer, tmp_path):
     assert own.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
 
 
-def test_a_template_may_stand_in_the_settings(folder, tokenizer, tmp_path):
-    """Where published checkpoints, LLaDA among them, have it."""
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    chat = (tmp_path / 'chat_template.jinja').read_text()
-    (tmp_path / 'chat_template.jinja').unlink()
-    settings(chat_template=chat)(tmp_path)
-    found = HFTokenizer(tmp_path, MASK, END, END)
-    assert found.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
+def test_a_template_may_be_a_file_of_its_own(folder, tokenizer, tmp_path):
+    shutil.copytree(folder, tmp_path / 'read', dirs_exist_ok=True)
+    (tmp_path / 'read' / 'chat_template.jinja').write_text(OWN_TEMPLATE)
+    settings(chat_template=None)(tmp_path / 'read')
+    read = HFTokenizer(tmp_path / 'read', MASK, END, END)
+    read.save(tmp_path / 'saved')
+    for one in (read, HFTokenizer(tmp_path / 'saved', MASK, END, END)):
+        assert one.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
 
 
 @pytest.mark.skipif('SPG_JAX_REFERENCE' not in os.environ, reason='needs the published files')
@@ -152,8 +152,8 @@ def test_text_without_an_id_is_refused(tmp_path):
         bos_token=SPECIALS[START],
         eos_token=SPECIALS[END],
     )
-    hf.chat_template = '{{ messages[0].content }}'
     hf.save_pretrained(tmp_path)
+    settings(chat_template='{{ messages[0].content }}')(tmp_path)
     tokenizer = HFTokenizer(tmp_path, MASK, 3, 3)
     assert tokenizer.encode_prompt('a b', ' x') == [7, 8, 1]
     with pytest.raises(ValueError, match="no id for a part of 'a c'"):
@@ -176,19 +176,16 @@ def settings(**changes):
     return edit('tokenizer_config.json', lambda text: json.dumps(json.loads(text) | changes))
 
 
-TEMPLATE = 'chat_template.jinja'
-
-
 @pytest.mark.parametrize(
     ('damage', 'ids', 'said'),
     [
         (remove('tokenizer_config.json'), {}, 'tokenizer_config.json does not exist'),
         (remove('tokenizer.json'), {}, 'the tokenizer cannot be read .*download tokenizer.json'),
         (edit('tokenizer.json', lambda text: text[:50]), {}, 'the tokenizer cannot be read'),
-        (remove(TEMPLATE), {}, 'tokenizer_config.json has no chat_template'),
-        (edit(TEMPLATE, lambda text: '{% if %}'), {}, r'chat_template cannot be used \(Template'),
-        (edit(TEMPLATE, lambda text: '{{ 1 / 0 }}'), {}, r'cannot be used \(ZeroDivision'),
-        (edit(TEMPLATE, lambda text: '<|im_start|>'), {}, r"writes '<\|im_start\|>', which is no"),
+        (settings(chat_template=None), {}, 'tokenizer_config.json has no chat_template'),
+        (settings(chat_template='{% if %}'), {}, r'chat_template cannot be used \(Template'),
+        (settings(chat_template='{{ 1 / 0 }}'), {}, r'cannot be used \(ZeroDivision'),
+        (settings(chat_template='<|im_start|>'), {}, r"writes '<\|im_start\|>', which is no"),
         (settings(), {'eos_id': 3}, r"eos_token is '<\|endoftext\|>', id 1, but .*eos_token_id 3"),
         (settings(), {'pad_id': 3}, r"pad_token is '<\|endoftext\|>', id 1, but .*pad_token_id 3"),
         (settings(mask_token='<|eot_id|>'), {}, 'mask_token is .*, id 4, but .*mask_token_id 250'),

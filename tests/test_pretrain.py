@@ -110,6 +110,13 @@ def test_wrong_demonstrations_say_where(config, tmp_path, text, said):
     assert '\n' not in str(error.value)
 
 
+def test_prompts_that_do_not_fit_are_refused_before_the_first_step(config, tmp_path):
+    config.sampling.prompt_length, config.data.long_prompts = 5, 'drop'
+    with pytest.raises(ValueError, match='6 tokens, more than sampling.prompt_length 5; set it'):
+        run(config, tmp_path / 'base')
+    assert not (tmp_path / 'base.training' / 'checkpoints').exists()
+
+
 def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
     config.base.learning_rate = 1e-3
     with pytest.raises(ValueError, match='base.learning_rate 0.003, asked for 0.001'):
