@@ -5,7 +5,9 @@ if the table uses each of its tensors exactly once and each has the shape that c
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from spg_jax.models.tensor_files import open_tensors
+from spg_jax.models.tensor_files import FLOATS, Tensor, open_tensors, write_checkpoint
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 
@@ -112,6 +114,40 @@ def load_checkpoint(
         )
 
     return config, ids, jax.tree_util.tree_map_with_path(read, target)
+
+
+def save_checkpoint(
+    directory: Path, params: Any, source: Path, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes parameters in the published layout, for anything that reads LLaDA checkpoints.
+
+    Args:
+      directory: made if need be.
+      params: plain parameter pytree; one tensor at a time is fetched to the host.
+      source: the checkpoint they came from, whose other files (configuration, tokenizer, model
+        code) go along.
+      shard_bytes: largest file, unless one tensor is larger.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith('model.safetensors'):
+            if path.suffix != '.safetensors':
+                shutil.copy(path, directory)
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        published = TABLE[tuple(key.key for key in path)]
+        stacked = '{layer}' in published.name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if published.transposed else shape
+        for layer in range(len(leaf)) if stacked else (None,):
+            fetch = partial(_published_values, leaf, layer, published.transposed)
+            tensors[published.name.format(layer=layer)] = Tensor(shape, leaf.dtype, fetch)
+    write_checkpoint(directory, tensors, shard_bytes)
+
+
+def _published_values(leaf: Any, layer: int | None, transposed: bool) -> np.ndarray:
+    values = np.asarray(leaf if layer is None else leaf[layer])
+    return values.T if transposed else values
 
 
 def check_checkpoint(
@@ -239,10 +275,10 @@ def _check_tensors(
                 f'n_heads {config.heads}, n_kv_heads {config.kv_heads}, '
                 f'mlp_hidden_size {config.mlp_width}); {AGAIN}'
             )
-        if found.get_dtype() not in ('F32', 'BF16', 'F16'):
+        if found.get_dtype() not in FLOATS:
             raise ValueError(
-                f'{directory}: {name!r} holds {found.get_dtype()}, expected F32, BF16 or F16; '
-                'use the checkpoint before quantisation'
+                f'{directory}: {name!r} holds {found.get_dtype()}, expected one of '
+                f'{", ".join(FLOATS)}; use the checkpoint before quantisation'
             )
 
 
