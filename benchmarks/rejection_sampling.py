@@ -36,13 +36,13 @@ def main(_: Sequence[str]) -> None:
     group_size = config.rl.group_size
     kept, sampled, deadline = [], 0, time.monotonic() + FLAGS.seconds
     with jax.set_mesh(mesh):
-        policy, tokenizer, params = checkpoints.load_policy(base, mesh)
+        policy, tokenizer, variables = checkpoints.load_policy(base, mesh)
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         while time.monotonic() < deadline and sampled + PROMPTS_AT_ONCE <= len(problems):
             some = problems[sampled : sampled + PROMPTS_AT_ONCE]
             sampled += PROMPTS_AT_ONCE
             texts = evaluator.complete(
-                params,
+                variables,
                 some,
                 config.sampling.length,
                 config.sampling.steps,

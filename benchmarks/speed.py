@@ -59,8 +59,9 @@ class Bench:
         self.mesh = sharding.make_mesh(config.mesh)
         tokenizer = WordTokenizer(training_task(config).vocabulary)
         self.policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
-        self.params = sharding.init_params(self.policy.model, jax.random.key(0), self.mesh)
-        self.size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        params = sharding.init_params(self.policy.model, jax.random.key(0), self.mesh)
+        self.variables = {'params': params}
+        self.size = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.rows = config.rl.prompts * config.rl.group_size
         self.sequence = config.sampling.prompt_length + config.sampling.length
 
@@ -82,11 +83,11 @@ class Bench:
         generate = make_generate(self.policy, sampling_config(self.config))
         rollout = self.rollout()
         keys = example_keys(0, Purpose.SAMPLE, 0, rollout.example_id)
-        return seconds(lambda: generate(self.params, rollout.prompt, rollout.prompt_mask, keys))
+        return seconds(lambda: generate(self.variables, rollout.prompt, rollout.prompt_mask, keys))
 
     def update(self) -> tuple[Callable, object, Rollout]:
         optimizer = optimizers.for_rl(self.config.optimizer, 100)
-        state = initial_state(self.params, optimizer, self.policy, self.mesh, average=False)
+        state = initial_state(self.variables, optimizer, self.policy, self.mesh, average=False)
         objective = REGISTRY[self.config.rl.objective](self.config)
         update = make_update(self.policy, objective, optimizer, self.config, shardings_of(state))
         return update, state, self.rollout()

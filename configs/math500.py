@@ -1,6 +1,6 @@
 """SPG on MATH, competition problems, tested on MATH500: the reward is mostly for the right formula.
 
-python -m spg_jax.train --config=configs/math500.py:llada_8b   # published recipe; cannot load yet
+python -m spg_jax.train --config=configs/math500.py:llada_8b   # published recipe on LLaDA-8B
 
 The problems are downloaded on first use; without a network, the message says what to put where.
 Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on the test.
@@ -8,7 +8,7 @@ Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on
 
 import ml_collections
 
-from spg_jax.config import default_config
+from spg_jax.config import default_config, on_llada_8b
 
 PRESETS = ('llada_8b',)
 
@@ -20,8 +20,8 @@ def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
             f'configs/math500.py has no preset {preset!r}: no base policy is trained from scratch '
             f'on word problems; use {", ".join(PRESETS)}, or configs/countdown.py for a laptop'
         )
-    config = default_config()  # the published recipe; only this is left open
-    config.task.update(name='math500', format='published_train')
-    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'
+    config = default_config()
+    config.task.name = 'math500'
+    on_llada_8b(config)
     config.train.steps = 4000
     return config

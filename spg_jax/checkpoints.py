@@ -1,10 +1,11 @@
 """What is kept on disk: policies (a model to use) and runs (everything needed to go on), by Orbax.
 
-A policy directory holds `policy.json` (model, tokenizer, how it was made), `params/` and, if the
-tokenizer is a published one, its files in `tokenizer/`. A published checkpoint (config.json,
-safetensors, tokenizer files) is read wherever a policy is. A run's `checkpoints/<step>/` holds the
-train state, the current rollout and, as metadata, the state of the data iterator, the
-best-on-validation record and the last metrics row. Both appear whole or not at all.
+A policy directory holds `policy.json` (model, tokenizer, how it was made), `params/` or, where only
+adapters were trained, `adapter/` as PEFT writes it, and the files of a published tokenizer in
+`tokenizer/`. A published checkpoint (config.json, safetensors, tokenizer files) is read wherever a
+policy is. A run's `checkpoints/<step>/` holds the train state without what is frozen, the current
+rollout and, as metadata, the state of the data iterator, the best-on-validation record and the last
+metrics row. Both appear whole or not at all.
 """
 
 import dataclasses
@@ -19,13 +20,16 @@ from orbax.checkpoint import v1 as ocp
 
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.lora import COLLECTION
+from spg_jax.models.peft import load_adapter, save_adapter
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
 DESCRIPTION = 'policy.json'
 PARAMS = 'params'
+ADAPTER = 'adapter'
 TOKENIZER = 'tokenizer'
 
 
@@ -35,6 +39,7 @@ class _Description(NamedTuple):
     config: TransformerConfig
     tokenizer: WordTokenizer | llada.SpecialIds  # the ids of a tokenizer that is read from files
     files: Path  # where those are
+    base: Path | None  # the policy whose parameters it adapts, if it holds adapters only
     notes: dict[str, Any]
 
 
@@ -45,24 +50,35 @@ def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
 
 def save_policy(
     directory: Path,
-    params: Params,
+    variables: Variables,
     config: TransformerConfig,
     tokenizer: Tokenizer,
     notes: dict[str, Any],
+    base: Path | None = None,
 ) -> None:
     """Writes a policy directory, replacing an older one only when the new one is whole.
 
     Args:
+      directory: where; its parent is made if need be.
+      variables: the policy's collections. With adapters only those are written, as PEFT does.
+      config: the model.
+      tokenizer: the policy's.
       notes: JSON values that say how the policy came about.
+      base: with adapters, the policy or published checkpoint they adapt, which has to stay there.
     """
     old, new = _aside(directory), directory.with_name(directory.name + '.new')
     if old.is_dir() and not directory.exists():  # an earlier call was cut between its two renames
         old.rename(directory)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    ocp.save((new / PARAMS).absolute(), params)
-    description = {'model': dataclasses.asdict(config), **tokenizer.save(new / TOKENIZER)}
-    description['notes'] = notes
+    model = dataclasses.asdict(config)
+    del model['lora']  # an adapter describes itself
+    description = {'model': model, **tokenizer.save(new / TOKENIZER), 'notes': notes}
+    if config.lora:
+        description['base'] = str(base.absolute())
+        save_adapter(new / ADAPTER, variables[COLLECTION], config.lora, str(base.absolute()))
+    else:
+        ocp.save((new / PARAMS).absolute(), variables['params'])
     (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
     # At every moment one of the two is whole under a name that readers look for.
     shutil.rmtree(old, ignore_errors=True)
@@ -109,7 +125,7 @@ def _describe(directory: Path) -> _Description:
         )
     if _is_published(directory):
         config, ids, _ = llada.check_checkpoint(directory)
-        return _Description(config, ids, directory, {})
+        return _Description(config, ids, directory, None, {})
     path = directory / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(
@@ -123,14 +139,19 @@ def _describe(directory: Path) -> _Description:
             tokenizer = llada.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
         else:
             tokenizer = WordTokenizer(found['words'])
-        return _Description(
-            TransformerConfig(**found['model']), tokenizer, directory / TOKENIZER, found['notes']
-        )
+        config, files = TransformerConfig(**found['model']), directory / TOKENIZER
+        base = Path(found['base']) if 'base' in found else None
+        return _Description(config, tokenizer, files, base, found['notes'])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'{path} is not the description of a policy ({_line(error)}); restore it or make the '
             'policy again'
         ) from error
+
+
+def base_of(directory: Path) -> Path:
+    """The policy whose parameters the one in `directory` adapts; `directory` if it has its own."""
+    return _describe(_whole(directory)).base or directory
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -146,8 +167,17 @@ def _tokenizer(found: _Description) -> Tokenizer:
     return tokenizer
 
 
-def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]:
+def load_policy(
+    directory: Path, mesh: Mesh, adapter: Path | None = None, **execution: Any
+) -> tuple[Policy, Tokenizer, Variables]:
     """Reads a policy directory or a published checkpoint, each device receiving its shard.
+
+    Args:
+      directory: the policy.
+      mesh: the devices.
+      adapter: adapters to add to it, as PEFT saved them.
+      execution: fields of `TransformerConfig` that say how to compute, not what (remat,
+        scan_unroll, attention); by default as the policy was made.
 
     Raises:
       FileNotFoundError: nothing there; ValueError: something there that does not fit.
@@ -155,13 +185,27 @@ def load_policy(directory: Path, mesh: Mesh) -> tuple[Policy, Tokenizer, Params]
     directory = _whole(directory)
     found = _describe(directory)
     tokenizer = _tokenizer(found)
-    policy = make_policy(found.config, tokenizer)
-    if _is_published(directory):
-        _, _, params = llada.load_checkpoint(directory, mesh)
+    config = dataclasses.replace(found.config, **execution)
+    if found.base and adapter:
+        raise ValueError(f'{directory} has adapters of its own; leave {adapter} out, or merge them')
+    if found.base:
+        if not found.base.is_dir():
+            raise FileNotFoundError(
+                f'{directory} adapts the policy {found.base}, which does not exist; put it back, '
+                f'or mend "base" in {directory / DESCRIPTION}'
+            )
+        _, _, variables = load_policy(found.base, mesh)
+        adapter = directory / ADAPTER
+    elif _is_published(directory):
+        variables = {'params': llada.load_checkpoint(directory, mesh)[2]}
     else:
-        target = abstract_params(Transformer(found.config), mesh)
-        params = _restore(directory / PARAMS, lambda path: ocp.load(path, target))
-    return policy, tokenizer, params
+        target = abstract_params(Transformer(config), mesh)
+        variables = {PARAMS: _restore(directory / PARAMS, lambda path: ocp.load(path, target))}
+    if adapter:
+        lora, adapters = load_adapter(adapter, config, mesh)
+        config = dataclasses.replace(config, lora=lora)
+        variables[COLLECTION] = adapters
+    return make_policy(config, tokenizer), tokenizer, variables
 
 
 class RunCheckpoints:

@@ -24,11 +24,12 @@ def define_config_flag(required: bool = True) -> None:
 
 
 def define_policy_flags() -> None:
-    """The flags that name a policy: --workdir, or --checkpoint with --config."""
+    """The flags that name a policy: --workdir, or --checkpoint with --config and an --adapter."""
     flags.DEFINE_string('workdir', '', 'A run of spg_jax.train, or a policy trained here.')
     flags.DEFINE_string(
         'checkpoint', '', 'Any policy, or a published checkpoint; needs --config, which has none.'
     )
+    flags.DEFINE_string('adapter', '', 'An adapter that PEFT saved, on top of the checkpoint.')
     define_config_flag(required=False)
 
 

@@ -7,12 +7,15 @@ appendix and released code) wherever the publication gives a number.
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from spg_jax import tasks
 from spg_jax.diffusion import corruption, sampling
+from spg_jax.models.lora import TARGETS, LoRA
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -57,6 +60,13 @@ def default_config() -> ml_collections.ConfigDict:
             ema=0.995,  # decay of the averaged parameters, which are the base policy
             number_features=False,  # start embeddings of numbers as waves of their value
             seed=0,  # of parameters, data order and masks
+        ),
+        lora=c(  # adapters, in RL
+            rank=128,  # with them nothing else is trained; 0 trains every parameter
+            alpha=64.0,  # an adapter's product is scaled by alpha / rank
+            dropout=0.05,  # share of an adapter's inputs dropped in updates
+            targets=TARGETS,  # products that have one
+            adapter='',  # what PEFT saved, to start from; '' starts from new ones
         ),
         sampling=c(
             prompt_length=200,  # P; prompts are left-padded to it
@@ -122,6 +132,13 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
+def on_llada_8b(config: ml_collections.ConfigDict) -> None:
+    """Completes the published recipe, which the defaults are, with the model it was for."""
+    config.task.format = 'published_train'
+    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'
+    config.model.remat = True
+
+
 def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:
     """Changes the published recipe into one for a small model on two CPU cores.
 
@@ -135,6 +152,7 @@ def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: in
     """
     decoding = dict(length=length, steps=length, block_length=block_length)
     config.model.scan_unroll = config.model.layers  # faster on a CPU
+    config.lora.update(rank=0, dropout=0.0)
     config.sampling.update(decoding, temperature=1.0)
     config.corruption.draws = 4
     config.rl.update(group_size=8, prompts=16, inner_updates=2, microbatch=128)
@@ -182,6 +200,22 @@ def sampling_config(config: ml_collections.ConfigDict) -> sampling.SamplingConfi
     """How rollouts are decoded."""
     fields = {k: v for k, v in config.sampling.items() if k != 'prompt_length'}
     return sampling.SamplingConfig(**fields)
+
+
+def lora_of(config: ml_collections.ConfigDict) -> LoRA | None:
+    """The adapters that RL trains; None if it trains every parameter."""
+    sizes = {name: value for name, value in config.lora.items() if name != 'adapter'}
+    return LoRA(**sizes) if config.lora.rank else None
+
+
+def adapter_of(config: ml_collections.ConfigDict) -> Path | None:
+    """The saved adapters that RL starts from, if any."""
+    return Path(config.lora.adapter) if config.lora.adapter else None
+
+
+def execution_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How a policy's model computes, which does not belong to its parameters."""
+    return {name: config.model[name] for name in ('remat', 'scan_unroll', 'attention')}
 
 
 def evaluation_lengths(config: ml_collections.ConfigDict) -> list[tuple[int, int]]:

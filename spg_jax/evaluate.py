@@ -2,7 +2,7 @@
 
     python -m spg_jax.evaluate --workdir=DIR                # its best policy, on the test split
     python -m spg_jax.evaluate --workdir=DIR --data=FILE    # on a published test file
-    python -m spg_jax.evaluate --config=configs/sudoku.py:llada_8b --checkpoint=DIR
+    python -m spg_jax.evaluate --config=configs/sudoku.py:llada_8b --checkpoint=DIR [--adapter=DIR]
 
 DIR is a run of `spg_jax.train` or a policy directory; with --checkpoint, also a published one. The
 last line of standard output is one JSON object.
@@ -27,7 +27,9 @@ FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    config, directory = chosen_policy(FLAGS.workdir, FLAGS.checkpoint, FLAGS.config)
+    config, directory, adapter = chosen_policy(
+        FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
+    )
     tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
@@ -51,9 +53,9 @@ def main(_: list[str]) -> None:
     if said:
         print(said, file=sys.stderr)
     with jax.set_mesh(mesh):
-        policy, _, params = checkpoints.load_policy(directory, mesh)
+        policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
-        report = evaluator.report(params, examples)
+        report = evaluator.report(variables, examples)
         print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
     table = Table(
         'length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer'

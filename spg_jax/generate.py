@@ -48,7 +48,9 @@ def show_trace(completion: Completion, tokenizer: Tokenizer, console: Console) -
 
 
 def main(_: list[str]) -> None:
-    config, directory = chosen_policy(FLAGS.workdir, FLAGS.checkpoint, FLAGS.config)
+    config, directory, adapter = chosen_policy(
+        FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
+    )
     tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     cli.compile_cache()
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
@@ -61,13 +63,13 @@ def main(_: list[str]) -> None:
         truncate=config.data.long_prompts == 'truncate_left',
     )
     with jax.set_mesh(mesh):
-        policy, _, params = checkpoints.load_policy(directory, mesh)
+        policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
         length, steps = headline_length(config)
         generate = make_generate(
             policy, evaluation_sampling(config, length, steps, FLAGS.temperature)
         )
         keys = example_keys(FLAGS.seed, Purpose.SAMPLE, 0, np.zeros(1, np.uint32))
-        completion = generate(params, tokens, valid, keys)
+        completion = generate(variables, tokens, valid, keys)
     if FLAGS.trace:
         show_trace(completion, tokenizer, Console())
     print(tokenizer.decode(np.asarray(completion.tokens)[0].tolist()))

@@ -27,7 +27,7 @@ from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.interruption import Interruption
 from spg_jax.metrics import MetricsWriter
 from spg_jax.models.number_features import with_number_features
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.progress import track
 from spg_jax.random import Purpose, example_keys, step_key
@@ -132,7 +132,7 @@ def _pretrain(
 ) -> bool:
     started = time.monotonic()
     task = training_task(config)
-    policy, tokenizer, params = _starting_point(config, task, mesh, start_from)
+    policy, tokenizer, variables = _starting_point(config, task, mesh, start_from)
     problems = None if records else list(task.source('train', config.task.data_dir))
     # What does not fit is found now, and not when its batch comes.
     if records:
@@ -143,7 +143,7 @@ def _pretrain(
         data.encode_prompts(task, tokenizer, problems, config.sampling.prompt_length)
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
-    state = initial_state(params, optimizer, policy, mesh, average=True)
+    state = initial_state(variables, optimizer, policy, mesh, average=True)
     train_step = make_step(policy, optimizer, config, shardings_of(state))
     run = checkpoints.RunCheckpoints(training / 'checkpoints', keep=1)
     record: dict[str, Any] = {'stage': None, 'seconds': 0.0}
@@ -191,7 +191,7 @@ def _pretrain(
 
 def _starting_point(
     config: ml_collections.ConfigDict, task: Task, mesh: Mesh, start_from: Path | None
-) -> tuple[Policy, Tokenizer, Params]:
+) -> tuple[Policy, Tokenizer, Variables]:
     """A policy from disk, or a new one for the words of the task's compact format."""
     if start_from:
         return checkpoints.load_policy(start_from, mesh)
@@ -202,7 +202,7 @@ def _starting_point(
     if config.base.number_features:
         params = with_number_features(params, tokenizer.words, len(SPECIALS))
         params = jax.device_put(params, sharding.param_shardings(policy.model, mesh))
-    return policy, tokenizer, params
+    return policy, tokenizer, {'params': params}
 
 
 def model_config(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TransformerConfig:
@@ -225,13 +225,13 @@ def make_step(
             step_key(seed, purpose, state.step), row_keys, batch.completion.shape[1]
         )
         loss, gradient = jax.value_and_grad(denoising_loss, argnums=1)(
-            policy, state.params, batch.prompt, batch.prompt_mask, batch.completion, masked
+            policy, state.trained, batch.prompt, batch.prompt_mask, batch.completion, masked
         )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
         decay = jnp.minimum(config.base.ema, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, state.average, state.params
+            lambda old, new: decay * old + (1 - decay) * new, state.average, state.trained
         )
         return state.replace(average=average), applied | {'loss': (loss, jnp.float32(1))}
 

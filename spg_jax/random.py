@@ -18,6 +18,7 @@ class Purpose(enum.IntEnum):
     CORRUPT = 1
     INIT = 2
     EVALUATE = 3
+    DROPOUT = 4
 
 
 def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Array) -> Array:

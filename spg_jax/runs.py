@@ -48,13 +48,16 @@ def _complete(found: dict[str, Any], path: Path) -> ml_collections.ConfigDict:
 
 
 def chosen_policy(
-    workdir: str, checkpoint: str, config: ml_collections.ConfigDict | None
-) -> tuple[ml_collections.ConfigDict, Path]:
-    """What the flags of an entry point name: a configuration and the policy to use with it.
+    workdir: str, checkpoint: str, adapter: str, config: ml_collections.ConfigDict | None
+) -> tuple[ml_collections.ConfigDict, Path, Path | None]:
+    """What the flags of an entry point name: a configuration, and a policy and an adapter to use
+    with it.
 
     Args:
       workdir: a run or a policy trained here, used with its own configuration; or ''.
       checkpoint: any policy or published checkpoint, used with `config`; or ''.
+      adapter: what PEFT saved, to add to the checkpoint; or ''.
+      config: of --config, or None.
 
     Raises:
       ValueError, FileNotFoundError: both or neither are given, or what is named cannot be used.
@@ -64,17 +67,18 @@ def chosen_policy(
             f'{"both" if workdir else "neither"} of --workdir and --checkpoint given; use '
             '--workdir=DIR of a run, or --checkpoint=DIR with --config=configs/TASK.py:PRESET'
         )
-    if workdir and config is not None:
-        raise ValueError('--config given with --workdir, which has its own; leave --config out')
+    for flag, given in (('--config', config), ('--adapter', adapter)):
+        if workdir and given:
+            raise ValueError(f'{flag} given with --workdir, which has its own; leave {flag} out')
     if workdir:
-        return run_config(Path(workdir)), policy_of_run(Path(workdir))
+        return run_config(Path(workdir)), policy_of_run(Path(workdir)), None
     if config is None:
         raise ValueError(
             '--checkpoint given without --config; add --config=configs/TASK.py:PRESET, which says '
             'how to ask, decode and score'
         )
     validate(config)
-    return config, policy_of_run(Path(checkpoint))
+    return config, policy_of_run(Path(checkpoint)), Path(adapter) if adapter else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ RULES: Mapping[str, str | None] = {
     'mlp': 'tensor',
     'layers': None,
     'norm': None,
+    'rank': None,
 }
 
 
@@ -111,9 +112,18 @@ def partition_spec(
 
 
 def abstract_params(
-    model: nn.Module, mesh: Mesh | None = None, rules: Mapping[str, str | None] = RULES
+    model: nn.Module,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, str | None] = RULES,
+    collection: str = 'params',
 ) -> Any:
     """Shapes and types of the parameters, and given a mesh their shardings; nothing is computed.
+
+    Args:
+      model: whose.
+      mesh: where they are to live; None leaves the shardings out.
+      rules: logical to mesh axes.
+      collection: of Flax; adapters are not in 'params'.
 
     Returns:
       The plain parameter pytree with `jax.ShapeDtypeStruct` leaves.
@@ -121,7 +131,7 @@ def abstract_params(
     Raises:
       ValueError: where the rules contradict each other or a mesh axis does not divide a dimension.
     """
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0), collection))
 
     def describe(path, box):
         shape, dtype = box.value.shape, box.value.dtype
@@ -141,25 +151,35 @@ def abstract_params(
     return jax.tree_util.tree_map_with_path(describe, boxed, is_leaf=_is_box)
 
 
-def param_shardings(model: nn.Module, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def param_shardings(
+    model: nn.Module,
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+    collection: str = 'params',
+) -> Any:
     """The `NamedSharding` of every parameter, as a pytree; raises as `abstract_params` does."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh, rules))
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh, rules, collection))
 
 
 def init_params(
-    model: nn.Module, key: Array, mesh: Mesh, rules: Mapping[str, str | None] = RULES
+    model: nn.Module,
+    key: Array,
+    mesh: Mesh,
+    rules: Mapping[str, str | None] = RULES,
+    collection: str = 'params',
 ) -> Any:
     """Random parameters, every device making only its own shards; the same values on every mesh.
 
     Returns:
-      Plain pytree for `model.apply({'params': params}, ...)`.
+      Plain pytree for `model.apply({collection: params}, ...)`.
     """
 
     def init(key):
         # Not nn.unbox: under a mesh it adds constraints of its own, from rules that are not ours.
-        return jax.tree.map(lambda box: box.value, _init(model, key), is_leaf=_is_box)
+        boxed = _init(model, key, collection)
+        return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)
 
-    return jax.jit(init, out_shardings=param_shardings(model, mesh, rules))(key)
+    return jax.jit(init, out_shardings=param_shardings(model, mesh, rules, collection))(key)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -227,9 +247,9 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def _init(model: nn.Module, key: Array) -> Any:
-    """Boxed parameters; their shapes do not depend on those of the tokens."""
-    return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))['params']
+def _init(model: nn.Module, key: Array, collection: str) -> Any:
+    """Boxed parameters of a collection; their shapes do not depend on those of the tokens."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))[collection]
 
 
 def _is_box(x: Any) -> bool:

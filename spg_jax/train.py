@@ -17,10 +17,17 @@ from absl import flags
 from jax.sharding import Mesh
 
 from spg_jax import checkpoints, cli, data, optimizers, plots, sharding
-from spg_jax.config import evaluation_task, sampling_config, training_task
+from spg_jax.config import (
+    adapter_of,
+    evaluation_task,
+    execution_of,
+    lora_of,
+    sampling_config,
+    training_task,
+)
 from spg_jax.interruption import Interruption
 from spg_jax.metrics import MetricsWriter, SampleWriter
-from spg_jax.models.policy import Params
+from spg_jax.models.policy import Variables, with_adapters
 from spg_jax.pretrain import find_or_make_base
 from spg_jax.progress import track
 from spg_jax.random import check_range
@@ -57,7 +64,10 @@ def train(
     tokenizer = checkpoints.load_tokenizer(base_directory)
     # Every prompt is looked at before the parameters, which may be large, are read.
     problems = fitting_problems(config, tokenizer, problems)
-    policy, tokenizer, base_params = checkpoints.load_policy(base_directory, mesh)
+    policy, tokenizer, variables = checkpoints.load_policy(
+        base_directory, mesh, adapter_of(config), **execution_of(config)
+    )
+    policy, variables = with_adapters(policy, variables, lora_of(config), config.train.seed, mesh)
 
     # --- programs -------------------------------------------------------------------------------
     optimizer = optimizers.for_rl(config.optimizer, config.train.steps)
@@ -75,25 +85,28 @@ def train(
     validation = problems['validation'][: config.evaluation.problems]
 
     # --- start, or go on where an earlier run was cut -------------------------------------------
-    state = initial_state(base_params, optimizer, policy, mesh, average=False)
+    state = initial_state(variables, optimizer, policy, mesh, average=False)
     objective = REGISTRY[config.rl.objective](config)
     update = make_update(policy, objective, optimizer, config, shardings_of(state))
     rollout = empty_rollout(config, mesh)
     run = checkpoints.RunCheckpoints(workdir / 'checkpoints', config.checkpoint.keep)
     record: dict[str, Any] = {'seconds': 0.0}
 
-    def save_best(params: Params) -> None:
+    def save_best(variables: Variables) -> None:
         notes = {'best': record['best'], 'config': config.to_dict()}
-        checkpoints.save_policy(workdir / 'best', params, policy.config, tokenizer, notes)
+        base = checkpoints.base_of(base_directory)
+        checkpoints.save_policy(workdir / 'best', variables, policy.config, tokenizer, notes, base)
 
     if run.latest_step is not None:
-        (state, rollout), record = run.restore(checkpoints.abstract((state, rollout)))
+        frozen, saved = state.frozen, (state.replace(frozen={}), rollout)
+        (state, rollout), record = run.restore(checkpoints.abstract(saved))
+        state = state.replace(frozen=frozen)
         prompts.set_state(record['prompts'])
     else:
         print('evaluating the base policy', flush=True)
-        record['base'] = evaluator.report(state.params, problems['test'])
-        record['best'] = {'step': 0} | evaluator.validate(state.params, validation)
-        save_best(state.params)
+        record['base'] = evaluator.report(state.variables, problems['test'])
+        record['best'] = {'step': 0} | evaluator.validate(state.variables, validation)
+        save_best(state.variables)
     start = int(state.step)
     seconds_before = record['seconds']
     writer = MetricsWriter(
@@ -114,7 +127,7 @@ def train(
             seconds=seconds_before + time.monotonic() - started,
             last_row=writer.last_row,
         )
-        run.save(int(state.step), (state, rollout), record)
+        run.save(int(state.step), (state.replace(frozen={}), rollout), record)
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     what = f'{config.rl.objective} updates'
@@ -122,7 +135,7 @@ def train(
     for step in track(steps, what, lambda: _describe(writer.last_row, record['best'])):
         if step % config.rl.inner_updates == 0:  # else the rollout came with the checkpoint
             batch = next(prompts)
-            rollout, texts = collect(state.params, batch, step)
+            rollout, texts = collect(state.variables, batch, step)
             samples.write(step, batch.examples, texts, rollout)
         state, metrics = update(state, rollout)
         done = step + 1
@@ -136,11 +149,11 @@ def train(
         last = done == config.train.steps
         if last or done % config.evaluation.every == 0:
             writer.flush()
-            found = evaluator.validate(state.params, validation)
+            found = evaluator.validate(state.variables, validation)
             writer.write({'step': done} | _validation_row(found))
             if _quality(found) > _quality(record['best']):
                 record['best'] = {'step': done} | found
-                save_best(state.params)
+                save_best(state.variables)
         if last or done % config.checkpoint.every == 0 or interruption.requested:
             save()
         if interruption.requested:
@@ -151,8 +164,8 @@ def train(
     interruption.release()
 
     # --- the policy that validated best, on problems nothing has seen -----------------------------
-    _, _, best_params = checkpoints.load_policy(workdir / 'best', mesh)
-    final = evaluator.report(best_params, problems['test'])
+    _, _, best = checkpoints.load_policy(workdir / 'best', mesh)
+    final = evaluator.report(best, problems['test'])
     plots.curves(workdir)
     base_notes = checkpoints.policy_notes(base_directory)
     seconds = seconds_before + time.monotonic() - started

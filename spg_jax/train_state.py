@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import optimizers, sharding
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.policy import Policy, Variables
 
 
 @struct.dataclass
@@ -18,10 +18,16 @@ class TrainState:
     """Everything a run carries from one update to the next."""
 
     step: Array  # [] int32, updates done
-    params: Any  # trained parameters
+    trained: Variables  # the collection that the optimiser changes
+    frozen: Variables  # those that it does not: {}, or 'params' under adapters
     opt_state: Any
-    average: Any  # decaying average of the parameters (pre-training), or None
+    average: Any  # decaying average of what is trained (pre-training), or None
     skipped: Array  # [] int32, non-finite updates since the last finite one
+
+    @property
+    def variables(self) -> Variables:
+        """What the policy's functions take."""
+        return self.frozen | self.trained
 
 
 Metrics = dict[str, tuple[Array, Array]]
@@ -33,18 +39,18 @@ def shardings_of(tree: Any) -> Any:
 
 
 def apply_gradient(
-    state: TrainState, gradient: Params, loss: Array, optimizer: optax.GradientTransformation
+    state: TrainState, gradient: Variables, loss: Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step, or none if the loss or the gradient is not finite: then only counters
     move."""
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+        (trained, opt_state),
+        (state.trained, state.opt_state),
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     one = jnp.float32(1)
@@ -54,12 +60,12 @@ def apply_gradient(
         'skipped_in_a_row': (skipped.astype(jnp.float32), one),
     }
     return state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped
+        step=state.step + 1, trained=trained, opt_state=opt_state, skipped=skipped
     ), metrics
 
 
 def initial_state(
-    params: Params,
+    variables: Variables,
     optimizer: optax.GradientTransformation,
     policy: Policy,
     mesh: Mesh,
@@ -67,14 +73,17 @@ def initial_state(
     average: bool,
 ) -> TrainState:
     """A train state at step 0, every array sharded like its parameter."""
-    shardings = sharding.param_shardings(policy.model, mesh)
+    name = policy.trained
+    trained = {name: variables[name]}
+    shardings = {name: sharding.param_shardings(policy.model, mesh, collection=name)}
     whole = sharding.replicated(mesh)
-    opt_shardings = optimizers.state_shardings(optimizer, params, shardings, whole)
+    opt_shardings = optimizers.state_shardings(optimizer, trained, shardings, whole)
     zero = jax.device_put(jnp.int32(0), whole)
     return TrainState(
         step=zero,
-        params=params,
-        opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(params),
-        average=jax.tree.map(jnp.copy, params) if average else None,
+        trained=trained,
+        frozen={key: value for key, value in variables.items() if key != name},
+        opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(trained),
+        average=jax.tree.map(jnp.copy, trained) if average else None,
         skipped=jnp.copy(zero),
     )

@@ -13,6 +13,7 @@ from spg_jax.config import (
     corruption_of,
     evaluation_lengths,
     evaluation_sampling,
+    lora_of,
     sampling_config,
     training_task,
 )
@@ -68,6 +69,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     training_task(config)
     TransformerConfig(vocab_size=1, **config.model)
+    lora_of(config)
     sampling_config(config)
     for length, steps in evaluation_lengths(config):
         evaluation_sampling(config, length, steps)

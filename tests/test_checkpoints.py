@@ -25,10 +25,10 @@ def saved(tmp_path):
         vocab_size=tokenizer.size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
     )
     policy = checkpoints.make_policy(config, tokenizer)
-    params = sharding.init_params(policy.model, jax.random.key(0), mesh((1, 1, 1)))
+    variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh((1, 1, 1)))}
     directory = tmp_path / 'policy'
-    checkpoints.save_policy(directory, params, config, tokenizer, {'made': 'here'})
-    return directory, params
+    checkpoints.save_policy(directory, variables, config, tokenizer, {'made': 'here'})
+    return directory, variables
 
 
 @pytest.fixture(scope='module')
@@ -45,22 +45,22 @@ def mesh(sizes=(1, 1, 1)):
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
 def test_a_policy_comes_back_on_any_mesh(saved, sizes):
-    directory, params = saved
+    directory, variables = saved
     policy, tokenizer, found = checkpoints.load_policy(directory, mesh(sizes))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(variables))
     assert tokenizer.decode(tokenizer.encode('1 + 2 :')) == '1 + 2 :'
     assert not policy.allowed[policy.mask_id] and policy.allowed[policy.eos_id]
     assert checkpoints.policy_notes(directory) == {'made': 'here'}
 
 
 def test_saving_again_replaces_the_policy(saved):
-    directory, params = saved
+    directory, variables = saved
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
     policy, _, _ = checkpoints.load_policy(directory, mesh((1, 1, 1)))
-    doubled = jax.tree.map(lambda x: 2 * x, params)
+    doubled = jax.tree.map(lambda x: 2 * x, variables)
     checkpoints.save_policy(directory, doubled, policy.config, tokenizer, {})
     _, _, found = checkpoints.load_policy(directory, mesh((1, 1, 1)))
-    np.testing.assert_array_equal(found['embedding'], doubled['embedding'])
+    np.testing.assert_array_equal(found['params']['embedding'], doubled['params']['embedding'])
     assert [path.name for path in directory.parent.iterdir()] == ['policy']
 
 

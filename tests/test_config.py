@@ -11,6 +11,8 @@ from spg_jax import optimizers, sharding, tasks
 from spg_jax.config import default_config, evaluation_task
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.models import lora
+from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
 from spg_jax.rl.evaluator import headline_length
 from spg_jax.validation import check_mesh, validate
@@ -33,6 +35,9 @@ def readers(group):
     if group == 'model':  # passed whole to TransformerConfig
         found.append((inspect.getsource(Transformer) + inspect.getsource(Block), r'config\.'))
         found.append((inspect.getsource(TransformerConfig.head_dim.fget), r'self\.'))
+    if group == 'lora':  # passed whole to LoRA
+        found.append((inspect.getsource(lora), r'lora\.'))
+        found.append((inspect.getsource(LoRA.scale.fget), r'self\.'))
     if group == 'sampling':  # passed whole to SamplingConfig
         source = inspect.getsource(sampling)
         found.append((source[source.index('class Completion') :], r'config\.'))
@@ -143,6 +148,8 @@ def test_the_published_recipe():
         ({'task.rules': 'mended'}, "task.rules is 'mended'"),
         ({'model.width': 25}, 'model.width 25'),
         ({'optimizer.learning_rate': -1e-4}, 'optimizer.learning_rate'),
+        ({'lora.rank': -4}, 'lora.rank is -4'),
+        ({'lora.rank': 4, 'lora.targets': ('o_proj',)}, 'o_proj'),
         ({'optimizer.b1': 1.5}, 'optimizer.b1'),
         ({'base.grad_clip': float('nan')}, 'base.grad_clip'),
         ({'rl.beta': float('nan')}, 'rl.beta'),

@@ -127,28 +127,35 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
 
 
 @pytest.mark.parametrize(
-    ('workdir', 'checkpoint', 'configured', 'said'),
+    ('workdir', 'checkpoint', 'adapter', 'configured', 'said'),
     [
-        ('', '', False, 'neither of --workdir and --checkpoint given; use --workdir=DIR'),
-        ('a', 'b', True, 'both of --workdir and --checkpoint given; use --workdir=DIR'),
-        ('a', '', True, '--config given with --workdir, which has its own'),
-        ('', 'b', False, r'--checkpoint given without --config; add --config=configs/TASK'),
-        ('PUBLISHED', '', False, 'config.json is not the configuration of a run; .*--checkpoint='),
+        ('', '', '', False, 'neither of --workdir and --checkpoint given; use --workdir=DIR'),
+        ('a', 'b', '', True, 'both of --workdir and --checkpoint given; use --workdir=DIR'),
+        ('a', '', '', True, '--config given with --workdir, which has its own'),
+        ('a', '', 'c', False, '--adapter given with --workdir, which has its own'),
+        ('', 'b', '', False, r'--checkpoint given without --config; add --config=configs/TASK'),
+        (
+            'PUBLISHED',
+            '',
+            '',
+            False,
+            'config.json is not the configuration of a run; .*--checkpoint=',
+        ),
     ],
 )
-def test_flags_that_name_no_policy(published, workdir, checkpoint, configured, said):
+def test_flags_that_name_no_policy(published, workdir, checkpoint, adapter, configured, said):
     config = short_answers() if configured else None
     with pytest.raises(ValueError, match=said) as error:
-        chosen_policy(workdir.replace('PUBLISHED', str(published)), checkpoint, config)
+        chosen_policy(workdir.replace('PUBLISHED', str(published)), checkpoint, adapter, config)
     assert '\n' not in str(error.value)
 
 
 def test_a_checkpoint_is_used_with_the_configuration_given(published):
     config = short_answers()
-    assert chosen_policy('', str(published), config) == (config, published)
+    assert chosen_policy('', str(published), '', config) == (config, published, None)
     config.evaluation.block_length = 3
     with pytest.raises(ValueError, match=re.escape('evaluation.block_length 3')):
-        chosen_policy('', str(published), config)
+        chosen_policy('', str(published), '', config)
 
 
 def test_settings_newer_than_a_run_have_their_defaults(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.bounds import completion_log_probs
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.policy import Policy, Variables
 
 
 def stratified_masks(key: Array, row_keys: Array, length: int) -> Array:
@@ -30,7 +30,7 @@ def stratified_masks(key: Array, row_keys: Array, length: int) -> Array:
 
 def denoising_loss(
     policy: Policy,
-    params: Params,
+    variables: Variables,
     prompt: Array,
     prompt_mask: Array,
     completion: Array,
@@ -42,13 +42,13 @@ def denoising_loss(
 
     Args:
       policy: the model.
-      params: its parameters.
+      variables: its parameters.
       prompt: [B, P] int32, left-padded.
       prompt_mask: [B, P] bool, False on padding.
       completion: [B, C] int32.
       masked: [B, C] bool, at least one a row.
     """
     noisy = jnp.where(masked, policy.mask_id, completion)
-    logits = policy.completion_logits(params, prompt, prompt_mask, noisy)
+    logits = policy.completion_logits(variables, prompt, prompt_mask, noisy)
     logp = jax.vmap(completion_log_probs)(logits, completion)
     return -(jnp.where(masked, logp, 0.0).sum(1) / masked.sum(1)).mean()

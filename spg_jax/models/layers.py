@@ -10,19 +10,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from spg_jax.models.lora import ADAPTER, Adapter, LoRA
+
 
 class Linear(nn.Module):
-    """Product with a kernel [in, features], no bias; initial std gain / sqrt(in)."""
+    """Product with a kernel [in, features], no bias; initial std gain / sqrt(in).
+
+    With `lora`, and if the module's name is one of its targets, an adapter adds its own product.
+    """
 
     features: int
     axes: tuple[str, str]
     gain: float = 1.0
     dtype: str = 'float32'
     param_dtype: str = 'float32'
+    lora: LoRA | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., in] -> [..., features] in the compute dtype."""
+    def __call__(self, x: Array, dropout: Array | None = None) -> Array:
+        """[B, L, in] -> [B, L, features] in the compute dtype; `dropout` as in `Adapter`."""
         fan_in = x.shape[-1]
         kernel = self.param(
             'kernel',
@@ -30,7 +36,11 @@ class Linear(nn.Module):
             (fan_in, self.features),
             self.param_dtype,
         )
-        return product(x, kernel.astype(self.dtype))
+        y = product(x, kernel.astype(self.dtype))
+        if self.lora is None or self.name not in self.lora.targets:
+            return y
+        adapter = Adapter(self.features, self.axes, self.lora, self.name, self.dtype, name=ADAPTER)
+        return y + adapter(x, dropout)
 
 
 class RMSNorm(nn.Module):

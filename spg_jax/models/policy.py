@@ -3,13 +3,19 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.random import Purpose
+from spg_jax.sharding import init_params
 
-Params = Any
+Params = Any  # one collection of a model's parameters
+Variables = dict[str, Params]  # 'params', beside it 'lora' where the policy has adapters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,23 +31,68 @@ class Policy:
     def model(self) -> Transformer:
         return Transformer(self.config)
 
-    def hidden(self, params: Params, tokens: Array, valid: Array) -> Array:
-        """Final hidden states [B, L, D] of tokens [B, L] where valid [B, L]."""
-        return self.model.apply({'params': params}, tokens, valid, method='hidden')
+    @property
+    def trained(self) -> str:
+        """The collection that training changes: with adapters, nothing else."""
+        return COLLECTION if self.config.lora else 'params'
 
-    def unembed(self, params: Params, hidden: Array) -> Array:
+    def hidden(
+        self, variables: Variables, tokens: Array, valid: Array, dropout: Array | None = None
+    ) -> Array:
+        """Final hidden states [B, L, D] of tokens [B, L] where valid [B, L]; dropout: [B] keys of
+        the adapters' dropout, None for none."""
+        return self.model.apply(variables, tokens, valid, dropout, method='hidden')
+
+    def unembed(self, variables: Variables, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
-        return self.model.apply({'params': params}, hidden, method='unembed')
+        return self.model.apply(variables, hidden, method='unembed')
 
     def completion_logits(
-        self, params: Params, prompt: Array, valid: Array, completion: Array
+        self,
+        variables: Variables,
+        prompt: Array,
+        valid: Array,
+        completion: Array,
+        dropout: Array | None = None,
     ) -> Array:
         """Logits [B, C, V] at the completion positions only.
 
         Args:
           prompt: [B, P] int32, possibly corrupted; valid: [B, P] bool, False on padding.
           completion: [B, C] int32, corrupted.
+          dropout: as in `hidden`.
         """
         tokens = jnp.concatenate([prompt, completion], axis=1)
         valid = jnp.concatenate([valid, jnp.ones(completion.shape, bool)], axis=1)
-        return self.unembed(params, self.hidden(params, tokens, valid)[:, prompt.shape[1] :])
+        hidden = self.hidden(variables, tokens, valid, dropout)
+        return self.unembed(variables, hidden[:, prompt.shape[1] :])
+
+
+def with_adapters(
+    policy: Policy, variables: Variables, lora: LoRA | None, seed: int, mesh: Mesh
+) -> tuple[Policy, Variables]:
+    """The policy with new adapters, which change nothing yet; one that has adapters keeps them.
+
+    Args:
+      policy: a model, with adapters or without.
+      variables: its collections.
+      lora: the adapters wanted; None wants none.
+      seed: of the initial factors.
+      mesh: where they go.
+
+    Raises:
+      ValueError: the policy has other adapters than those wanted.
+    """
+    if policy.config.lora:
+        if policy.config.lora != lora:
+            raise ValueError(
+                f'the policy has adapters {policy.config.lora}, the configuration asks for {lora}; '
+                'set the lora group to what the policy has, or merge the adapters first'
+            )
+        return policy, variables
+    if lora is None:
+        return policy, variables
+    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, lora=lora))
+    key = jax.random.fold_in(jax.random.key(seed), Purpose.INIT)
+    adapters = init_params(policy.model, key, mesh, collection=COLLECTION)
+    return policy, variables | {COLLECTION: adapters}

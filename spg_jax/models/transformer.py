@@ -11,6 +11,7 @@ axes. Parameters of the layers are stacked on a leading 'layers' axis, which `nn
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -25,6 +26,7 @@ from spg_jax.models.layers import (
     rotate,
     swiglu,
 )
+from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.sharding import constrain
 
 DTYPES = ('float32', 'bfloat16')
@@ -53,6 +55,7 @@ class TransformerConfig:
     remat: bool = False  # recompute each layer in the backward pass
     scan_unroll: int = 1  # layers per iteration of the scan; all of them is fastest on CPU
     attention: str = 'xla'  # see models.attention
+    lora: LoRA | None = None  # adapters beside frozen kernels
 
     def __post_init__(self):
         for name in (
@@ -114,9 +117,9 @@ class Transformer(nn.Module):
         block = nn.remat(Block, prevent_cse=prevent_cse) if config.remat else Block
         self.layers = nn.scan(
             block,
-            variable_axes={'params': 0},
+            variable_axes={'params': 0, COLLECTION: 0},
             split_rngs={'params': True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.layers,
             unroll=config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -134,12 +137,13 @@ class Transformer(nn.Module):
         """Logits [B, L, V] float32 of every position: `unembed(hidden(tokens, valid))`."""
         return self.unembed(self.hidden(tokens, valid))
 
-    def hidden(self, tokens: Array, valid: Array) -> Array:
+    def hidden(self, tokens: Array, valid: Array, dropout: Array | None = None) -> Array:
         """Final hidden states, after the last norm.
 
         Args:
           tokens: [B, L] int32 in [0, V); those on padding are ignored.
           valid: [B, L] bool, False on padding. Positions count from the first valid token of a row.
+          dropout: [B] keys of the adapters' dropout, one a row; None drops nothing.
 
         Returns:
           [B, L, D] in the compute dtype; finite but meaningless where not valid.
@@ -149,7 +153,11 @@ class Transformer(nn.Module):
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)
         x = jnp.take(table, tokens, axis=0)
         x = constrain(x, 'rows', None, None)
-        x, _ = self.layers(x, rotary_table(valid, config.head_dim, config.rope_theta), valid)
+        rotary = rotary_table(valid, config.head_dim, config.rope_theta)
+        if dropout is not None:
+            split = jax.vmap(lambda key: jax.random.split(key, config.layers))(dropout)
+            dropout = jnp.moveaxis(split, 1, 0)  # [layers, B]
+        x, _ = self.layers(x, rotary, valid, dropout)
         return self.final_norm(x)
 
     def unembed(self, hidden: Array) -> Array:
@@ -166,30 +174,32 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, rotary: tuple[Array, Array], valid: Array) -> tuple[Array, None]:
-        """x: [B, L, D]; rotary: cos and sin, [B, L, H/2]; valid: [B, L] bool."""
+    def __call__(
+        self, x: Array, rotary: tuple[Array, Array], valid: Array, dropout: Array | None
+    ) -> tuple[Array, None]:
+        """x: [B, L, D]; rotary: cos and sin, [B, L, H/2]; valid: [B, L] bool; dropout: [B]."""
         config = self.config
         B, L, D = x.shape
         N, K, H = config.heads, config.kv_heads, config.head_dim
         types = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
-        linear = functools.partial(Linear, **types)
+        linear = functools.partial(Linear, **types, lora=config.lora)
         norm = functools.partial(RMSNorm, config.norm_eps, **types)
         # Two additions a layer: with this the residual keeps its scale whatever the depth.
         residual_gain = (2 * config.layers) ** -0.5
 
         h = norm(name='attention_norm')(x)
-        q = linear(N * H, ('embed', 'heads'), name='query')(h).reshape(B, L, N, H)
-        k = linear(K * H, ('embed', 'kv_heads'), name='key')(h).reshape(B, L, K, H)
-        v = linear(K * H, ('embed', 'kv_heads'), name='value')(h).reshape(B, L, K, H)
+        q = linear(N * H, ('embed', 'heads'), name='query')(h, dropout).reshape(B, L, N, H)
+        k = linear(K * H, ('embed', 'kv_heads'), name='key')(h, dropout).reshape(B, L, K, H)
+        v = linear(K * H, ('embed', 'kv_heads'), name='value')(h, dropout).reshape(B, L, K, H)
         mixed = attention(rotate(q, rotary), rotate(k, rotary), v, valid, config.attention)
         x = x + linear(D, ('heads', 'embed'), residual_gain, name='attention_out')(
-            mixed.reshape(B, L, N * H)
+            mixed.reshape(B, L, N * H), dropout
         )
 
         h = norm(name='mlp_norm')(x)
-        gate = linear(config.mlp_width, ('embed', 'mlp'), name='gate')(h)
-        up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h)
-        x = x + linear(D, ('mlp', 'embed'), residual_gain, name='down')(swiglu(gate, up))
+        gate = linear(config.mlp_width, ('embed', 'mlp'), name='gate')(h, dropout)
+        up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h, dropout)
+        x = x + linear(D, ('mlp', 'embed'), residual_gain, name='down')(swiglu(gate, up), dropout)
         return constrain(x, 'rows', None, None), None
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from spg_jax.config import evaluation_lengths, evaluation_sampling
 from spg_jax.data import encode_prompts
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.rollout import Generate, decode, make_generate
 from spg_jax.sharding import put_batch, row_shards
@@ -34,29 +34,29 @@ class Evaluator:
         self._config, self._mesh = config, mesh
         self._programs: dict[tuple[int, int, float], Generate] = {}
 
-    def report(self, params: Params, examples: Sequence[Example]) -> Figures:
+    def report(self, variables: Variables, examples: Sequence[Example]) -> Figures:
         """Figures at the headline length, its pass@k, and the accuracy at every length."""
         headline, steps = headline_length(self._config)
         found = {
-            length: self.greedy(params, examples, length, steps)
+            length: self.greedy(variables, examples, length, steps)
             for length, steps in evaluation_lengths(self._config)
         }
         samples = self._config.evaluation.samples
         return found[headline] | {
             'length': headline,
             'accuracy_by_length': {str(length): found[length]['accuracy'] for length in found},
-            f'pass_at_{samples}': self.pass_at(params, examples, headline, steps, samples),
+            f'pass_at_{samples}': self.pass_at(variables, examples, headline, steps, samples),
         }
 
-    def validate(self, params: Params, examples: Sequence[Example]) -> Figures:
+    def validate(self, variables: Variables, examples: Sequence[Example]) -> Figures:
         """Figures at the headline length only: cheap enough to come often."""
-        return self.greedy(params, examples, *headline_length(self._config))
+        return self.greedy(variables, examples, *headline_length(self._config))
 
     def greedy(
-        self, params: Params, examples: Sequence[Example], length: int, steps: int
+        self, variables: Variables, examples: Sequence[Example], length: int, steps: int
     ) -> Figures:
         """The task's figures and the mean reward, at temperature 0."""
-        tokens = self._generate(params, examples, length, steps, temperature=0.0, samples=1)
+        tokens = self._generate(variables, examples, length, steps, temperature=0.0, samples=1)
         pairs = zip(decode(self._tokenizer, tokens), examples, strict=True)
         rewards = [self._task.reward(text, example) for text, example in pairs]
         pairs = zip(self._scored_texts(tokens), examples, strict=True)
@@ -64,12 +64,17 @@ class Evaluator:
         return figures | {'reward': float(np.mean(rewards))}
 
     def pass_at(
-        self, params: Params, examples: Sequence[Example], length: int, steps: int, samples: int
+        self,
+        variables: Variables,
+        examples: Sequence[Example],
+        length: int,
+        steps: int,
+        samples: int,
     ) -> float:
         """Share of problems solved by at least one of `samples` completions, sampled as in
         rollouts."""
         temperature = self._config.sampling.temperature
-        tokens = self._generate(params, examples, length, steps, temperature, samples)
+        tokens = self._generate(variables, examples, length, steps, temperature, samples)
         solved = [
             self._task.score(text, examples[row // samples]).solved
             for row, text in enumerate(self._scored_texts(tokens))
@@ -82,7 +87,7 @@ class Evaluator:
 
     def complete(
         self,
-        params: Params,
+        variables: Variables,
         examples: Sequence[Example],
         length: int,
         steps: int,
@@ -92,12 +97,12 @@ class Evaluator:
         """The texts of `samples` completions of each example, next to each other."""
         return decode(
             self._tokenizer,
-            self._generate(params, examples, length, steps, temperature, samples),
+            self._generate(variables, examples, length, steps, temperature, samples),
         )
 
     def _generate(
         self,
-        params: Params,
+        variables: Variables,
         examples: Sequence[Example],
         length: int,
         steps: int,
@@ -128,7 +133,9 @@ class Evaluator:
             some = {name: _fill(x[first : first + batch], batch) for name, x in rows.items()}
             some = put_batch(self._mesh, some)
             keys = example_keys(config.train.seed, Purpose.EVALUATE, 0, some['example_id'])
-            completion = self._programs[program](params, some['prompt'], some['prompt_mask'], keys)
+            completion = self._programs[program](
+                variables, some['prompt'], some['prompt_mask'], keys
+            )
             tokens.append(np.asarray(completion.tokens))
         return np.concatenate(tokens)[: len(examples) * samples]
 

@@ -19,11 +19,13 @@ from jax import Array
 
 from spg_jax.diffusion.bounds import completion_log_probs
 from spg_jax.diffusion.corruption import apply_masks
-from spg_jax.models.policy import Params, Policy
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout, rollout_metrics
 from spg_jax.train_state import Metrics, TrainState, apply_gradient
+
+Corrupted = tuple[Array, Array | None]  # masked [b, M, L] bool, keys of dropout [b, M]
 
 
 def make_update(
@@ -48,10 +50,20 @@ def make_update(
         policy, objective, microbatch=config.rl.microbatch, draws_per_pass=config.rl.draws_per_pass
     )
 
+    lora = policy.config.lora
+
+    def dropout_keys(step: Array, rollout: Rollout) -> Array | None:
+        if lora is None or not lora.dropout:
+            return None
+        keys = example_keys(config.train.seed, Purpose.DROPOUT, step, rollout.example_id)
+        return jax.vmap(lambda key: jax.random.split(key, config.corruption.draws))(keys)
+
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics]:
         keys = example_keys(config.train.seed, Purpose.CORRUPT, state.step, rollout.example_id)
         draws = jax.vmap(objective.corruption)(keys, rollout.prompt_mask, rollout.scored)
-        loss, gradient, metrics = gradient_of(state.params, rollout, draws)
+        loss, gradient, metrics = gradient_of(
+            state.trained, state.frozen, rollout, draws, dropout_keys(state.step, rollout)
+        )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
         metrics |= applied | rollout_metrics(rollout, config.rl.group_size, policy.eos_id)
         return state, metrics | {'loss': (loss, jnp.float32(1))}
@@ -61,18 +73,24 @@ def make_update(
 
 def make_gradient(
     policy: Policy, objective: Objective, *, microbatch: int, draws_per_pass: int
-) -> Callable[..., tuple[Array, Params, Metrics]]:
-    """A function (params, rollout, draws) -> (loss, gradient, metrics) over the whole batch.
+) -> Callable[..., tuple[Array, Variables, Metrics]]:
+    """A function (trained, frozen, rollout, draws, dropout) -> (loss, gradient, metrics) over the
+    whole batch.
 
     Args:
       policy: the model.
       objective: its loss; `draws` come from its corruption, [B, M, L] and [B, M].
       microbatch: rows differentiated at once; divides B.
       draws_per_pass: draws differentiated at once; divides M, 0 is all.
+
+    The function differentiates by `trained` alone; `frozen` holds the policy's other collections
+    and `dropout` keys [B, M] of the adapters' dropout, or None.
     """
 
-    def of_microbatch(params: Params, rows: tuple[Rollout, Any]) -> tuple[Params, Any]:
-        rollout, draws = rows
+    def of_microbatch(
+        trained: Variables, frozen: Variables, rows: tuple[Rollout, Any, Array | None]
+    ) -> tuple[Variables, Any]:
+        rollout, draws, dropout = rows
         batch = Batch(
             completion=rollout.completion,
             scored=rollout.scored,
@@ -81,30 +99,38 @@ def make_gradient(
             advantage=rollout.advantage,
         )
 
-        def log_probs(params: Params, masked: Array) -> Array:
-            return draw_log_probs(policy, params, rollout, masked)
+        def log_probs(trained: Variables, some: Corrupted) -> Array:
+            return draw_log_probs(policy, frozen | trained, rollout, *some)
 
         def loss_of(logp: Array) -> tuple[Array, Any]:
             loss = objective.loss(logp, batch)
             return loss.total, loss
 
         weigh = jax.grad(loss_of, has_aux=True)
+        corrupted = draws.masked, dropout
         passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
         if passes == 1:
-            logp, pull_back = jax.vjp(lambda params: log_probs(params, draws.masked), params)
+            logp, pull_back = jax.vjp(lambda trained: log_probs(trained, corrupted), trained)
             weights, loss = weigh(logp)
             return pull_back(weights)[0], loss
-        return _in_passes(log_probs, weigh, params, _split(draws.masked, passes))
+        corrupted = jax.tree.map(lambda x: _split(x, passes), corrupted)
+        return _in_passes(log_probs, weigh, trained, corrupted)
 
-    def gradient_of(params: Params, rollout: Rollout, draws: Any) -> tuple[Array, Params, Metrics]:
+    def gradient_of(
+        trained: Variables,
+        frozen: Variables,
+        rollout: Rollout,
+        draws: Any,
+        dropout: Array | None = None,
+    ) -> tuple[Array, Variables, Metrics]:
         batches = len(rollout.reward) // microbatch
-        rows = jax.tree.map(lambda x: _microbatches(x, batches), (rollout, draws))
+        rows = jax.tree.map(lambda x: _microbatches(x, batches), (rollout, draws, dropout))
 
-        def add(gradient: Params, rows: Any) -> tuple[Params, Any]:
-            more, loss = of_microbatch(params, rows)
+        def add(gradient: Variables, rows: Any) -> tuple[Variables, Any]:
+            more, loss = of_microbatch(trained, frozen, rows)
             return jax.tree.map(jnp.add, gradient, more), loss
 
-        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
+        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), rows)
         losses = jax.tree.map(lambda x: x.sum(0), losses)
         weight = jnp.maximum(losses.weight, 1.0)
         return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
@@ -113,37 +139,44 @@ def make_gradient(
 
 
 def _in_passes(
-    log_probs: Callable[[Params, Array], Array],
+    log_probs: Callable[[Variables, Corrupted], Array],
     weigh: Callable[[Array], tuple[Array, Any]],
-    params: Params,
-    masked: Array,
-) -> tuple[Params, Any]:
+    trained: Variables,
+    corrupted: Corrupted,
+) -> tuple[Variables, Any]:
     """The gradient of a loss, some draws at a time, and what `weigh` says beside it.
 
     Args:
-      log_probs: (params, masked [b, m, L]) -> logp [b, m, C].
+      log_probs: (trained, masked [b, m, L] and keys [b, m]) -> logp [b, m, C].
       weigh: logp [b, M, C] of all draws -> (d loss / d logp, anything).
-      params: where to take the gradient.
-      masked: [passes, b, m, L] bool.
+      trained: where to take the gradient.
+      corrupted: with a leading axis of passes.
     """
-    logp = jax.lax.map(lambda some: log_probs(params, some), masked)
+    logp = jax.lax.map(lambda some: log_probs(trained, some), corrupted)
     weights, beside = weigh(_join(logp))
 
-    def add(gradient: Params, some: tuple[Array, Array]) -> tuple[Params, None]:
-        masked, weights = some
-        more = jax.grad(lambda params: jnp.vdot(weights, log_probs(params, masked)))(params)
+    def add(gradient: Variables, some: tuple[Corrupted, Array]) -> tuple[Variables, None]:
+        corrupted, weights = some
+        more = jax.grad(lambda trained: jnp.vdot(weights, log_probs(trained, corrupted)))(trained)
         return jax.tree.map(jnp.add, gradient, more), None
 
-    zero = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zero, (masked, _split(weights, len(masked))))[0], beside
+    zero = jax.tree.map(jnp.zeros_like, trained)
+    return jax.lax.scan(add, zero, (corrupted, _split(weights, len(logp))))[0], beside
 
 
-def draw_log_probs(policy: Policy, params: Params, rollout: Rollout, masked: Array) -> Array:
+def draw_log_probs(
+    policy: Policy,
+    variables: Variables,
+    rollout: Rollout,
+    masked: Array,
+    dropout: Array | None = None,
+) -> Array:
     """Log-probability of every completion token under each draw.
 
     Args:
       rollout: b rows.
       masked: [b, m, L] bool, tokens replaced by MASK.
+      dropout: [b, m] keys of the adapters' dropout, or None.
 
     Returns:
       [b, m, C] float32, in nats; logits exist for b x m x C positions and no more.
@@ -154,10 +187,11 @@ def draw_log_probs(policy: Policy, params: Params, rollout: Rollout, masked: Arr
     noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, masked, policy.mask_id)
     noisy = noisy.reshape(rows * draws, -1)
     logits = policy.completion_logits(
-        params,
+        variables,
         noisy[:, :prompt_length],
         jnp.repeat(rollout.prompt_mask, draws, axis=0),
         noisy[:, prompt_length:],
+        None if dropout is None else dropout.reshape(-1),
     )
     logits = logits.reshape(rows, draws, *logits.shape[1:])
     return jax.vmap(completion_log_probs)(logits, rollout.completion)

@@ -1,7 +1,6 @@
 """Rollout: a batch of prompts becomes groups of scored completions to learn from."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from spg_jax.data import PromptBatch
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import scored_positions
-from spg_jax.models.policy import Policy
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
 from spg_jax.sharding import put_batch
@@ -58,19 +57,19 @@ def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh) -> Rollout:
     )
 
 
-Generate = Callable[[Any, Array, Array, Array], sampling.Completion]
+Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
 
 
 def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
-    """A compiled (params, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion."""
+    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion."""
 
     @jax.jit
     def generate(
-        params: Any, prompt: Array, prompt_mask: Array, keys: Array
+        variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
     ) -> sampling.Completion:
         return sampling.generate(
-            lambda tokens, valid: policy.hidden(params, tokens, valid),
-            lambda hidden: policy.unembed(params, hidden),
+            lambda tokens, valid: policy.hidden(variables, tokens, valid),
+            lambda hidden: policy.unembed(variables, hidden),
             prompt,
             prompt_mask,
             keys,
@@ -98,14 +97,14 @@ def make_collect(
     decoding: sampling.SamplingConfig,
     config: ml_collections.ConfigDict,
     mesh: Mesh,
-) -> Callable[[Any, PromptBatch, int], tuple[Rollout, list[str]]]:
-    """A function (params, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
+) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
+    """A function (variables, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
     within groups."""
     generate = make_generate(policy, decoding)
     group_size, seed = config.rl.group_size, config.train.seed
     keys_of = jax.jit(example_keys, static_argnums=(0, 1))
 
-    def collect(params: Any, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
+    def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
         rows = put_batch(
             mesh,
             {
@@ -115,7 +114,7 @@ def make_collect(
             },
         )
         keys = keys_of(seed, Purpose.SAMPLE, step, rows['example_id'])
-        completion = generate(params, rows['prompt'], rows['prompt_mask'], keys)
+        completion = generate(variables, rows['prompt'], rows['prompt_mask'], keys)
         texts = decode(tokenizer, completion.tokens)
         rewards = [
             task.reward(text, prompts.examples[row // group_size]) for row, text in enumerate(texts)

@@ -30,7 +30,7 @@ def test_loss_is_the_one_of_a_plain_loop():
     params = policy.model.init(jax.random.key(0), jnp.zeros((1, 2), int), jnp.ones((1, 2), bool))[
         'params'
     ]
-    params = nn.meta.unbox(params)
+    variables = {'params': nn.meta.unbox(params)}
     rng = np.random.default_rng(0)
     prompt = rng.integers(3, 12, (3, 4)).astype(np.int32)
     prompt_mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], bool)
@@ -41,12 +41,12 @@ def test_loss_is_the_one_of_a_plain_loop():
         noisy = np.where(masked[row], 0, completion[row])
         tokens = np.concatenate([prompt[row], noisy])[None]
         valid = np.concatenate([prompt_mask[row], np.ones(5, bool)])[None]
-        logits = policy.unembed(params, policy.hidden(params, tokens, valid))[0, 4:]
+        logits = policy.unembed(variables, policy.hidden(variables, tokens, valid))[0, 4:]
         logp = np.asarray(jax.nn.log_softmax(logits))
         chosen = [logp[i, completion[row, i]] for i in range(5) if masked[row, i]]
         total -= np.mean(chosen) / 3
     assert_allclose(
-        denoising_loss(policy, params, prompt, prompt_mask, completion, jnp.asarray(masked)),
+        denoising_loss(policy, variables, prompt, prompt_mask, completion, jnp.asarray(masked)),
         total,
         1e-5,
     )

@@ -25,8 +25,9 @@ def mesh_of(sizes):
     return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
 
 
-def params_of(policy):
-    return sharding.init_params(Transformer(policy.config), jax.random.key(0), mesh_of((1, 1, 1)))
+def variables_of(policy, mesh=None):
+    mesh = mesh or mesh_of((1, 1, 1))
+    return {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
 
 
 def draws_of(config, rollout, step=0):
@@ -74,20 +75,20 @@ def assert_trees_close(left, right, **tolerance):
 def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
     """1, 2 or 4 microbatches, all draws at once or two or one at a time: one and the same
     gradient."""
-    params, rollout = params_of(policy), random_rollout()
+    variables, rollout = variables_of(policy), random_rollout()
     draws = draws_of(config, rollout)
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda params: plain_loss(params, policy, config, rollout, draws))
-    )(params)
+    )(variables['params'])
     assert optax.tree.norm(gradient) > 1e-3
     for microbatch, draws_per_pass in ((8, 0), (4, 2), (2, 0), (2, 1)):
         objective = REGISTRY['spg'](config)
         pieces = jax.jit(
             make_gradient(policy, objective, microbatch=microbatch, draws_per_pass=draws_per_pass)
         )
-        loss_in_pieces, in_pieces, _ = pieces(params, rollout, draws)
+        loss_in_pieces, in_pieces, _ = pieces(variables, {}, rollout, draws)
         assert_allclose(loss_in_pieces, loss, rtol=1e-5)
-        assert_trees_close(in_pieces, gradient, atol=2e-6)
+        assert_trees_close(in_pieces['params'], gradient, atol=2e-6)
 
 
 def test_update_is_the_same_on_every_mesh(policy, config):
@@ -98,16 +99,17 @@ def test_update_is_the_same_on_every_mesh(policy, config):
         config.rl.microbatch = microbatch
         mesh = mesh_of(sizes)
         with jax.set_mesh(mesh):
-            params = sharding.init_params(Transformer(policy.config), jax.random.key(0), mesh)
             optimizer = optimizers.for_rl(config.optimizer, 10)
-            state = initial_state(params, optimizer, policy, mesh, average=False)
+            state = initial_state(
+                variables_of(policy, mesh), optimizer, policy, mesh, average=False
+            )
             rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
             update = make_update(
                 policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
             )
             for _ in range(2):
                 state, metrics = update(state, rollout)
-        found[sizes, microbatch] = jax.device_get((state.params, metrics))
+        found[sizes, microbatch] = jax.device_get((state.trained, metrics))
     (params, metrics), *others = found.values()
     for other_params, other_metrics in others:
         assert_trees_close(other_params, params, atol=1e-5, rtol=0)
@@ -132,8 +134,8 @@ def test_a_row_keeps_its_draws_wherever_it_stands(config):
 def test_a_non_finite_update_is_skipped_and_counted(policy, config, poison):
     mesh = mesh_of((1, 1, 1))
     optimizer = optimizers.for_rl(config.optimizer, 10)
-    state = initial_state(params_of(policy), optimizer, policy, mesh, average=False)
-    before = jax.device_get((state.params, state.opt_state))
+    state = initial_state(variables_of(policy), optimizer, policy, mesh, average=False)
+    before = jax.device_get((state.trained, state.opt_state))
     update = make_update(policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state))
     rollout = random_rollout()
     poisoned = rollout.replace(advantage=rollout.advantage.at[1].set(poison))
@@ -141,7 +143,7 @@ def test_a_non_finite_update_is_skipped_and_counted(policy, config, poison):
         state, metrics = update(state, poisoned)
         assert int(state.skipped) == count
         assert metrics['skipped'][0] == 1
-        assert_trees_close((state.params, state.opt_state), before, rtol=0)
+        assert_trees_close((state.trained, state.opt_state), before, rtol=0)
     state, metrics = update(state, rollout)
     assert int(state.skipped) == 0 and int(state.step) == 3
     assert metrics['skipped'][0] == 0
@@ -164,7 +166,9 @@ def test_memory_is_flat_in_the_number_of_draws(policy, config, optimized):
         gradient = make_gradient(
             policy, REGISTRY['spg'](config), microbatch=32, draws_per_pass=draws_per_pass
         )
-        lowered = jax.jit(gradient).lower(params_of(policy), rollout, draws_of(config, rollout))
+        lowered = jax.jit(gradient).lower(
+            variables_of(policy), {}, rollout, draws_of(config, rollout)
+        )
         memory = lowered.compile().memory_analysis()
         needed[draws_per_pass, draws] = memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert needed[1, 8] <= 1.3 * needed[1, 2]

@@ -18,14 +18,14 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [
 
 def completions(policy, config, mesh, prompts, ids, length=4):
     with jax.set_mesh(mesh):
-        params = sharding.init_params(policy.model, jax.random.key(0), mesh)
+        variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
         tokens, valid = left_pad(prompts, length, pad_id=2)
         rows = {'tokens': tokens, 'valid': valid, 'ids': np.array(ids, np.uint32)}
         if len(prompts) % 8 == 0:
             rows = sharding.put_batch(mesh, rows)
         keys = example_keys(0, Purpose.SAMPLE, 3, rows['ids'])
         generate = make_generate(policy, sampling_config(config))
-        found = generate(params, rows['tokens'], rows['valid'], keys)
+        found = generate(variables, rows['tokens'], rows['valid'], keys)
     return np.asarray(found.tokens), np.asarray(found.commit_step)
 
 

@@ -65,11 +65,11 @@ def test_training_gradient_is_the_published_one(published, case, microbatch, dra
     gradient_of = make_gradient(
         policy, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
     )
-    loss, gradient, _ = jax.jit(gradient_of)(params, rollout, draws)
+    loss, gradient, _ = jax.jit(gradient_of)({'params': params}, {}, rollout, draws)
     assert_allclose(loss, published[f'{case}/loss'], rtol=1e-5)
     assert_allclose(optax.tree.norm(gradient), published[f'{case}/grad_norm'], rtol=1e-5)
     expected = published[f'{case}/grad_q_proj0'].T
-    found = gradient['layers']['query']['kernel'][0]
+    found = gradient['params']['layers']['query']['kernel'][0]
     assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

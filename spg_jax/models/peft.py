@@ -1,0 +1,187 @@
+"""Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
+
+A factor is named after the published tensor it adapts, in PEFT's wrapping; kernels are stored
+transposed there, [rank, in] and [out, rank].
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spg_jax.models import llada
+from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
+from spg_jax.models.tensor_files import FLOATS, Tensor, open_file, write_tensors
+from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.sharding import abstract_params
+
+CONFIG = 'adapter_config.json'
+WEIGHTS = 'adapter_model.safetensors'
+FACTORS = {'a': 'lora_A', 'b': 'lora_B'}
+
+# What PEFT can add to the plain product, and what it is when it adds nothing.
+PLAIN: Mapping[str, Any] = {
+    'bias': 'none',
+    'use_rslora': False,
+    'use_dora': False,
+    'fan_in_fan_out': False,
+    'rank_pattern': {},
+    'alpha_pattern': {},
+    'modules_to_save': None,
+}
+
+
+def tensor_name(target: str, factor: str, layer: int) -> str:
+    """PEFT's name of a factor, 'a' or 'b', of one layer's adapter."""
+    published = llada.TABLE['layers', target, 'kernel'].name.format(layer=layer)
+    return f'base_model.model.{published.removesuffix(".weight")}.{FACTORS[factor]}.weight'
+
+
+def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base: str) -> None:
+    """Writes adapters for PEFT to load.
+
+    Args:
+      directory: made if need be.
+      adapters: the 'lora' collection, stacked over layers.
+      lora: their sizes.
+      base: the checkpoint they adapt, for `base_model_name_or_path`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for target in lora.targets:
+        for factor in FACTORS:
+            stacked = adapters['layers'][target][ADAPTER][factor]
+            for layer in range(len(stacked)):
+                name, shape = tensor_name(target, factor, layer), stacked.shape[:0:-1]
+                fetch = partial(_transposed, stacked, layer)
+                tensors[name] = Tensor(shape, stacked.dtype, fetch)
+    write_tensors(directory / WEIGHTS, tensors)
+    modules = [tensor_name(target, 'a', 0).split('.')[-3] for target in lora.targets]
+    description = {
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM',
+        'base_model_name_or_path': base,
+        'inference_mode': True,
+        'r': lora.rank,
+        'lora_alpha': lora.alpha,
+        'lora_dropout': lora.dropout,
+        'target_modules': modules,
+        **PLAIN,
+    }
+    (directory / CONFIG).write_text(json.dumps(description, indent=1))
+
+
+def load_adapter(
+    directory: Path, config: TransformerConfig, mesh: Mesh | None = None
+) -> tuple[LoRA, dict[str, Any]]:
+    """Reads adapters that PEFT wrote.
+
+    Which products have one is read from the tensors: `target_modules` may name some that the
+    architecture does not have, as those of published adapters do.
+
+    Args:
+      directory: holds adapter_config.json and adapter_model.safetensors.
+      config: of the model they are for.
+      mesh: where to put them; without it they are host arrays.
+
+    Returns:
+      (their sizes, the 'lora' collection).
+
+    Raises:
+      FileNotFoundError: for a file that is not there.
+      ValueError: for adapters of another kind, rank or model, or a tensor that is missing or
+        surplus; the message names it.
+    """
+    path = directory / CONFIG
+    described = _describe(path)
+    files = open_file(directory / WEIGHTS)
+    names = {
+        (target, factor, layer): tensor_name(target, factor, layer)
+        for target in TARGETS
+        for factor in FACTORS
+        for layer in range(config.layers)
+    }
+    surplus = sorted(set(files) - set(names.values()))
+    if surplus:
+        raise ValueError(
+            f'{directory / WEIGHTS}: {surplus[0]!r} is surplus, nothing in a model of '
+            f'{config.layers} layers uses it; use an adapter of this model'
+        )
+    present = {which[0] for which, name in names.items() if name in files}
+    targets = tuple(target for target in TARGETS if target in present)
+    if not targets:
+        raise ValueError(f'{directory / WEIGHTS} holds no tensor; export the adapter again')
+    lora = LoRA(described['r'], described['lora_alpha'], described['lora_dropout'], targets)
+    model = Transformer(dataclasses.replace(config, lora=lora))
+    target_tree = abstract_params(model, mesh, collection=COLLECTION)
+
+    def read(tree_path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+        _, target, _, factor = (key.key for key in tree_path)
+        shape = leaf.shape[:0:-1]
+        for layer in range(config.layers):
+            _check(directory / WEIGHTS, files, names[target, factor, layer], shape, lora)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            layers = range(config.layers)[index[0]]
+            parts = [names[target, factor, layer] for layer in layers]
+            stored = [files[name].get_slice(name)[index[:0:-1]].T for name in parts]
+            return np.stack(stored).astype(leaf.dtype)
+
+        if mesh is None:
+            return shard((slice(None),) * 3)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+    return lora, jax.tree_util.tree_map_with_path(read, target_tree)
+
+
+def _transposed(stacked: Any, layer: int) -> np.ndarray:
+    return np.asarray(stacked[layer]).T
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json, if plain LoRA of one rank is all it asks for."""
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist; expected an adapter that PEFT saved')
+    try:
+        found = json.loads(path.read_text())
+        kind, _ = found.get('peft_type'), (found['r'], found['lora_alpha'], found['lora_dropout'])
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f'{path} describes no LoRA adapter ({error}); expected r, lora_alpha and lora_dropout'
+        ) from None
+    if kind != 'LORA':
+        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'; use such an adapter")
+    for key, plain in PLAIN.items():
+        if (found.get(key) or plain) != plain:
+            raise ValueError(
+                f'{path}: {key} is {found[key]!r}, expected {plain!r}; merge that adapter into '
+                'its checkpoint with PEFT and use the result'
+            )
+    return found
+
+
+def _check(
+    path: Path, files: Mapping[str, Any], name: str, shape: tuple[int, ...], lora: LoRA
+) -> None:
+    """Raises ValueError unless the file holds the tensor in this shape and a floating type."""
+    if name not in files:
+        raise ValueError(
+            f'{path}: {name!r} is missing, expected {list(shape)}; every layer has an adapter '
+            'where one has: use an adapter of this model'
+        )
+    found = files[name].get_slice(name)
+    if tuple(found.get_shape()) != shape:
+        raise ValueError(
+            f'{path}: {name!r} is {found.get_shape()}, expected {list(shape)} for rank '
+            f'{lora.rank} of {CONFIG}; use an adapter of this model, with its own {CONFIG}'
+        )
+    if found.get_dtype() not in FLOATS:
+        raise ValueError(
+            f'{path}: {name!r} holds {found.get_dtype()}, expected one of {", ".join(FLOATS)}'
+        )

@@ -1,0 +1,153 @@
+"""Adapters: they start as nothing, act as merged kernels do, and alone are trained."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from spg_jax import sharding
+from spg_jax.models.layers import RMSNorm, rotary_table
+from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merge
+from spg_jax.models.policy import Policy, with_adapters
+from spg_jax.models.transformer import Block, TransformerConfig
+
+CONFIG = TransformerConfig(vocab_size=20, width=24, layers=2, heads=6, kv_heads=2, mlp_width=40)
+SIZES = LoRA(rank=4, alpha=6.0)
+
+
+def mesh_of(sizes=(1, 1, 1)):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+def adapted(lora=SIZES, mesh=None):
+    """A policy, and one that adds random adapters to it; its two collections."""
+    mesh = mesh or mesh_of()
+    plain = Policy(CONFIG, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
+    variables = {'params': sharding.init_params(plain.model, jax.random.key(0), mesh)}
+    return plain, *with_adapters(plain, variables, lora, 1, mesh)
+
+
+def noisy(variables):
+    """The same with factors far from where they start."""
+    rng = np.random.default_rng(2)
+
+    def noise(x):
+        return jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding)
+
+    return variables | {COLLECTION: jax.tree.map(noise, variables[COLLECTION])}
+
+
+def inputs():
+    tokens = np.random.default_rng(1).integers(0, 19, (8, 9)).astype(np.int32)
+    valid = np.ones((8, 9), bool)
+    valid[1, :4] = False
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def run(policy, variables, *dropout):
+    return jax.jit(policy.hidden)(variables, *inputs(), *dropout)
+
+
+def test_new_adapters_change_nothing_at_all():
+    plain, policy, variables = adapted()
+    before = run(plain, {'params': variables['params']})
+    assert_array_equal(run(policy, variables), before)
+    assert all(jnp.any(x != 0) for x in jax.tree.leaves(noisy(variables)[COLLECTION]))
+
+
+@pytest.mark.parametrize('targets', [TARGETS, ('query', 'down')])
+def test_adapters_act_as_kernels_with_their_product_added(targets):
+    """Kernels summed here in numpy, layer by layer, in a model without adapters."""
+    plain, policy, variables = adapted(dataclasses.replace(SIZES, targets=targets))
+    variables = noisy(variables)
+    assert set(variables[COLLECTION]['layers']) == set(targets)
+    summed = jax.tree.map(np.array, variables['params'])
+    for target in targets:
+        factors = variables[COLLECTION]['layers'][target][ADAPTER]
+        for layer in range(CONFIG.layers):
+            product = np.asarray(factors['a'][layer]) @ np.asarray(factors['b'][layer])
+            summed['layers'][target]['kernel'][layer] += 6.0 / 4 * product
+    expected = run(plain, {'params': summed})
+    assert_allclose(run(policy, variables), expected, atol=2e-4)
+    merged = merge(variables['params'], variables[COLLECTION], policy.config.lora)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), merged, summed)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_adapters_are_the_same_numbers_on_every_mesh(sizes):
+    _, policy, variables = adapted()
+    alone = run(policy, noisy(variables))
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        _, policy, there = adapted(mesh=mesh)
+        jax.tree.map(assert_array_equal, there[COLLECTION], variables[COLLECTION])
+        tokens, valid = sharding.put_batch(mesh, inputs())
+        found = jax.jit(policy.hidden)(noisy(there), tokens, valid)
+    assert_allclose(found, alone, atol=2e-4)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    """With A and B the identity, an adapter's output is its input after dropout, scaled."""
+    lora = LoRA(rank=50, alpha=50.0, dropout=0.3)
+    adapter = Adapter(50, ('embed', 'heads'), lora, 'query')
+    eye = {COLLECTION: {'a': jnp.eye(50), 'b': jnp.eye(50)}}
+    keys = jax.random.split(jax.random.key(0), 4)
+    out = adapter.apply(eye, jnp.ones((4, 60, 50)), keys)
+    assert set(np.unique(out).round(4)) == {0.0, np.float32(1 / 0.7).round(4)}
+    assert_allclose(np.mean(out == 0, axis=(1, 2)), 0.3, atol=0.03)
+    assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50))), jnp.ones((4, 60, 50)))
+    # A row's mask is its key's, wherever it stands; rows and targets have masks of their own.
+    assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1]), out[::-1])
+    assert (out[0] != out[1]).any()
+    other = Adapter(50, ('embed', 'heads'), lora, 'key').apply(eye, jnp.ones((4, 60, 50)), keys)
+    assert (other != out).any(axis=(1, 2)).all()
+
+
+def test_every_layer_drops_by_a_key_of_its_own():
+    """A plain loop over the layers, each with its part of the row's key."""
+    lora = dataclasses.replace(SIZES, dropout=0.5)
+    _, policy, variables = adapted(lora)
+    variables, (tokens, valid) = noisy(variables), inputs()
+    keys = jax.random.split(jax.random.key(5), 8)
+    config = policy.config
+    x = variables['params']['embedding'][tokens]
+    rotary = rotary_table(valid, config.head_dim, config.rope_theta)
+    for layer in range(config.layers):
+        own = jax.vmap(lambda key, i=layer: jax.random.split(key, config.layers)[i])(keys)
+        of_layer = jax.tree.map(
+            lambda x, i=layer: x[i], {name: variables[name]['layers'] for name in variables}
+        )
+        x, _ = jax.jit(Block(config).apply)(of_layer, x, rotary, valid, own)
+    norm = RMSNorm(config.norm_eps)
+    x = norm.apply({'params': variables['params']['final_norm']}, x)
+    assert_allclose(run(policy, variables, keys), x, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        ({'rank': -1}, 'lora.rank is -1'),
+        ({'alpha': 0.0}, 'lora.alpha is 0.0'),
+        ({'dropout': 1.0}, 'lora.dropout is 1.0'),
+        ({'targets': ('query', 'o_proj')}, 'o_proj'),
+        ({'targets': ()}, 'lora.targets'),
+        ({'targets': ('up', 'up')}, 'lora.targets'),
+    ],
+)
+def test_impossible_sizes_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(SIZES, **change)
+
+
+def test_a_policy_keeps_the_adapters_it_has_and_refuses_others():
+    _, policy, variables = adapted()
+    same, kept = with_adapters(policy, variables, SIZES, 7, mesh_of())
+    assert same is policy and kept is variables
+    with pytest.raises(ValueError, match='rank=4.*rank=8'):
+        with_adapters(policy, variables, dataclasses.replace(SIZES, rank=8), 7, mesh_of())
+    with pytest.raises(ValueError, match='asks for None'):
+        with_adapters(policy, variables, None, 7, mesh_of())

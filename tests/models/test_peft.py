@@ -1,0 +1,157 @@
+"""Adapters and checkpoints leave in the layouts others read, and come back as they were."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from safetensors.numpy import load_file, save_file
+
+from spg_jax.models.llada import load_checkpoint, save_checkpoint
+from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.peft import load_adapter, save_adapter
+from spg_jax.models.policy import Policy, with_adapters
+from spg_jax.sharding import AXES, make_mesh
+
+TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'
+WEIGHTS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+SIZES = LoRA(rank=4, alpha=2.0, dropout=0.05, targets=('query', 'up', 'attention_out'))
+
+
+def mesh_of(*sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved adapter of the tiny checkpoint: its directory, model configuration and values."""
+    config, ids, params = load_checkpoint(TINY)
+    policy = Policy(config, ids.mask, ids.eos, np.ones(config.vocab_size, bool))
+    _, variables = with_adapters(policy, {'params': params}, SIZES, 3, mesh_of(1, 1, 1))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), variables[COLLECTION]
+    )
+    save_adapter(tmp_path / 'adapter', adapters, SIZES, 'the/base')
+    return tmp_path / 'adapter', config, adapters
+
+
+def test_adapters_are_written_as_peft_reads_them(saved):
+    directory, config, adapters = saved
+    tensors = load_file(directory / WEIGHTS)
+    name = 'base_model.model.model.transformer.blocks.{}.{}.lora_{}.weight'
+    modules = {'query': 'q_proj', 'up': 'up_proj', 'attention_out': 'attn_out'}
+    assert len(tensors) == 3 * 2 * config.layers
+    for ours, theirs in modules.items():
+        for layer in range(config.layers):
+            factors = adapters['layers'][ours]['adapter']
+            assert_array_equal(tensors[name.format(layer, theirs, 'A')], factors['a'][layer].T)
+            assert_array_equal(tensors[name.format(layer, theirs, 'B')], factors['b'][layer].T)
+    described = json.loads((directory / CONFIG).read_text())
+    expected = {
+        'peft_type': 'LORA',
+        'r': 4,
+        'lora_alpha': 2.0,
+        'lora_dropout': 0.05,
+        'base_model_name_or_path': 'the/base',
+        'bias': 'none',
+    }
+    assert described | expected == described
+    assert set(described['target_modules']) == set(modules.values())
+
+
+@pytest.mark.parametrize('sizes', [None, (1, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_adapters_come_back_on_any_mesh(saved, sizes):
+    directory, config, adapters = saved
+    lora, found = load_adapter(directory, config, mesh_of(*sizes) if sizes else None)
+    assert set(lora.targets) == set(SIZES.targets)
+    assert (lora.rank, lora.alpha, lora.dropout) == (4, 2.0, 0.05)
+    jax.tree.map(assert_array_equal, found, adapters)
+
+
+def test_target_modules_the_architecture_does_not_have_are_no_error(saved):
+    """Published adapters of LLaDA name o_proj, gate_proj and down_proj, which match nothing."""
+    directory, config, adapters = saved
+    change(directory, target_modules=['q_proj', 'up_proj', 'attn_out', 'o_proj', 'gate_proj'])
+    _, found = load_adapter(directory, config)
+    jax.tree.map(assert_array_equal, found, adapters)
+
+
+def change(directory, **settings):
+    described = json.loads((directory / CONFIG).read_text()) | settings
+    (directory / CONFIG).write_text(json.dumps(described))
+
+
+def retensor(function):
+    def damage(directory):
+        tensors = load_file(directory / WEIGHTS)
+        function(tensors)
+        save_file(tensors, directory / WEIGHTS)
+
+    return damage
+
+
+NAME = 'base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight'
+
+
+@pytest.mark.parametrize(
+    ('damage', 'said'),
+    [
+        (lambda d: (d / CONFIG).unlink(), 'adapter_config.json does not exist'),
+        (lambda d: (d / WEIGHTS).unlink(), 'adapter_model.safetensors does not exist'),
+        (lambda d: (d / CONFIG).write_text('{'), 'adapter_config.json describes no LoRA'),
+        (lambda d: (d / CONFIG).write_text('[]'), 'adapter_config.json describes no LoRA'),
+        (lambda d: (d / WEIGHTS).write_bytes(b'12345'), 'damaged'),
+        (lambda d: change(d, peft_type='IA3'), "peft_type is 'IA3'"),
+        (lambda d: change(d, use_dora=True), 'use_dora is True'),
+        (lambda d: change(d, modules_to_save=['wte']), 'modules_to_save'),
+        (lambda d: change(d, rank_pattern={'q_proj': 2}), 'rank_pattern'),
+        (lambda d: change(d, r=8), r'\[4, 64\], expected \[8, 64\] for rank 8'),
+        (retensor(lambda t: t.pop(NAME)), f'{NAME!r} is missing'),
+        (retensor(lambda t: t.update({'extra': t[NAME]})), "'extra' is surplus"),
+        (retensor(lambda t: t.update({NAME: t[NAME].astype(np.int32)})), 'holds I32'),
+        (retensor(lambda t: t.clear()), 'holds no tensor'),
+    ],
+)
+def test_what_does_not_fit_says_so(saved, damage, said):
+    directory, config, _ = saved
+    damage(directory)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+        load_adapter(directory, config)
+    assert '\n' not in str(error.value)
+
+
+def tensors_of(directory):
+    found = {}
+    for path in directory.glob('*.safetensors'):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize('shard_bytes', [10**9, 40_000])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_checkpoint_leaves_as_it_came(tmp_path, shard_bytes, dtype):
+    """Bit for bit, in one file or in shards, from parameters split over 8 devices."""
+    source = tmp_path / 'source'
+    source.mkdir()
+    original = load_file(TINY / 'model.safetensors')
+    if dtype == 'bfloat16':
+        original = {name: x.astype(ml_dtypes.bfloat16) for name, x in original.items()}
+    save_file(original, source / 'model.safetensors')
+    described = json.loads((TINY / 'config.json').read_text()) | {'torch_dtype': dtype}
+    (source / 'config.json').write_text(json.dumps(described))
+    _, _, params = load_checkpoint(source, mesh_of(2, 2, 2))
+    save_checkpoint(tmp_path / 'out', params, source, shard_bytes)
+    found = tensors_of(tmp_path / 'out')
+    assert found.keys() == original.keys()
+    for name, value in original.items():
+        assert found[name].dtype == value.dtype
+        assert_array_equal(found[name].view(np.uint8), value.view(np.uint8))
+    assert (len(list((tmp_path / 'out').glob('*.safetensors'))) > 1) == (shard_bytes < 10**9)
+    _, _, again = load_checkpoint(tmp_path / 'out')
+    jax.tree.map(assert_array_equal, again, jax.device_get(params))

@@ -1,0 +1,102 @@
+"""Learning with adapters: their gradient, their dropout, and that nothing else moves."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from numpy.testing import assert_allclose
+
+from spg_jax import optimizers, sharding
+from spg_jax.models.lora import COLLECTION, LoRA, merge
+from spg_jax.models.policy import with_adapters
+from spg_jax.rl.learner import make_gradient, make_update
+from spg_jax.rl.objectives import REGISTRY
+from spg_jax.train_state import initial_state, shardings_of
+from tests.rl.conftest import random_rollout
+from tests.rl.test_learner import (
+    assert_trees_close,
+    draws_of,
+    mesh_of,
+    plain_loss,
+    variables_of,
+)
+
+LORA = LoRA(rank=3, alpha=5.0, dropout=0.25)
+
+
+def with_random_adapters(policy, lora=LORA, mesh=None):
+    mesh = mesh or mesh_of((1, 1, 1))
+    policy, variables = with_adapters(policy, variables_of(policy, mesh), lora, 1, mesh)
+    rng = np.random.default_rng(4)
+
+    def noise(x):
+        return jax.device_put(0.3 * rng.normal(size=x.shape).astype(np.float32), x.sharding)
+
+    return policy, variables | {COLLECTION: jax.tree.map(noise, variables[COLLECTION])}
+
+
+def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, config):
+    """The plain derivative of a model without adapters, through the sum of the kernels."""
+    lora = dataclasses.replace(LORA, dropout=0.0)
+    rollout, draws = random_rollout(), draws_of(config, random_rollout())
+    adapted, variables = with_random_adapters(policy, lora)
+    params, adapters = variables['params'], variables[COLLECTION]
+
+    def loss_of(adapters):
+        return plain_loss(merge(params, adapters, lora), policy, config, rollout, draws)
+
+    loss, gradient = jax.jit(jax.value_and_grad(loss_of))(adapters)
+    for microbatch, draws_per_pass in ((8, 0), (4, 1)):
+        pieces = make_gradient(
+            adapted, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
+        )
+        found, in_pieces, _ = jax.jit(pieces)(
+            {COLLECTION: adapters}, {'params': params}, rollout, draws
+        )
+        assert_allclose(found, loss, rtol=1e-5)
+        assert_trees_close(in_pieces[COLLECTION], gradient, atol=5e-6)
+
+
+def test_dropout_is_the_same_in_pieces(policy, config):
+    """The masks belong to (row, draw): microbatches and passes over draws see the same ones."""
+    rollout, draws = random_rollout(), draws_of(config, random_rollout())
+    adapted, variables = with_random_adapters(policy)
+    keys = jax.random.split(jax.random.key(3), (8, 4))
+    found = []
+    for microbatch, draws_per_pass in ((8, 0), (2, 0), (4, 2), (8, 1)):
+        pieces = make_gradient(
+            adapted, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
+        )
+        trained, frozen = {COLLECTION: variables[COLLECTION]}, {'params': variables['params']}
+        found.append(jax.jit(pieces)(trained, frozen, rollout, draws, keys)[:2])
+    without = jax.jit(pieces)(trained, frozen, rollout, draws)[:2]
+    for other in found[1:]:
+        assert_trees_close(other, found[0], atol=5e-6)
+    assert abs(without[0] - found[0][0]) > 1e-4
+
+
+def test_only_adapters_are_trained(policy, config):
+    """Frozen parameters keep every bit and have no state in the optimiser; on two meshes."""
+    found = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = mesh_of(sizes)
+        with jax.set_mesh(mesh):
+            adapted, variables = with_random_adapters(policy, mesh=mesh)
+            before = jax.device_get(variables)
+            optimizer = optimizers.for_rl(config.optimizer, 10)
+            state = initial_state(variables, optimizer, adapted, mesh, average=False)
+            update = make_update(
+                adapted, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
+            )
+            rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
+            for _ in range(2):
+                state, metrics = update(state, rollout)
+        after = jax.device_get(state.variables)
+        jax.tree.map(np.testing.assert_array_equal, after['params'], before['params'])
+        trained = sum(x.size for x in jax.tree.leaves(before[COLLECTION]))
+        moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
+        assert 2 * trained <= moments < 2 * trained + 10  # two moments each, and counters
+        moved = jax.tree.map(lambda a, b: np.any(a != b), after[COLLECTION], before[COLLECTION])
+        assert all(jax.tree.leaves(moved))
+        found.append((after[COLLECTION], jax.device_get(metrics)))
+    assert_trees_close(found[1], found[0], rtol=1e-4, atol=1e-5)
