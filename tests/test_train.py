@@ -194,7 +194,7 @@ def test_generate_shows_every_step_and_the_completion(shared, uninterrupted):
 
 
 def test_every_entry_point_has_help(shared):
-    modules = ('train', 'pretrain', 'evaluate', 'generate', 'score')
+    modules = ('train', 'pretrain', 'evaluate', 'generate', 'score', 'export')
     for module, process in [(m, start(shared, '--help', module=m)) for m in modules]:
         code, out, error = finish(process)
         assert code == 1, error  # absl's exit status of --help
@@ -225,8 +225,9 @@ def test_a_run_that_only_skips_stops_with_its_state_saved(shared, uninterrupted,
     """From a policy with NaN in its embedding no update is finite."""
     base = next((shared / 'base').glob('*/policy.json')).parent
     mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
-    policy, tokenizer, params = checkpoints.load_policy(base, mesh)
-    damaged = params | {'embedding': params['embedding'] * jnp.nan}
+    policy, tokenizer, variables = checkpoints.load_policy(base, mesh)
+    params = variables['params']
+    damaged = {'params': params | {'embedding': params['embedding'] * jnp.nan}}
     checkpoints.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
     process = training(
         shared,
@@ -263,3 +264,10 @@ def test_every_split_is_looked_at_before_training(capsys):
         train.fitting_problems(config, tokenizer, problems)
     config.data.long_prompts = 'truncate_left'
     assert train.fitting_problems(config, tokenizer, problems) == problems
+
+
+def test_a_small_policy_has_no_layout_for_others(shared, uninterrupted, tmp_path):
+    workdir, _ = uninterrupted
+    arguments = (f'--workdir={workdir}', f'--out={tmp_path}/out')
+    code, _, error = finish(start(shared, *arguments, module='export'))
+    assert code == 1 and 'did not start from a published checkpoint' in error

@@ -1,0 +1,70 @@
+"""Writes a policy in the layouts that PEFT and transformers read.
+
+    python -m spg_jax.export --workdir=DIR --out=OUT           # adapters, as PEFT saves them
+    python -m spg_jax.export --workdir=DIR --out=OUT --merge   # a whole checkpoint
+
+DIR is a run of `spg_jax.train` that started from a published checkpoint, or a policy directory. A
+run that trained every parameter gives a whole checkpoint either way.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from spg_jax import checkpoints, cli, sharding
+from spg_jax.models import llada
+from spg_jax.models.lora import COLLECTION, merge
+from spg_jax.runs import policy_of_run, run_config
+
+FLAGS = flags.FLAGS
+
+
+def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
+    """Writes the policy in `directory` to `out`.
+
+    Args:
+      directory: a policy.
+      source: the published checkpoint it started from.
+      out: must not exist.
+      whole: merge adapters into a checkpoint; False writes them alone.
+
+    Raises:
+      ValueError, FileNotFoundError: `out` exists, or what is to be read is not there.
+    """
+    if out.exists():
+        raise ValueError(f'{out} exists; give a new directory as --out')
+    adapter = directory / checkpoints.ADAPTER
+    if adapter.is_dir() and not whole:
+        shutil.copytree(adapter, out)
+        return
+    llada.read_config(source / 'config.json')  # says what is wrong before any long work
+    mesh = sharding.make_mesh({'fsdp': -1})
+    policy, _, variables = checkpoints.load_policy(directory, mesh)
+    params = variables['params']
+    if policy.config.lora:
+        together = jax.jit(merge, static_argnums=2, donate_argnums=0)
+        params = together(params, variables[COLLECTION], policy.config.lora)
+    llada.save_checkpoint(out, params, source)
+
+
+def main(_: list[str]) -> None:
+    workdir = Path(FLAGS.workdir)
+    given = run_config(workdir).base.checkpoint
+    if not given:
+        raise ValueError(
+            f'{workdir} did not start from a published checkpoint, and others cannot read its '
+            f'model; use {policy_of_run(workdir)} as it is'
+        )
+    source = checkpoints.base_of(Path(given))
+    export(policy_of_run(workdir), source, Path(FLAGS.out), FLAGS.merge)
+    print(f'exported  {FLAGS.out}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy trained here.')
+    flags.DEFINE_string('out', None, 'A new directory.')
+    flags.DEFINE_bool('merge', False, 'A whole checkpoint, with adapters merged into it.')
+    flags.mark_flags_as_required(['workdir', 'out'])
+    cli.run(main)

@@ -1,0 +1,120 @@
+"""Adapters on a published checkpoint through a whole run and out again: train, save, resume,
+export, load."""
+
+import itertools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
+
+from configs import countdown
+from spg_jax import checkpoints, sharding
+from spg_jax.export import export
+from spg_jax.interruption import Interruption
+from spg_jax.tasks.countdown import Countdown
+from spg_jax.train import train
+from tests.published import save_checkpoint
+
+PROBLEMS = [{'numbers': [3, 44, 7 + i], 'target': 26, 'index': i} for i in range(8)]
+
+
+def mesh():
+    return sharding.make_mesh({'data': 1}, jax.devices()[:1])
+
+
+def config_of(published, wording):
+    config = countdown.get_config('tiny')
+    config.task.update(format='published_train', prompt_template=str(wording))
+    config.base.checkpoint = str(published)
+    config.lora.update(rank=4, alpha=8.0, dropout=0.1)
+    config.sampling.update(prompt_length=40, length=6, steps=6, block_length=3)
+    config.evaluation.update(lengths=(6,), steps=(6,), block_length=3, samples=1, batch=8)
+    config.rl.update(prompts=2, group_size=4, microbatch=8)
+    config.optimizer.learning_rate = 1e-2
+    config.checkpoint.every = 1
+    config.train.steps = 2
+    return config
+
+
+class Cut(Interruption):
+    """Asks to stop as soon as it is looked at."""
+
+    def __enter__(self):
+        self.requested = True
+        return super().__enter__()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """Two updates, cut after the first and resumed. Any text earns a reward: 1 if it has an odd
+    number of characters."""
+    root = tmp_path_factory.mktemp('adapted')
+    save_checkpoint(root / 'published')
+    (root / 'wording.txt').write_text('{numbers} {target}')  # short, since time goes with length
+    config = config_of(root / 'published', root / 'wording.txt')
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh()):
+        patch.setattr(Countdown, 'reward', lambda self, text, example: float(len(text) % 2))
+        # The policy of the last update is the best, whatever it is worth.
+        asked = itertools.count()
+        patch.setattr('spg_jax.train._quality', lambda _: -next(asked))
+        patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+        with Interruption() as interruption:
+            assert train(config, root / 'whole', mesh(), interruption)
+        with Cut() as cut:
+            assert not train(config, root / 'run', mesh(), cut)
+        with Interruption() as interruption:
+            assert train(config, root / 'run', mesh(), interruption)
+    return root
+
+
+def logits(directory, adapter=None):
+    with jax.set_mesh(mesh()):
+        policy, _, variables = checkpoints.load_policy(directory, mesh(), adapter)
+        tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (8, 12)), jnp.int32)
+        hidden = jax.jit(policy.hidden)(variables, tokens, jnp.ones((8, 12), bool))
+        return np.asarray(jax.jit(policy.unembed)(variables, hidden))
+
+
+def test_only_adapters_are_saved_and_all_of_them_learned(run):
+    best = run / 'run' / 'best'
+    weights = load_file(best / 'adapter' / 'adapter_model.safetensors')
+    assert len(weights) == 2 * 7 * 2  # factors, targets, layers
+    assert all(np.any(x != 0) for x in weights.values())
+    assert not (best / 'params').exists()
+    saved = sum(path.stat().st_size for path in (run / 'run' / 'checkpoints' / '2').rglob('*'))
+    assert saved < (run / 'published' / 'model.safetensors').stat().st_size
+
+
+def test_a_run_cut_and_resumed_ends_as_the_uninterrupted_one(run):
+    name = 'best/adapter/adapter_model.safetensors'
+    whole, resumed = (load_file(run / which / name) for which in ('whole', 'run'))
+    assert whole.keys() == resumed.keys()
+    for key, values in whole.items():
+        assert_array_equal(values, resumed[key])
+
+
+def test_what_is_exported_acts_as_what_was_trained(run):
+    best, published = run / 'run' / 'best', run / 'published'
+    expected = logits(best)
+    export(best, published, run / 'peft', whole=False)
+    assert_array_equal(logits(published, run / 'peft'), expected)
+    export(best, published, run / 'merged', whole=True)
+    assert (run / 'merged' / 'tokenizer.json').is_file()
+    assert_allclose(logits(run / 'merged'), expected, atol=1e-5)
+    with pytest.raises(ValueError, match='peft exists; give a new directory'):
+        export(best, published, run / 'peft', whole=False)
+
+
+def test_a_base_that_is_gone_is_named(run):
+    moved = run / 'moved'
+    shutil.copytree(run / 'run' / 'best', moved)
+    description = (moved / 'policy.json').read_text()
+    (moved / 'policy.json').write_text(description.replace('/published"', '/gone"'))
+    with pytest.raises(FileNotFoundError, match='adapts the policy .*gone, which does not exist'):
+        checkpoints.load_policy(moved, mesh())
+    with pytest.raises(ValueError, match='has adapters of its own'):
+        checkpoints.load_policy(run / 'run' / 'best', mesh(), run / 'run' / 'best' / 'adapter')
