@@ -100,18 +100,18 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
 def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_saved(
     published, tmp_path, sizes
 ):
-    policy, tokenizer, params = checkpoints.load_policy(published, mesh(sizes))
+    policy, tokenizer, variables = checkpoints.load_policy(published, mesh(sizes))
     assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
     assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
     config, _, weights = llada.load_checkpoint(published)
     assert policy.config == config
-    jax.tree.map(assert_array_equal, jax.device_get(params), weights)
+    jax.tree.map(assert_array_equal, jax.device_get(variables), {'params': weights})
     assert checkpoints.policy_notes(published) == {}
 
-    checkpoints.save_policy(tmp_path / 'best', params, config, tokenizer, {'made': 'here'})
+    checkpoints.save_policy(tmp_path / 'best', variables, config, tokenizer, {'made': 'here'})
     again, found, restored = checkpoints.load_policy(tmp_path / 'best', mesh(sizes))
     assert again.config == config and isinstance(found, HFTokenizer)
-    jax.tree.map(assert_array_equal, jax.device_get(restored), weights)
+    jax.tree.map(assert_array_equal, jax.device_get(restored), {'params': weights})
     assert found.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
     assert checkpoints.policy_notes(tmp_path / 'best') == {'made': 'here'}
     # Saving in the place a policy was read from must not lose its tokenizer.
@@ -131,9 +131,9 @@ def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, m
 
 
 def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
-    _, tokenizer, params = checkpoints.load_policy(published, mesh())
+    _, tokenizer, variables = checkpoints.load_policy(published, mesh())
     config, _ = llada.read_config(published / 'config.json')
-    checkpoints.save_policy(tmp_path / 'best', params, config, tokenizer, {})
+    checkpoints.save_policy(tmp_path / 'best', variables, config, tokenizer, {})
     shutil.rmtree(tmp_path / 'best' / 'tokenizer')
     with pytest.raises(ValueError, match='best/tokenizer/tokenizer_config.json does not exist'):
         checkpoints.load_policy(tmp_path / 'best', mesh())

@@ -15,6 +15,7 @@ from spg_jax import checkpoints, data, pretrain, sharding
 from spg_jax.config import training_task
 from spg_jax.interruption import Interruption
 from spg_jax.models.number_features import PERIODS, with_number_features
+from spg_jax.tasks.countdown import Countdown
 
 GOOD_LINE = json.dumps(
     {
@@ -24,14 +25,30 @@ GOOD_LINE = json.dumps(
 )
 
 
+# Reading all that the task's own source has would take longer than the trainings.
+SUMS = [
+    {'numbers': [a, b, c], 'target': a + b + c}
+    for a in range(1, 9)
+    for b in (20, 30)
+    for c in (4, 7)
+]
+PROBLEMS = [problem | {'index': index} for index, problem in enumerate(SUMS)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_problems():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+        yield
+
+
 @pytest.fixture
-def config(tmp_path_factory):
-    return two_stages(tmp_path_factory)
+def config():
+    return two_stages()
 
 
-def two_stages(tmp_path_factory):
+def two_stages():
     config = countdown.get_config('tiny')
-    config.task.data_dir = str(tmp_path_factory.getbasetemp() / 'data')
     config.base.stages = ((12, 1.0), (8, 0.3))
     return config
 
@@ -48,7 +65,7 @@ def run(config, directory, *more):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp('whole') / 'base'
-    assert run(two_stages(tmp_path_factory), directory)
+    assert run(two_stages(), directory)
     return directory
 
 
@@ -77,8 +94,8 @@ def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cu
 
 
 def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
-    config.base.stages = ((60, 1.0),)
     assert run(config, tmp_path / 'base')
+    config.base.stages = ((60, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
     pairs = data.read_demonstrations(str(records), training_task(config))

@@ -160,7 +160,7 @@ def quantise(tensors):
         (drop, r"blocks.1.q_proj.weight' is missing, expected \[64, 64\] .*n_layers 2"),
         (add, "blocks.2.q_proj.weight' is surplus"),
         (misshape, r"blocks.1.up_proj.weight' is \[64, 160\], expected \[160, 64\] .*d_model 64"),
-        (quantise, "blocks.1.up_proj.weight' holds I8, expected F32, BF16 or F16"),
+        (quantise, "blocks.1.up_proj.weight' holds I8, expected one of F32, BF16, F16"),
     ],
 )
 def test_a_wrong_tensor_is_named(checkpoint, tensors, message):

@@ -46,15 +46,12 @@ def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, con
         return plain_loss(merge(params, adapters, lora), policy, config, rollout, draws)
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(adapters)
-    for microbatch, draws_per_pass in ((8, 0), (4, 1)):
-        pieces = make_gradient(
-            adapted, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
-        )
-        found, in_pieces, _ = jax.jit(pieces)(
-            {COLLECTION: adapters}, {'params': params}, rollout, draws
-        )
-        assert_allclose(found, loss, rtol=1e-5)
-        assert_trees_close(in_pieces[COLLECTION], gradient, atol=5e-6)
+    pieces = make_gradient(adapted, REGISTRY['spg'](config), microbatch=4, draws_per_pass=1)
+    found, in_pieces, _ = jax.jit(pieces)(
+        {COLLECTION: adapters}, {'params': params}, rollout, draws
+    )
+    assert_allclose(found, loss, rtol=1e-5)
+    assert_trees_close(in_pieces[COLLECTION], gradient, atol=5e-6)
 
 
 def test_dropout_is_the_same_in_pieces(policy, config):
@@ -63,7 +60,7 @@ def test_dropout_is_the_same_in_pieces(policy, config):
     adapted, variables = with_random_adapters(policy)
     keys = jax.random.split(jax.random.key(3), (8, 4))
     found = []
-    for microbatch, draws_per_pass in ((8, 0), (2, 0), (4, 2), (8, 1)):
+    for microbatch, draws_per_pass in ((8, 0), (2, 1)):
         pieces = make_gradient(
             adapted, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
         )
