@@ -153,6 +153,9 @@ def test_a_run_cut_between_two_inner_updates_goes_on_bit_for_bit(
     if how == signal.SIGTERM:
         assert code == 0, error
         assert 'run the same command to go on' in out
+        # A machine that dies may lose the end of a file; the checkpoint has the last row, too.
+        rows = (tmp_path / 'metrics.jsonl').read_text().splitlines(keepends=True)
+        (tmp_path / 'metrics.jsonl').write_text(''.join(rows[:-1]))
     else:
         assert newest_step(tmp_path) == 5
     resumes_exactly(shared, tmp_path, uninterrupted[0])
