@@ -134,13 +134,7 @@ def _pretrain(
     task = training_task(config)
     policy, tokenizer, variables = _starting_point(config, task, mesh, start_from)
     problems = None if records else list(task.source('train', config.task.data_dir))
-    # What does not fit is found now, and not when its batch comes.
-    if records:
-        data.encode_pairs(
-            task, tokenizer, records, config.sampling.prompt_length, config.sampling.length
-        )
-    else:
-        data.encode_prompts(task, tokenizer, problems, config.sampling.prompt_length)
+    _check_fit(config, task, tokenizer, problems, records)
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
     state = initial_state(variables, optimizer, policy, mesh, average=True)
@@ -192,8 +186,17 @@ def _pretrain(
 def _starting_point(
     config: ml_collections.ConfigDict, task: Task, mesh: Mesh, start_from: Path | None
 ) -> tuple[Policy, Tokenizer, Variables]:
-    """A policy from disk, or a new one for the words of the task's compact format."""
+    """A policy from disk, or a new one for the words of the task's compact format.
+
+    Raises:
+      ValueError: the policy has adapters: here every parameter is trained.
+    """
     if start_from:
+        if checkpoints.base_of(start_from) != start_from:
+            raise ValueError(
+                f'{start_from} has adapters, but every parameter is trained here; merge them with '
+                'spg_jax.export --merge and start from the result'
+            )
         return checkpoints.load_policy(start_from, mesh)
     tokenizer = WordTokenizer(task.vocabulary)
     policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
@@ -203,6 +206,21 @@ def _starting_point(
         params = with_number_features(params, tokenizer.words, len(SPECIALS))
         params = jax.device_put(params, sharding.param_shardings(policy.model, mesh))
     return policy, tokenizer, {'params': params}
+
+
+def _check_fit(
+    config: ml_collections.ConfigDict,
+    task: Task,
+    tokenizer: Tokenizer,
+    problems: list[Example] | None,
+    records: list[data.Record] | None,
+) -> None:
+    """Finds what has no room now, and not when its batch comes; raises as `data.encode_pairs`."""
+    prompt_length, length = config.sampling.prompt_length, config.sampling.length
+    if records:
+        data.encode_pairs(task, tokenizer, records, prompt_length, length)
+    else:
+        data.encode_prompts(task, tokenizer, problems, prompt_length)
 
 
 def model_config(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TransformerConfig:

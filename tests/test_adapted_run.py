@@ -15,6 +15,7 @@ from configs import countdown
 from spg_jax import checkpoints, sharding
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
+from spg_jax.pretrain import pretrain
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.train import train
 from tests.published import save_checkpoint
@@ -107,6 +108,12 @@ def test_what_is_exported_acts_as_what_was_trained(run):
     assert_allclose(logits(run / 'merged'), expected, atol=1e-5)
     with pytest.raises(ValueError, match='peft exists; give a new directory'):
         export(best, published, run / 'peft', whole=False)
+
+
+def test_fine_tuning_every_parameter_does_not_start_from_adapters(run):
+    config = config_of(run / 'published', run / 'wording.txt')
+    with Interruption() as interruption, pytest.raises(ValueError, match='best has adapters'):
+        pretrain(config, run / 'tuned', mesh(), interruption, run / 'run' / 'best')
 
 
 def test_a_base_that_is_gone_is_named(run):

@@ -101,22 +101,7 @@ def load_adapter(
     path = directory / CONFIG
     described = _describe(path)
     files = open_file(directory / WEIGHTS)
-    names = {
-        (target, factor, layer): tensor_name(target, factor, layer)
-        for target in TARGETS
-        for factor in FACTORS
-        for layer in range(config.layers)
-    }
-    surplus = sorted(set(files) - set(names.values()))
-    if surplus:
-        raise ValueError(
-            f'{directory / WEIGHTS}: {surplus[0]!r} is surplus, nothing in a model of '
-            f'{config.layers} layers uses it; use an adapter of this model'
-        )
-    present = {which[0] for which, name in names.items() if name in files}
-    targets = tuple(target for target in TARGETS if target in present)
-    if not targets:
-        raise ValueError(f'{directory / WEIGHTS} holds no tensor; export the adapter again')
+    targets = _targets(directory / WEIGHTS, files, config.layers)
     lora = LoRA(described['r'], described['lora_alpha'], described['lora_dropout'], targets)
     model = Transformer(dataclasses.replace(config, lora=lora))
     target_tree = abstract_params(model, mesh, collection=COLLECTION)
@@ -124,13 +109,12 @@ def load_adapter(
     def read(tree_path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
         _, target, _, factor = (key.key for key in tree_path)
         shape = leaf.shape[:0:-1]
-        for layer in range(config.layers):
-            _check(directory / WEIGHTS, files, names[target, factor, layer], shape, lora)
+        names = [tensor_name(target, factor, layer) for layer in range(config.layers)]
+        for name in names:
+            _check(directory / WEIGHTS, files, name, shape, lora)
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            layers = range(config.layers)[index[0]]
-            parts = [names[target, factor, layer] for layer in layers]
-            stored = [files[name].get_slice(name)[index[:0:-1]].T for name in parts]
+            stored = [files[name].get_slice(name)[index[:0:-1]].T for name in names[index[0]]]
             return np.stack(stored).astype(leaf.dtype)
 
         if mesh is None:
@@ -164,6 +148,26 @@ def _describe(path: Path) -> dict[str, Any]:
                 'its checkpoint with PEFT and use the result'
             )
     return found
+
+
+def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    """The products that have an adapter in some layer; ValueError if anything else is there."""
+    owner = {
+        tensor_name(target, factor, layer): target
+        for target in TARGETS
+        for factor in FACTORS
+        for layer in range(layers)
+    }
+    surplus = sorted(set(files) - set(owner))
+    if surplus:
+        raise ValueError(
+            f'{path}: {surplus[0]!r} is surplus, nothing in a model of {layers} layers uses it; '
+            'use an adapter of this model'
+        )
+    if not files:
+        raise ValueError(f'{path} holds no tensor; export the adapter again')
+    present = {owner[name] for name in files}
+    return tuple(target for target in TARGETS if target in present)
 
 
 def _check(

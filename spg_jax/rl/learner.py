@@ -49,7 +49,6 @@ def make_update(
     gradient_of = make_gradient(
         policy, objective, microbatch=config.rl.microbatch, draws_per_pass=config.rl.draws_per_pass
     )
-
     lora = policy.config.lora
 
     def dropout_keys(step: Array, rollout: Rollout) -> Array | None:
