@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from spg_jax import distributed
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.lora import COLLECTION
@@ -67,18 +68,29 @@ def save_policy(
       base: with adapters, the policy or published checkpoint they adapt, which has to stay there.
     """
     old, new = _aside(directory), directory.with_name(directory.name + '.new')
-    if old.is_dir() and not directory.exists():  # an earlier call was cut between its two renames
-        old.rename(directory)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    if distributed.is_leader():
+        if old.is_dir() and not directory.exists():  # a call was cut between its two renames
+            old.rename(directory)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    distributed.barrier(f'room for {new}')
     model = dataclasses.asdict(config)
     del model['lora']  # an adapter describes itself
-    description = {'model': model, **tokenizer.save(new / TOKENIZER), 'notes': notes}
+    description = {'model': model, 'notes': notes}
     if config.lora:
         description['base'] = str(base.absolute())
         save_adapter(new / ADAPTER, variables[COLLECTION], config.lora, str(base.absolute()))
     else:
         ocp.save((new / PARAMS).absolute(), variables['params'])
+    if distributed.is_leader():
+        description |= tokenizer.save(new / TOKENIZER)
+        _replace(directory, new, description)
+    distributed.barrier(f'saved {directory}')
+
+
+def _replace(directory: Path, new: Path, description: dict[str, Any]) -> None:
+    """Puts what is complete but for its description in the place of an older policy."""
+    old = _aside(directory)
     (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
     # At every moment one of the two is whole under a name that readers look for.
     shutil.rmtree(old, ignore_errors=True)
@@ -230,15 +242,18 @@ class RunCheckpoints:
         """Saves a pytree of arrays and a JSON record, and returns when both are on disk."""
         self._checkpointer.save(step, arrays, custom_metadata=record, force=True, overwrite=True)
 
-    def restore(self, target: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint: arrays as `target` (abstract, with shardings), and the record.
+    def record(self) -> dict[str, Any]:
+        """The JSON record of the newest checkpoint."""
+        return self._checkpointer.metadata(self.latest_step).custom_metadata
+
+    def restore(self, target: Any) -> Any:
+        """The arrays of the newest checkpoint as `target` (abstract, with shardings).
 
         Raises:
           ValueError: the checkpoint does not fit `target` or is damaged; names the directory.
         """
         path = self._directory / str(self.latest_step)
-        arrays = _restore(path, lambda _: self._checkpointer.load(None, target))
-        return arrays, self._checkpointer.metadata(self.latest_step).custom_metadata
+        return _restore(path, lambda _: self._checkpointer.load(None, target))
 
     def close(self) -> None:
         """Waits for what is being written."""

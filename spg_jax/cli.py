@@ -2,12 +2,15 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from spg_jax import distributed
 
 # What a user can mend: a wrong value, file or machine. Anything else is a bug, with its traceback.
 MENDABLE = (ValueError, OSError, FloatingPointError)
@@ -21,6 +24,16 @@ def define_config_flag(required: bool = True) -> None:
     if required:
         flags.mark_flag_as_required('config')
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['config'])  # so --help has it
+
+
+def define_distributed_flag() -> None:
+    """The flag that makes this one of several processes."""
+    flags.DEFINE_bool(
+        'distributed',
+        False,
+        'Be one of several processes, found on TPU VMs and under srun, else as '
+        'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say.',
+    )
 
 
 def define_policy_flags() -> None:
@@ -51,11 +64,17 @@ def _one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]],
         if not flags.FLAGS['verbosity'].present:
             logging.set_verbosity(logging.WARNING)  # libraries tell of every array they save
         try:
+            if 'distributed' in flags.FLAGS and flags.FLAGS.distributed:
+                distributed.start()
             main(arguments)
-        except MENDABLE as error:
-            if os.environ.get('SPG_JAX_TRACEBACK'):
-                raise
-            _fail(' '.join(str(error).split()))
+        except Exception as error:
+            said = ' '.join(str(error).split())
+            if not isinstance(error, MENDABLE) or os.environ.get('SPG_JAX_TRACEBACK'):
+                if jax.process_count() == 1:
+                    raise
+                traceback.print_exc()
+                said = f'{type(error).__name__}: {said}'
+            distributed.fail(said)
 
     return guarded
 
@@ -65,12 +84,7 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except AttributeError as error:  # an override of a setting that does not exist
-        _fail(f'no setting {error} in the configuration; spg_jax/config.py has them all')
+        distributed.fail(f'no setting {error} in the configuration; spg_jax/config.py has them all')
     except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        _fail(f'{lines[-1] if lines else error}; see --help')
-
-
-def _fail(message: str) -> NoReturn:
-    print(f'error: {message}', file=sys.stderr)
-    sys.exit(1)
+        distributed.fail(f'{lines[-1] if lines else error}; see --help')

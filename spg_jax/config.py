@@ -69,7 +69,8 @@ def default_config() -> ml_collections.ConfigDict:
             adapter='',  # what PEFT saved, to start from; '' starts from new ones
         ),
         sampling=c(
-            prompt_length=200,  # P; prompts are left-padded to it
+            prompt_length=200,  # P; training prompts are left-padded to it
+            prompt_buckets=(),  # or to the shortest of these with room for the batch's longest
             length=256,  # C, completion tokens
             steps=128,  # denoising steps for the whole completion
             block_length=32,  # positions finished before the next ones start
@@ -93,6 +94,7 @@ def default_config() -> ml_collections.ConfigDict:
             omega=0.5,  # share of the EUBO in the mixture
             group_size=6,  # G, completions a prompt
             prompts=16,  # prompts a rollout batch
+            generation_batch=0,  # completions generated at once, while others are scored; 0 is all
             inner_updates=4,  # gradient steps a rollout batch
             microbatch=48,  # rows differentiated at once, over all devices: 6 on each of 8
             draws_per_pass=0,  # draws differentiated at once; 0 is all, 1 keeps memory flat in M
@@ -198,8 +200,18 @@ def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:
 
 def sampling_config(config: ml_collections.ConfigDict) -> sampling.SamplingConfig:
     """How rollouts are decoded."""
-    fields = {k: v for k, v in config.sampling.items() if k != 'prompt_length'}
+    fields = {k: v for k, v in config.sampling.items() if not k.startswith('prompt_')}
     return sampling.SamplingConfig(**fields)
+
+
+def prompt_buckets(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """The lengths that prompts are padded to, ascending."""
+    return (*config.sampling.prompt_buckets, config.sampling.prompt_length)
+
+
+def generation_batch(config: ml_collections.ConfigDict) -> int:
+    """Completions that a rollout generates at once, over all devices."""
+    return config.rl.generation_batch or config.rl.prompts * config.rl.group_size
 
 
 def lora_of(config: ml_collections.ConfigDict) -> LoRA | None:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
+from spg_jax import distributed
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 from spg_jax.tokenizers import Tokenizer
@@ -14,6 +16,8 @@ from spg_jax.tokenizers import Tokenizer
 # One thread ahead of the training step is enough, and leaves it the cores.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
+
+READ_AT_ONCE = 1024  # problems, when reading all
 
 Record = tuple[Example, str]  # a problem with an answer to imitate
 LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
@@ -28,6 +32,14 @@ class PromptBatch(NamedTuple):
     examples: Sequence[Example]  # B problems, as the task's rewards and scores take them
 
 
+class Problems(NamedTuple):
+    """The problems of a split that are trained on."""
+
+    source: Sequence[Example]
+    kept: np.ndarray  # [n] int64, their places in `source`
+    lengths: np.ndarray  # [n] int32, tokens of their prompts, cut if they are to be
+
+
 class Demonstrations(NamedTuple):
     """Prompts with an answer each, for supervised training."""
 
@@ -38,51 +50,62 @@ class Demonstrations(NamedTuple):
 
 
 def fit_prompts(
-    task: Task,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    length: int,
-    long_prompts: str,
-    split: str,
-    may_drop: bool,
-) -> tuple[list[Example], str]:
-    """Looks at every prompt of a split before any work is done with it.
+    task: Task, tokenizer: Tokenizer, source: Sequence[Example], length: int, long_prompts: str
+) -> tuple[Problems, str]:
+    """Looks at every training prompt before any work is done with it; each process at its share.
 
     Args:
+      source: the problems.
       length: P, the tokens there is room for.
       long_prompts: one of LONG_PROMPTS, what to do with longer ones.
-      split: what the examples are called in what is said.
-      may_drop: False where an accuracy is reported, since one over fewer problems is another.
 
     Returns:
-      (the examples to use, what happened to others in one line or '').
+      (the problems to use, what happened to others in one line or '').
 
     Raises:
       ValueError: prompts that do not fit and may be neither dropped nor cut, or none that fits.
     """
-    lengths = [len(_prompt_tokens(task, tokenizer, example)) for example in examples]
-    longer, longest = sum(n > length for n in lengths), max(lengths, default=0)
+    lengths = _prompt_lengths(task, tokenizer, source)
+    everything = np.arange(len(source))
+    longer, longest = int((lengths > length).sum()), lengths.max(initial=0)
     if not longer:
-        return list(examples), ''
+        return Problems(source, everything, lengths), ''
     found = (
-        f'{longer} of {len(examples)} {split} prompts are longer than sampling.prompt_length '
+        f'{longer} of {len(source)} training prompts are longer than sampling.prompt_length '
         f'{length}, up to {longest} tokens'
     )
     if long_prompts == 'truncate_left':
-        return list(examples), f'{found}: cut to their last {length}'
-    droppable = may_drop and longer < len(examples)
+        cut = Problems(source, everything, np.minimum(lengths, length))
+        return cut, f'{found}: cut to their last {length}'
+    droppable = longer < len(source)
     if long_prompts == 'error' or not droppable:
-        reason = '' if may_drop else ', and an accuracy must not lose problems'
         remedy = "'truncate_left' or 'drop'" if droppable else "'truncate_left'"
-        raise ValueError(
-            f'{found}{reason}; set it to at least {longest}, or data.long_prompts to {remedy}'
-        )
-    kept = [example for example, n in zip(examples, lengths, strict=True) if n <= length]
-    return kept, f'{found}: dropped'
+        raise ValueError(f'{found}; set it to at least {longest}, or data.long_prompts to {remedy}')
+    fits = lengths <= length
+    return Problems(source, everything[fits], lengths[fits]), f'{found}: dropped'
 
 
-def _prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[int]:
-    # A format's prefill, which the completion is made to start with, ends the prompt.
+def _prompt_lengths(task: Task, tokenizer: Tokenizer, source: Sequence[Example]) -> np.ndarray:
+    """Tokens of every prompt, [N] int32; each process reads and measures its share of them."""
+    share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
+    lengths, known = np.zeros(len(source), np.int32), np.zeros(len(source), bool)
+    known[share] = True
+    for some in np.array_split(share, -(-len(share) // READ_AT_ONCE) or 1):
+        if some.size:
+            examples = source[some[0] : some[-1] + 1]
+            lengths[some] = [len(prompt_tokens(task, tokenizer, each)) for each in examples]
+    return distributed.merge(lengths, known)
+
+
+def padded_length(longest: int, buckets: Sequence[int]) -> int:
+    """What to pad prompts to: the smallest bucket with room for the longest; past them all, the
+    next multiple of 64. Few lengths mean few programs."""
+    room = [bucket for bucket in buckets if bucket >= longest]
+    return min(room) if room else -(-longest // 64) * 64
+
+
+def prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[int]:
+    """The ids of a prompt and of the prefill, which the completion is made to start with."""
     return tokenizer.encode_prompt(task.prompt(example), task.prefill)
 
 
@@ -94,7 +117,7 @@ def encode_prompts(
     truncate: bool = False,
 ) -> PromptBatch:
     """Left-pads the prompts of `examples` to `length` tokens; otherwise as `left_pad`."""
-    tokens = [_prompt_tokens(task, tokenizer, example) for example in examples]
+    tokens = [prompt_tokens(task, tokenizer, example) for example in examples]
     prompt, prompt_mask = left_pad(tokens, length, tokenizer.pad_id, truncate)
     index = np.array([example['index'] for example in examples], np.uint32)
     return PromptBatch(prompt, prompt_mask, index, examples)
@@ -163,20 +186,33 @@ def encode_pairs(
 def prompts(
     task: Task,
     tokenizer: Tokenizer,
-    source: Sequence[Example],
+    problems: Problems,
     *,
     batch_size: int,
-    length: int,
+    buckets: Sequence[int],
     seed: int,
     truncate: bool = False,
+    own: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches of prompts; the iterator has get_state and set_state."""
+    """Endless shuffled batches of prompts; the iterator has get_state and set_state.
 
-    def encode(examples: Sequence[Example]) -> PromptBatch:
+    Args:
+      problems: from `fit_prompts`.
+      batch_size: prompts a batch, over all processes.
+      buckets: lengths to pad to; a batch takes the smallest that fits all its prompts.
+      seed: of the order.
+      truncate: cut prompts longer than all buckets.
+      own: [b] which prompts of a batch this process reads; None is all.
+    """
+
+    def encode(places: np.ndarray) -> PromptBatch:
+        length = padded_length(problems.lengths[places].max(), buckets)
+        mine = problems.kept[places if own is None else places[own]]
+        examples = [problems.source[int(place)] for place in mine]
         return encode_prompts(task, tokenizer, examples, length, truncate)
 
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))
+    places = grain.MapDataset.range(len(problems.kept)).seed(seed).shuffle().repeat()
+    return iter(places.batch(batch_size).map(encode).to_iter_dataset(_READING))
 
 
 def demonstrations(
@@ -189,9 +225,10 @@ def demonstrations(
     prompt_length: int,
     length: int,
     seed: int,
+    own: np.ndarray,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of answers by the task's imperfect demonstrator, fresh in every
-    epoch."""
+    epoch; `own` [b] are the rows of a batch that this process encodes."""
 
     def demonstrate(example: Example, rng: np.random.Generator) -> Record:
         return example, task.demonstration(example, rng, right_share)
@@ -203,6 +240,7 @@ def demonstrations(
         batch_size,
         prompt_length,
         length,
+        own,
     )
 
 
@@ -237,17 +275,19 @@ def recorded_demonstrations(
     prompt_length: int,
     length: int,
     seed: int,
+    own: np.ndarray,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of given (problem, answer) pairs: supervised fine-tuning on one's
-    own data."""
+    own data; `own` as in `demonstrations`."""
     dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    return _supervised(dataset, task, tokenizer, batch_size, prompt_length, length)
+    return _supervised(dataset, task, tokenizer, batch_size, prompt_length, length, own)
 
 
 def _supervised(
-    dataset, task, tokenizer, batch_size, prompt_length, length
+    dataset, task, tokenizer, batch_size, prompt_length, length, own
 ) -> grain.DatasetIterator:
     def encode(pairs: Sequence[Record]) -> Demonstrations:
-        return encode_pairs(task, tokenizer, pairs, prompt_length, length)
+        mine = [pairs[row] for row in own]
+        return encode_pairs(task, tokenizer, mine, prompt_length, length)
 
     return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))

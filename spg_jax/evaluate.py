@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, cli, data, sharding
+from spg_jax import checkpoints, cli, distributed, sharding
 from spg_jax.config import evaluation_lengths, evaluation_task
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import chosen_policy
@@ -35,28 +35,21 @@ def main(_: list[str]) -> None:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()
     started = time.monotonic()
-    mesh = sharding.make_mesh({'data': -1})  # whatever is here, not what the run had
+    mesh = sharding.make_mesh(config.mesh)
     task = evaluation_task(config)
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)
     else:
-        examples = list(task.source(FLAGS.split, config.task.data_dir))
-    examples, said = data.fit_prompts(
-        task,
-        tokenizer,
-        examples,
-        config.sampling.prompt_length,
-        config.data.long_prompts,
-        FLAGS.data or FLAGS.split,
-        may_drop=False,
-    )
-    if said:
-        print(said, file=sys.stderr)
+        with distributed.leader_first('problems'):
+            source = task.source(FLAGS.split, config.task.data_dir)
+        examples = list(source)
     with jax.set_mesh(mesh):
         policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         report = evaluator.report(variables, examples)
-        print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
+    if not distributed.is_leader():
+        return
+    print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
     table = Table(
         'length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer'
     )
@@ -71,6 +64,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
     cli.define_policy_flags()
+    cli.define_distributed_flag()
     flags.DEFINE_string('data', '', "A published test file; '' is a split of the task's own.")
     flags.DEFINE_enum('split', 'test', SPLITS, 'Which of those splits.')
     flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)

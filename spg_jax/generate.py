@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from spg_jax import checkpoints, cli, sharding
-from spg_jax.config import evaluation_sampling, evaluation_task
-from spg_jax.data import left_pad
+from spg_jax.config import evaluation_sampling, evaluation_task, prompt_buckets
+from spg_jax.data import left_pad, padded_length
 from spg_jax.diffusion.sampling import Completion
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.evaluator import headline_length
@@ -53,15 +53,12 @@ def main(_: list[str]) -> None:
     )
     tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     cli.compile_cache()
-    mesh = sharding.make_mesh({'data': 1}, jax.devices()[:1])
+    mesh = sharding.make_mesh(config.mesh)
     task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
-    tokens, valid = left_pad(
-        [tokenizer.encode_prompt(prompt, task.prefill)],
-        config.sampling.prompt_length,
-        tokenizer.pad_id,
-        truncate=config.data.long_prompts == 'truncate_left',
-    )
+    row = tokenizer.encode_prompt(prompt, task.prefill)
+    length = padded_length(len(row), prompt_buckets(config))
+    tokens, valid = left_pad([row], length, tokenizer.pad_id)
     with jax.set_mesh(mesh):
         policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
         length, steps = headline_length(config)

@@ -1,19 +1,31 @@
 """Ctrl-C and SIGTERM as a request to save and stop, honoured between two updates."""
 
+import itertools
+import os
 import signal
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
+# JAX lets several processes stop at the same call, counted over the life of the program.
+_calls = itertools.count()
+
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one acts as
-    usual."""
+    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts as usual.
+
+    With several processes a signal to any of them stops all, after the same update.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> 'Interruption':
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # SIGTERM to one of several processes is noticed, and passed on, by JAX.
+        several = jax.process_count() > 1
+        for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -25,10 +37,18 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def requested(self) -> bool:
+        """Whether to save and stop now; to be asked once an update, by every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(next(_calls))
+        return self._requested
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True
         print(
             f'\n{signal.Signals(number).name}: saving after the next update, again to stop at once',
             flush=True,
         )
         self.release()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)

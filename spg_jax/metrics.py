@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from tensorboardX import SummaryWriter
 
+from spg_jax import distributed
 from spg_jax.rl.rollout import Rollout
+from spg_jax.sharding import own_values
 
 SAMPLES = 4  # completions of a rollout that are kept to look at
 
@@ -47,13 +48,16 @@ class MetricsWriter:
         wandb: str = '',
         seconds: float = 0.0,
     ):
-        path = directory / 'metrics.jsonl'
-        keep_rows(path, start, last_row)
         self.last_row: dict[str, Any] = last_row or {}
         self._pending: tuple[int, Mapping[str, tuple[Array, Array]]] | None = None
+        self._started = time.monotonic() - seconds
+        self._writes = distributed.is_leader()  # the others only need to know the last row
+        if not self._writes:
+            return
+        path = directory / 'metrics.jsonl'
+        keep_rows(path, start, last_row)
         self._file = path.open('a')
         self._events = SummaryWriter(str(directory / 'events'), purge_step=start + 1)
-        self._started = time.monotonic() - seconds
         self._wandb = _wandb_run(wandb, directory) if wandb else None
 
     def push(self, step: int, metrics: Mapping[str, tuple[Array, Array]]) -> None:
@@ -72,6 +76,8 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row. JSON knows no NaN: such values become null."""
+        if not self._writes:
+            return
         row = {name: _finite(value) for name, value in row.items()}
         self._file.write(json.dumps(row) + '\n')
         self._file.flush()
@@ -83,6 +89,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         self.flush()
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
         if self._wandb:
@@ -108,13 +116,16 @@ class SampleWriter:
 
     def __init__(self, directory: Path, start: int):
         self._path = directory / 'completions.jsonl'
-        keep_rows(self._path, start - 1)  # a rollout is written at the step it starts
+        if distributed.is_leader():
+            keep_rows(self._path, start - 1)  # a rollout is written at the step it starts
 
     def write(
         self, step: int, examples: Sequence[Any], texts: Sequence[str], rollout: Rollout
     ) -> None:
         """Appends the first rows of a rollout; `texts` has G completions for each example."""
-        reward, advantage = np.asarray(rollout.reward), np.asarray(rollout.advantage)
+        if not distributed.is_leader():
+            return
+        reward, advantage = own_values(rollout.reward), own_values(rollout.advantage)
         group_size = len(texts) // len(examples)
         with self._path.open('a') as file:
             for row in range(min(SAMPLES, len(texts))):

@@ -21,7 +21,7 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, optimizers, sharding
+from spg_jax import checkpoints, cli, data, distributed, optimizers, sharding
 from spg_jax.config import digest, training_task
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.interruption import Interruption
@@ -133,7 +133,8 @@ def _pretrain(
     started = time.monotonic()
     task = training_task(config)
     policy, tokenizer, variables = _starting_point(config, task, mesh, start_from)
-    problems = None if records else list(task.source('train', config.task.data_dir))
+    with distributed.leader_first('problems to imitate'):
+        problems = None if records else list(task.source('train', config.task.data_dir))
     _check_fit(config, task, tokenizer, problems, records)
     total = sum(steps for steps, _ in config.base.stages)
     optimizer = optimizers.for_pretraining(config.base, total)
@@ -142,7 +143,7 @@ def _pretrain(
     run = checkpoints.RunCheckpoints(training / 'checkpoints', keep=1)
     record: dict[str, Any] = {'stage': None, 'seconds': 0.0}
     if run.latest_step is not None:
-        state, record = run.restore(checkpoints.abstract(state))
+        state, record = run.restore(checkpoints.abstract(state)), run.record()
     done, seconds_before = int(state.step), record['seconds']
     writer = MetricsWriter(training, done, record.get('last_row'), seconds=seconds_before)
 
@@ -154,7 +155,7 @@ def _pretrain(
 
     for stage, (steps, right_share) in enumerate(config.base.stages):
         first = sum(steps for steps, _ in config.base.stages[:stage])
-        batches = _batches(config, task, tokenizer, problems, records, right_share, stage)
+        batches = _batches(config, mesh, task, tokenizer, problems, records, right_share, stage)
         if record['stage'] == stage:
             batches.set_state(record['iterator'])
         what = 'fine-tuning' if records else f'base policy, {right_share:.0%} right answers'
@@ -170,9 +171,10 @@ def _pretrain(
                     f'{training}: {config.train.max_skipped} non-finite steps in a row, saved at '
                     f'step {done}; lower base.learning_rate in another --workdir'
                 )
-            if interruption.requested or done % CHECKPOINT_EVERY == 0:
+            stop = interruption.requested()
+            if stop or done % CHECKPOINT_EVERY == 0:
                 save()
-            if interruption.requested:
+            if stop:
                 print(f'stopped at step {done} of {total}, saved; the same command goes on')
                 return False
     writer.close()
@@ -258,6 +260,7 @@ def make_step(
 
 def _batches(
     config: ml_collections.ConfigDict,
+    mesh: Mesh,
     task: Task,
     tokenizer: Tokenizer,
     problems: list[Example] | None,
@@ -270,6 +273,7 @@ def _batches(
         prompt_length=config.sampling.prompt_length,
         length=config.sampling.length,
         seed=config.base.seed + stage,
+        own=sharding.own_rows(mesh, config.base.batch_size),
     )
     if records is not None:
         return data.recorded_demonstrations(task, tokenizer, records, **sizes)
@@ -305,6 +309,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
     cli.define_config_flag()
+    cli.define_distributed_flag()
     flags.DEFINE_string('workdir', '', "Where the policy goes; '' is a folder of base.cache.")
     flags.DEFINE_string(
         'demonstrations',

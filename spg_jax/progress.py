@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from rich import progress as rich_progress
 from rich.console import Console
 
+from spg_jax import distributed
+
 LINE_SECONDS = 10.0
 
 
@@ -18,6 +20,8 @@ def track(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]
       what: two or three words, such as 'SPG updates'.
       describe: the latest figures, in a few words.
     """
+    if not distributed.is_leader():
+        return iter(steps)
     return _bar(steps, what, describe) if sys.stderr.isatty() else _lines(steps, what, describe)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from spg_jax import checkpoints
+from spg_jax import checkpoints, distributed
 from spg_jax.config import default_config, digest
 from spg_jax.validation import validate
 
@@ -126,6 +126,10 @@ def claimed(
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
     mine = json.loads(json.dumps(settings))
+    if not distributed.is_leader():  # one lock for all processes of the training
+        distributed.barrier(f'claimed {workdir}')
+        yield
+        return
     with (workdir / 'lock').open('w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,6 +143,7 @@ def claimed(
             new = path.with_suffix('.new')
             new.write_text(json.dumps(mine, indent=1))
             new.rename(path)
+        distributed.barrier(f'claimed {workdir}')
         yield
 
 

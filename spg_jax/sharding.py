@@ -197,19 +197,31 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's rows this process brings to its devices: ascending indices [b].
+
+    Processes whose devices hold the same rows bring the same ones. `rows` is a multiple of
+    `row_shards`.
+    """
+    spans = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[span] for (span,) in spans]))
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Host arrays to devices, rows over ('data', 'fsdp').
 
     Args:
       mesh: from `make_mesh`.
-      batch: pytree of host arrays [B, ...]. Every process passes the same whole batch and keeps its
-        rows.
+      batch: pytree of host arrays [b, ...], the `own_rows` of this process out of B.
+
+    Returns:
+      The same pytree of arrays [B, ...].
 
     Raises:
-      ValueError: when the row shards do not divide B.
+      ValueError: when the row shards of this process do not divide b.
     """
     sharding = batch_sharding(mesh)
-    shards = row_shards(mesh)
+    shards = len(own_rows(mesh, row_shards(mesh)))
 
     def put(x):
         x = np.asarray(x)
@@ -219,9 +231,15 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
                 f'of rows ({_describe({axis: mesh.shape[axis] for axis in ROWS})}); '
                 f'use a multiple of {shards} rows'
             )
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
+
+
+def own_values(x: Array) -> np.ndarray:
+    """The rows of an array [B, ...] that are on this process's devices, as `own_rows` has them."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -3,7 +3,8 @@
     python -m spg_jax.train --config=configs/countdown.py [--workdir=DIR] [--config.rl.beta=2 …]
 
 Run the same command again to go on after an interruption. DIR gets metrics.jsonl, TensorBoard
-events, completions.jsonl, curves.png, best/ (the policy that validated best) and result.json.
+events, completions.jsonl, curves.png, best/ (the policy that validated best) and result.json. With
+--distributed, every process of a job runs the command; DIR is one that all of them see.
 """
 
 import json
@@ -13,15 +14,17 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, optimizers, plots, sharding
+from spg_jax import checkpoints, cli, data, distributed, optimizers, plots, sharding
 from spg_jax.config import (
     adapter_of,
     evaluation_task,
     execution_of,
     lora_of,
+    prompt_buckets,
     sampling_config,
     training_task,
 )
@@ -36,9 +39,6 @@ from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import empty_rollout, make_collect
 from spg_jax.runs import claimed, default_workdir
-from spg_jax.tasks.source import SPLITS
-from spg_jax.tasks.task import Example
-from spg_jax.tokenizers import Tokenizer
 from spg_jax.train_state import initial_state, shardings_of
 from spg_jax.validation import check_mesh, validate
 
@@ -55,15 +55,22 @@ def train(
     """
     # --- task and base policy -------------------------------------------------------------------
     task = training_task(config)
-    problems = {split: list(task.source(split, config.task.data_dir)) for split in SPLITS}
-    check_range(len(problems['train']), config.rl.group_size)
+    with distributed.leader_first('problems'):
+        source = task.source('train', config.task.data_dir)
+    check_range(len(source), config.rl.group_size)
+    validation = task.source('validation', config.task.data_dir)[: config.evaluation.problems]
+    test = list(task.source('test', config.task.data_dir))
     base_directory = find_or_make_base(config, mesh, interruption)
     if base_directory is None:
         return False
     started = time.monotonic()
     tokenizer = checkpoints.load_tokenizer(base_directory)
     # Every prompt is looked at before the parameters, which may be large, are read.
-    problems = fitting_problems(config, tokenizer, problems)
+    problems, said = data.fit_prompts(
+        task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
+    )
+    if said:
+        print(said, flush=True)
     policy, tokenizer, variables = checkpoints.load_policy(
         base_directory, mesh, adapter_of(config), **execution_of(config)
     )
@@ -75,20 +82,19 @@ def train(
     prompts = data.prompts(
         task,
         tokenizer,
-        problems['train'],
+        problems,
         batch_size=config.rl.prompts,
-        length=config.sampling.prompt_length,
+        buckets=prompt_buckets(config),
         seed=config.train.seed,
         truncate=config.data.long_prompts == 'truncate_left',
+        own=own_prompts(config, mesh),
     )
     evaluator = Evaluator(policy, evaluation_task(config), tokenizer, config, mesh)
-    validation = problems['validation'][: config.evaluation.problems]
 
     # --- start, or go on where an earlier run was cut -------------------------------------------
     state = initial_state(variables, optimizer, policy, mesh, average=False)
     objective = REGISTRY[config.rl.objective](config)
     update = make_update(policy, objective, optimizer, config, shardings_of(state))
-    rollout = empty_rollout(config, mesh)
     run = checkpoints.RunCheckpoints(workdir / 'checkpoints', config.checkpoint.keep)
     record: dict[str, Any] = {'seconds': 0.0}
 
@@ -98,13 +104,15 @@ def train(
         checkpoints.save_policy(workdir / 'best', variables, policy.config, tokenizer, notes, base)
 
     if run.latest_step is not None:
-        frozen, saved = state.frozen, (state.replace(frozen={}), rollout)
-        (state, rollout), record = run.restore(checkpoints.abstract(saved))
+        frozen, record = state.frozen, run.record()
+        rollout = empty_rollout(config, mesh, record['prompt_length'])
+        saved = state.replace(frozen={}), rollout
+        state, rollout = run.restore(checkpoints.abstract(saved))
         state = state.replace(frozen=frozen)
         prompts.set_state(record['prompts'])
     else:
         print('evaluating the base policy', flush=True)
-        record['base'] = evaluator.report(state.variables, problems['test'])
+        record['base'] = evaluator.report(state.variables, test)
         record['best'] = {'step': 0} | evaluator.validate(state.variables, validation)
         save_best(state.variables)
     start = int(state.step)
@@ -124,6 +132,7 @@ def train(
         writer.flush()
         record.update(
             prompts=prompts.get_state(),
+            prompt_length=rollout.prompt.shape[1],
             seconds=seconds_before + time.monotonic() - started,
             last_row=writer.last_row,
         )
@@ -146,7 +155,7 @@ def train(
                 f'{workdir}: {config.train.max_skipped} non-finite updates in a row, saved '
                 f'at step {done}; lower optimizer.learning_rate in a new --workdir'
             )
-        last = done == config.train.steps
+        last, stop = done == config.train.steps, interruption.requested()
         if last or done % config.evaluation.every == 0:
             writer.flush()
             found = evaluator.validate(state.variables, validation)
@@ -154,9 +163,9 @@ def train(
             if _quality(found) > _quality(record['best']):
                 record['best'] = {'step': done} | found
                 save_best(state.variables)
-        if last or done % config.checkpoint.every == 0 or interruption.requested:
+        if last or done % config.checkpoint.every == 0 or stop:
             save()
-        if interruption.requested:
+        if stop:
             print(f'stopped after update {done}, saved; run the same command to go on')
             return False
     writer.close()
@@ -165,39 +174,23 @@ def train(
 
     # --- the policy that validated best, on problems nothing has seen -----------------------------
     _, _, best = checkpoints.load_policy(workdir / 'best', mesh)
-    final = evaluator.report(best, problems['test'])
-    plots.curves(workdir)
+    final = evaluator.report(best, test)
     base_notes = checkpoints.policy_notes(base_directory)
     seconds = seconds_before + time.monotonic() - started
     result = summary(config, record, final, seconds, base_notes.get('seconds'))
-    unfinished = workdir / 'result.json.new'
-    unfinished.write_text(json.dumps(result, indent=1))
-    unfinished.rename(workdir / 'result.json')  # whole or not at all: it says the run is finished
+    if distributed.is_leader():
+        plots.curves(workdir)
+        unfinished = workdir / 'result.json.new'
+        unfinished.write_text(json.dumps(result, indent=1))
+        unfinished.rename(workdir / 'result.json')  # whole or not at all: the run is finished
+    distributed.barrier('result')
     return True
 
 
-def fitting_problems(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer, problems: dict[str, list[Example]]
-) -> dict[str, list[Example]]:
-    """The problems of each split to use; prints what `data.long_prompts` did to others.
-
-    Raises:
-      ValueError: as `data.fit_prompts`.
-    """
-    fitting = {}
-    for split, examples in problems.items():
-        fitting[split], said = data.fit_prompts(
-            training_task(config) if split == 'train' else evaluation_task(config),
-            tokenizer,
-            examples,
-            config.sampling.prompt_length,
-            config.data.long_prompts,
-            split,
-            may_drop=split != 'test',
-        )
-        if said:
-            print(said, flush=True)
-    return fitting
+def own_prompts(config: ml_collections.ConfigDict, mesh: Mesh) -> np.ndarray:
+    """Which prompts of a rollout batch this process reads and scores: those of its rows."""
+    rows = sharding.own_rows(mesh, config.rl.prompts * config.rl.group_size)
+    return np.unique(rows // config.rl.group_size)
 
 
 def summary(
@@ -283,5 +276,6 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
     cli.define_config_flag()
+    cli.define_distributed_flag()
     flags.DEFINE_string('workdir', '', "Where the run lives; '' is runs/TASK-OBJECTIVE-HASH.")
     cli.run(main)

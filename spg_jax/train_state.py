@@ -78,12 +78,12 @@ def initial_state(
     shardings = {name: sharding.param_shardings(policy.model, mesh, collection=name)}
     whole = sharding.replicated(mesh)
     opt_shardings = optimizers.state_shardings(optimizer, trained, shardings, whole)
-    zero = jax.device_put(jnp.int32(0), whole)
+    zero = jax.jit(lambda: jnp.int32(0), out_shardings=whole)
     return TrainState(
-        step=zero,
+        step=zero(),
         trained=trained,
         frozen={key: value for key, value in variables.items() if key != name},
         opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(trained),
         average=jax.tree.map(jnp.copy, trained) if average else None,
-        skipped=jnp.copy(zero),
+        skipped=zero(),
     )

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from spg_jax.config import (
@@ -14,6 +16,7 @@ from spg_jax.config import (
     evaluation_lengths,
     evaluation_sampling,
     lora_of,
+    prompt_buckets,
     sampling_config,
     training_task,
 )
@@ -21,7 +24,7 @@ from spg_jax.data import LONG_PROMPTS
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
-from spg_jax.sharding import row_shards
+from spg_jax.sharding import own_rows, row_shards
 
 POSITIVE = (
     'sampling.prompt_length',
@@ -94,13 +97,21 @@ def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       ValueError: one line naming the key.
     """
     shards = row_shards(mesh)
-    for key in ('rl.microbatch', 'base.batch_size'):
+    for key in ('rl.microbatch', 'rl.generation_batch', 'base.batch_size'):
         rows = _get(config, key)
         if rows % shards:
             raise ValueError(
                 f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
                 f'divide; use a multiple of {shards}'
             )
+    group_size = config.rl.group_size
+    own = own_rows(mesh, config.rl.prompts * group_size)
+    prompts = np.unique(own // group_size)
+    if len(own) < len(prompts) * group_size:
+        raise ValueError(
+            f'{config.rl.prompts} groups of {group_size} rows over {jax.process_count()} processes '
+            'would straddle them; use rl.prompts a multiple of that number, or fewer processes'
+        )
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:
@@ -139,6 +150,18 @@ def _check_rows(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'rl.microbatch {config.rl.microbatch} does not divide the {rows} rows of a rollout '
             f'batch (rl.prompts x rl.group_size); use {math.gcd(rows, config.rl.microbatch)}'
+        )
+    generated = config.rl.generation_batch
+    if generated < 0 or (generated and rows % generated):
+        raise ValueError(
+            f'rl.generation_batch {generated} does not divide the {rows} rows of a rollout batch '
+            f'(rl.prompts x rl.group_size); use {math.gcd(rows, generated)}, or 0 for all at once'
+        )
+    buckets = prompt_buckets(config)
+    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(
+            f'sampling.prompt_buckets is {buckets[:-1]}; use ascending lengths below '
+            f'sampling.prompt_length {buckets[-1]}'
         )
     per_pass, draws = config.rl.draws_per_pass, config.corruption.draws
     if per_pass < 0 or (per_pass and draws % per_pass):

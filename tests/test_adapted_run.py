@@ -1,7 +1,6 @@
 """Adapters on a published checkpoint through a whole run and out again: train, save, resume,
 export, load."""
 
-import itertools
 import shutil
 
 import jax
@@ -11,58 +10,38 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from configs import countdown
 from spg_jax import checkpoints, sharding
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.pretrain import pretrain
-from spg_jax.tasks.countdown import Countdown
 from spg_jax.train import train
-from tests.published import save_checkpoint
-
-PROBLEMS = [{'numbers': [3, 44, 7 + i], 'target': 26, 'index': i} for i in range(8)]
+from tests import adapted
 
 
 def mesh():
     return sharding.make_mesh({'data': 1}, jax.devices()[:1])
 
 
-def config_of(published, wording):
-    config = countdown.get_config('tiny')
-    config.task.update(format='published_train', prompt_template=str(wording))
-    config.base.checkpoint = str(published)
-    config.lora.update(rank=4, alpha=8.0, dropout=0.1)
-    config.sampling.update(prompt_length=40, length=6, steps=6, block_length=3)
-    config.evaluation.update(lengths=(6,), steps=(6,), block_length=3, samples=1, batch=8)
-    config.rl.update(prompts=2, group_size=4, microbatch=8)
-    config.optimizer.learning_rate = 1e-2
-    config.checkpoint.every = 1
-    config.train.steps = 2
+def config_in(root):
+    config = adapted.get_config()
+    config.update_from_flattened_dict(adapted.prepare(root))
     return config
 
 
 class Cut(Interruption):
-    """Asks to stop as soon as it is looked at."""
+    """Asks to stop as soon as it is asked."""
 
-    def __enter__(self):
-        self.requested = True
-        return super().__enter__()
+    def requested(self):
+        return True
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """Two updates, cut after the first and resumed. Any text earns a reward: 1 if it has an odd
-    number of characters."""
+    """Two updates, cut after the first and resumed."""
     root = tmp_path_factory.mktemp('adapted')
-    save_checkpoint(root / 'published')
-    (root / 'wording.txt').write_text('{numbers} {target}')  # short, since time goes with length
-    config = config_of(root / 'published', root / 'wording.txt')
+    config = config_in(root)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh()):
-        patch.setattr(Countdown, 'reward', lambda self, text, example: float(len(text) % 2))
-        # The policy of the last update is the best, whatever it is worth.
-        asked = itertools.count()
-        patch.setattr('spg_jax.train._quality', lambda _: -next(asked))
-        patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+        adapted.simplify(patch)
         with Interruption() as interruption:
             assert train(config, root / 'whole', mesh(), interruption)
         with Cut() as cut:
@@ -111,7 +90,7 @@ def test_what_is_exported_acts_as_what_was_trained(run):
 
 
 def test_fine_tuning_every_parameter_does_not_start_from_adapters(run):
-    config = config_of(run / 'published', run / 'wording.txt')
+    config = config_in(run)
     with Interruption() as interruption, pytest.raises(ValueError, match='best has adapters'):
         pretrain(config, run / 'tuned', mesh(), interruption, run / 'run' / 'best')
 

@@ -11,7 +11,7 @@ NUMBERS = ([3, 2, 1], [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [9, 1, 1])
 EXAMPLES = [
     {'numbers': numbers, 'target': 7, 'index': index} for index, numbers in enumerate(NUMBERS)
 ]
-FOUND = '2 of 4 train prompts are longer than sampling.prompt_length 6, up to 9 tokens'
+FOUND = '2 of 4 training prompts are longer than sampling.prompt_length 6, up to 9 tokens'
 
 
 @pytest.fixture
@@ -24,46 +24,78 @@ def tokenizer(task):
     return WordTokenizer(task.vocabulary)
 
 
-def fit(task, tokenizer, how, may_drop=True, length=6):
-    return data.fit_prompts(task, tokenizer, EXAMPLES, length, how, 'train', may_drop)
+def fit(task, tokenizer, how, length=6):
+    return data.fit_prompts(task, tokenizer, EXAMPLES, length, how)
 
 
 def test_long_prompts_are_dropped_and_counted(task, tokenizer):
-    kept, said = fit(task, tokenizer, 'drop')
-    assert [example['index'] for example in kept] == [0, 3]
+    problems, said = fit(task, tokenizer, 'drop')
+    assert problems.kept.tolist() == [0, 3] and problems.lengths.tolist() == [6, 6]
     assert said == f'{FOUND}: dropped'
-    assert len(data.encode_prompts(task, tokenizer, kept, 6).prompt) == 2
+    iterator = data.prompts(task, tokenizer, problems, batch_size=2, buckets=(6,), seed=0)
+    assert sorted(next(iterator).index.tolist()) == [0, 3]
 
 
 def test_long_prompts_keep_their_end(task, tokenizer):
-    kept, said = fit(task, tokenizer, 'truncate_left')
-    assert kept == EXAMPLES and said == f'{FOUND}: cut to their last 6'
-    batch = data.encode_prompts(task, tokenizer, kept, 6, truncate=True)
+    problems, said = fit(task, tokenizer, 'truncate_left')
+    assert problems.kept.tolist() == [0, 1, 2, 3] and said == f'{FOUND}: cut to their last 6'
+    assert problems.lengths.tolist() == [6, 6, 6, 6]
+    batch = data.encode_prompts(task, tokenizer, EXAMPLES, 6, truncate=True)
     texts = [tokenizer.decode(row) for row in batch.prompt]
     assert texts == ['3 2 1 = 7 :', '3 2 1 = 7 :', '3 2 1 = 7 :', '9 1 1 = 7 :']
     assert batch.prompt_mask.all()
-    iterator = data.prompts(task, tokenizer, kept, batch_size=4, length=4, seed=0, truncate=True)
+    problems, _ = fit(task, tokenizer, 'truncate_left', length=4)
+    iterator = data.prompts(
+        task, tokenizer, problems, batch_size=4, buckets=(4,), seed=0, truncate=True
+    )
     assert {tokenizer.decode(row) for row in next(iterator).prompt} == {'1 = 7 :'}
 
 
 @pytest.mark.parametrize(
-    ('how', 'may_drop', 'length', 'said'),
+    ('how', 'length', 'said'),
     [
-        ('error', True, 6, "tokens; set it to at least 9, or .* to 'truncate_left' or 'drop'$"),
-        ('drop', False, 6, "must not lose problems; set it to at least 9, .*'truncate_left'$"),
-        ('error', False, 6, "must not lose problems; set it to at least 9, .*'truncate_left'$"),
-        ('drop', True, 5, "^4 of 4 .*_length 5, up to 9 tokens; set .* to 'truncate_left'$"),
+        ('error', 6, "tokens; set it to at least 9, or .* to 'truncate_left' or 'drop'$"),
+        ('drop', 5, "^4 of 4 .*_length 5, up to 9 tokens; set .* to 'truncate_left'$"),
     ],
 )
-def test_long_prompts_are_refused(task, tokenizer, how, may_drop, length, said):
+def test_long_prompts_are_refused(task, tokenizer, how, length, said):
     with pytest.raises(ValueError, match=said) as error:
-        fit(task, tokenizer, how, may_drop, length)
+        fit(task, tokenizer, how, length)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('how', data.LONG_PROMPTS)
 def test_nothing_is_said_where_all_fit(task, tokenizer, how):
-    assert fit(task, tokenizer, how, may_drop=False, length=9) == (EXAMPLES, '')
+    problems, said = fit(task, tokenizer, how, length=9)
+    assert said == '' and problems.kept.tolist() == [0, 1, 2, 3]
+    assert problems.lengths.tolist() == [6, 7, 9, 6]
+
+
+def test_a_batch_is_padded_to_the_shortest_bucket_that_fits_it(task, tokenizer):
+    """Whatever part of it a process reads."""
+    problems, _ = fit(task, tokenizer, 'error', length=9)
+    settings = dict(batch_size=2, buckets=(6, 8, 9), seed=0)
+    whole = data.prompts(task, tokenizer, problems, **settings)
+    parts = [
+        data.prompts(task, tokenizer, problems, **settings, own=np.array([row])) for row in (0, 1)
+    ]
+    seen = set()
+    for _ in range(20):
+        batch, *rows = [next(iterator) for iterator in (whole, *parts)]
+        longest = max(problems.lengths[batch.index])
+        assert batch.prompt.shape[1] == {6: 6, 7: 8, 9: 9}[longest]
+        for name in ('prompt', 'prompt_mask', 'index'):
+            joined = np.concatenate([getattr(row, name) for row in rows])
+            np.testing.assert_array_equal(joined, getattr(batch, name))
+        seen.add(batch.prompt.shape[1])
+    assert seen == {6, 8, 9}
+
+
+def test_prompts_past_every_bucket_have_room_in_few_lengths():
+    assert [data.padded_length(n, (6, 9)) for n in (1, 6, 7, 9, 10, 64, 65)] == [
+        *(6, 6, 9, 9),
+        *(64, 64, 128),
+    ]
 
 
 def test_rows_are_padded_on_the_left():

@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from configs import countdown
-from spg_jax import checkpoints, sharding, train
-from spg_jax.config import training_task
-from spg_jax.tokenizers import WordTokenizer
+from spg_jax import checkpoints, sharding
 
 REPOSITORY = Path(__file__).parent.parent
 WALL_CLOCK = ('seconds', 'base_seconds')
@@ -245,28 +242,6 @@ def test_a_run_that_only_skips_stops_with_its_state_saved(shared, uninterrupted,
     assert '3 non-finite updates in a row' in error and 'Traceback' not in error
     assert rows_of(tmp_path / 'run')[-1]['skipped_in_a_row'] >= 3
     assert newest_parameters(tmp_path / 'run')
-
-
-def test_every_split_is_looked_at_before_training(capsys):
-    """Compact prompts of three, four and five numbers are 6, 7 and 8 tokens."""
-    config = countdown.get_config('tiny')
-    tokenizer = WordTokenizer(training_task(config).vocabulary)
-    three, four, five = (
-        {'numbers': list(range(n, 0, -1)), 'target': 7, 'index': n} for n in (3, 4, 5)
-    )
-    problems = {'train': [three, four, five], 'validation': [four, three], 'test': [three]}
-    fitting = train.fitting_problems(config, tokenizer, problems)
-    assert fitting == {'train': [three], 'validation': [three], 'test': [three]}
-    assert capsys.readouterr().out.splitlines() == [
-        '2 of 3 train prompts are longer than sampling.prompt_length 6, up to 8 tokens: dropped',
-        '1 of 2 validation prompts are longer than sampling.prompt_length 6, up to 7 tokens: '
-        'dropped',
-    ]
-    problems['test'] = [three, four]
-    with pytest.raises(ValueError, match='1 of 2 test prompts .* must not lose problems'):
-        train.fitting_problems(config, tokenizer, problems)
-    config.data.long_prompts = 'truncate_left'
-    assert train.fitting_problems(config, tokenizer, problems) == problems
 
 
 def test_a_small_policy_has_no_layout_for_others(shared, uninterrupted, tmp_path):

@@ -84,16 +84,21 @@ def rotary_table(valid: Array, head_dim: int, theta: float) -> tuple[Array, Arra
     CPU sines of [B, L, H/2] in each layer would cost as much as the attention itself.
 
     Args:
-      valid: [B, L] bool. Positions count from the first valid token; left padding gets position 0,
-        where it is never attended to anyway.
+      valid: [B, L] bool, False on padding, which is never attended to wherever it is.
       head_dim: H, even.
       theta: base of the geometric series of wavelengths.
     """
     index = jnp.arange(valid.shape[-1])
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = index.astype(jnp.float32)[:, None] * frequency[None, :]
-    position = jnp.maximum(index[None, :] - jnp.argmax(valid, axis=-1)[:, None], 0)
+    position = positions(valid)
     return jnp.cos(angles)[position], jnp.sin(angles)[position]
+
+
+def positions(valid: Array) -> Array:
+    """[B, L] int32, counted from the first valid token of a row; 0 on left padding."""
+    index = jnp.arange(valid.shape[-1])
+    return jnp.maximum(index[None, :] - jnp.argmax(valid, axis=-1)[:, None], 0)
 
 
 def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:

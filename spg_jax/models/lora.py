@@ -65,7 +65,7 @@ class Adapter(nn.Module):
 
         Args:
           x: input of the kernel.
-          dropout: [B] keys, one a row; None drops nothing.
+          dropout: [B, L] keys, one a token; None drops nothing.
         """
         fan_in, rank = x.shape[-1], self.lora.rank
         # The initialisation PEFT uses: uniform with bound 1 / sqrt(in).
@@ -91,8 +91,12 @@ class Adapter(nn.Module):
 
     def _drop(self, x: Array, keys: Array) -> Array:
         keep = 1.0 - self.lora.dropout
-        own = jax.vmap(lambda key: jax.random.fold_in(key, TARGETS.index(self.target)))(keys)
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(own)
+
+        def kept_of(key: Array) -> Array:
+            own = jax.random.fold_in(key, TARGETS.index(self.target))
+            return jax.random.bernoulli(own, keep, x.shape[2:])
+
+        kept = jax.vmap(jax.vmap(kept_of))(keys)
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
 

@@ -21,6 +21,7 @@ from spg_jax.models.layers import (
     Linear,
     RMSNorm,
     normal,
+    positions,
     product,
     rotary_table,
     rotate,
@@ -155,8 +156,7 @@ class Transformer(nn.Module):
         x = constrain(x, 'rows', None, None)
         rotary = rotary_table(valid, config.head_dim, config.rope_theta)
         if dropout is not None:
-            split = jax.vmap(lambda key: jax.random.split(key, config.layers))(dropout)
-            dropout = jnp.moveaxis(split, 1, 0)  # [layers, B]
+            dropout = _token_keys(dropout, valid, config.layers)
         x, _ = self.layers(x, rotary, valid, dropout)
         return self.final_norm(x)
 
@@ -177,7 +177,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, rotary: tuple[Array, Array], valid: Array, dropout: Array | None
     ) -> tuple[Array, None]:
-        """x: [B, L, D]; rotary: cos and sin, [B, L, H/2]; valid: [B, L] bool; dropout: [B]."""
+        """x: [B, L, D]; rotary: cos and sin, [B, L, H/2]; valid: [B, L] bool; dropout: [B, L]."""
         config = self.config
         B, L, D = x.shape
         N, K, H = config.heads, config.kv_heads, config.head_dim
@@ -201,6 +201,17 @@ class Block(nn.Module):
         up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h, dropout)
         x = x + linear(D, ('mlp', 'embed'), residual_gain, name='down')(swiglu(gate, up), dropout)
         return constrain(x, 'rows', None, None), None
+
+
+def _token_keys(row_keys: Array, valid: Array, layers: int) -> Array:
+    """Keys [layers, B, L] from those of rows [B]. A token's depend on where it is in its row, not
+    on how much padding precedes it."""
+
+    def of_row(key: Array, position: Array) -> Array:
+        own = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
+        return jax.vmap(lambda key: jax.random.split(key, layers), out_axes=1)(own)
+
+    return jax.vmap(of_row, out_axes=1)(row_keys, positions(valid))
 
 
 def _embedding_std(config: TransformerConfig) -> float:

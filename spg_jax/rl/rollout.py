@@ -1,6 +1,8 @@
 """Rollout: a batch of prompts becomes groups of scored completions to learn from."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,15 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from spg_jax.config import generation_batch
 from spg_jax.data import PromptBatch
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
-from spg_jax.sharding import put_batch
-from spg_jax.tasks.task import Task
+from spg_jax.sharding import constrain, own_rows, own_values, put_batch
+from spg_jax.tasks.task import Example, Task
 from spg_jax.tokenizers import Tokenizer
 
 
@@ -35,13 +38,11 @@ class Rollout:
     example_id: Array  # [B] uint32, prompt index * G + member: seeds all that is random in the row
 
 
-def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh) -> Rollout:
-    """A rollout of zeros: what a run holds before its first one, and the shapes to restore into."""
-    rows, prompt, length = (
-        config.rl.prompts * config.rl.group_size,
-        config.sampling.prompt_length,
-        config.sampling.length,
-    )
+def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh, prompt: int) -> Rollout:
+    """A rollout of zeros with prompts padded to `prompt`: what a run holds before its first one,
+    and the shapes to restore into."""
+    rows = len(own_rows(mesh, config.rl.prompts * config.rl.group_size))
+    length = config.sampling.length
     return put_batch(
         mesh,
         Rollout(
@@ -61,13 +62,14 @@ Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
 
 
 def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
-    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion."""
+    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion, its rows
+    split over devices as those of the prompts are to be."""
 
     @jax.jit
     def generate(
         variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
     ) -> sampling.Completion:
-        return sampling.generate(
+        completion = sampling.generate(
             lambda tokens, valid: policy.hidden(variables, tokens, valid),
             lambda hidden: policy.unembed(variables, hidden),
             prompt,
@@ -78,6 +80,7 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
             policy.eos_id,
             policy.allowed,
         )
+        return jax.tree.map(lambda x: constrain(x, 'rows', None), completion)
 
     return generate
 
@@ -99,43 +102,64 @@ def make_collect(
     mesh: Mesh,
 ) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
     """A function (variables, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
-    within groups."""
+    within groups.
+
+    `prompts` are those of this process, whole groups, and so are the texts; the rollout is of all
+    processes. Completions are generated `rl.generation_batch` at a time, and while the devices are
+    at one batch the host decodes and rewards the one before.
+    """
     generate = make_generate(policy, decoding)
     group_size, seed = config.rl.group_size, config.train.seed
     keys_of = jax.jit(example_keys, static_argnums=(0, 1))
+    at_once = len(own_rows(mesh, generation_batch(config)))
+
+    def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
+        placed = put_batch(mesh, rows)
+        keys = keys_of(seed, Purpose.SAMPLE, step, placed['example_id'])
+        return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
+
+    def finish(
+        completion: sampling.Completion, examples: Sequence[Example]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        tokens = own_values(completion.tokens)
+        texts = decode(tokenizer, tokens)
+        rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
+        found = {
+            'completion': tokens,
+            'commit_step': own_values(completion.commit_step),
+            'reward': np.asarray(rewards, np.float32),
+        }
+        return found, texts
 
     def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
-        rows = put_batch(
-            mesh,
-            {
-                'prompt': np.repeat(prompts.prompt, group_size, axis=0),
-                'prompt_mask': np.repeat(prompts.prompt_mask, group_size, axis=0),
-                'example_id': np.asarray(example_ids(prompts.index, group_size)),
-            },
+        rows = {
+            'prompt': np.repeat(prompts.prompt, group_size, axis=0),
+            'prompt_mask': np.repeat(prompts.prompt_mask, group_size, axis=0),
+            'example_id': np.asarray(example_ids(prompts.index, group_size)),
+        }
+        examples = [example for example in prompts.examples for _ in range(group_size)]
+        parts = [slice(first, first + at_once) for first in range(0, len(examples), at_once)]
+        started = (
+            (start(variables, {name: x[part] for name, x in rows.items()}, step), examples[part])
+            for part in parts
         )
-        keys = keys_of(seed, Purpose.SAMPLE, step, rows['example_id'])
-        completion = generate(variables, rows['prompt'], rows['prompt_mask'], keys)
-        texts = decode(tokenizer, completion.tokens)
-        rewards = [
-            task.reward(text, prompts.examples[row // group_size]) for row, text in enumerate(texts)
-        ]
-        reward = np.asarray(rewards, np.float32)
-        outcome = put_batch(
-            mesh, {'reward': reward, 'advantage': np.asarray(group_advantages(reward, group_size))}
-        )
-        scored = scored_positions(completion.tokens, policy.eos_id)
-        return (
-            Rollout(
-                completion=completion.tokens,
-                commit_step=completion.commit_step,
-                scored=scored,
-                **rows,
-                **outcome,
-            ),
-            texts,
-        )
+        done, texts = zip(*[finish(*each) for each in one_ahead(started)], strict=True)
+        rows |= {name: np.concatenate([found[name] for found in done]) for name in done[0]}
+        rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
+        rows['advantage'] = np.asarray(group_advantages(rows['reward'], group_size))
+        return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))
 
     return collect
+
+
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields each item when the next one has been made, so that what it started is under way."""
+    iterator = iter(items)
+    previous = next(iterator)
+    for item in iterator:
+        yield previous
+        previous = item
+    yield previous
 
 
 def rollout_metrics(

@@ -60,9 +60,11 @@ class Source:
 
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), _CHUNK):
-            yield from self.__getitems__(range(start, min(start + _CHUNK, len(self))))
+            yield from self[start : start + _CHUNK]
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.__getitems__(range(len(self))[index])
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:

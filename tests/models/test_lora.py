@@ -95,14 +95,15 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     lora = LoRA(rank=50, alpha=50.0, dropout=0.3)
     adapter = Adapter(50, ('embed', 'heads'), lora, 'query')
     eye = {COLLECTION: {'a': jnp.eye(50), 'b': jnp.eye(50)}}
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), (4, 60))
     out = adapter.apply(eye, jnp.ones((4, 60, 50)), keys)
     assert set(np.unique(out).round(4)) == {0.0, np.float32(1 / 0.7).round(4)}
     assert_allclose(np.mean(out == 0, axis=(1, 2)), 0.3, atol=0.03)
     assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50))), jnp.ones((4, 60, 50)))
-    # A row's mask is its key's, wherever it stands; rows and targets have masks of their own.
-    assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1]), out[::-1])
-    assert (out[0] != out[1]).any()
+    # A token's mask is its key's, wherever it stands; tokens and targets have masks of their own.
+    turned = adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1, ::-1])
+    assert_array_equal(turned, out[::-1, ::-1])
+    assert len(np.unique(out.reshape(-1, 50), axis=0)) == 240
     other = Adapter(50, ('embed', 'heads'), lora, 'key').apply(eye, jnp.ones((4, 60, 50)), keys)
     assert (other != out).any(axis=(1, 2)).all()
 
@@ -117,7 +118,14 @@ def test_every_layer_drops_by_a_key_of_its_own():
     x = variables['params']['embedding'][tokens]
     rotary = rotary_table(valid, config.head_dim, config.rope_theta)
     for layer in range(config.layers):
-        own = jax.vmap(lambda key, i=layer: jax.random.split(key, config.layers)[i])(keys)
+        own = [
+            [
+                jax.random.split(jax.random.fold_in(key, position), config.layers)[layer]
+                for position in np.maximum(np.cumsum(row) - 1, 0)  # inputs are padded on the left
+            ]
+            for key, row in zip(keys, np.asarray(valid), strict=True)
+        ]
+        own = jnp.stack([jnp.stack(row) for row in own])
         of_layer = jax.tree.map(
             lambda x, i=layer: x[i], {name: variables[name]['layers'] for name in variables}
         )
@@ -125,6 +133,17 @@ def test_every_layer_drops_by_a_key_of_its_own():
     norm = RMSNorm(config.norm_eps)
     x = norm.apply({'params': variables['params']['final_norm']}, x)
     assert_allclose(run(policy, variables, keys), x, atol=2e-4)
+
+
+def test_more_padding_drops_the_same():
+    lora = dataclasses.replace(SIZES, dropout=0.5)
+    _, policy, variables = adapted(lora)
+    tokens, valid = inputs()
+    keys = jax.random.split(jax.random.key(5), 8)
+    padded = [np.pad(np.asarray(x), ((0, 0), (3, 0))) for x in (tokens, valid)]
+    found = jax.jit(policy.hidden)(noisy(variables), *padded, keys)[:, 3:]
+    expected = run(policy, noisy(variables), keys)
+    assert_allclose(found[valid], expected[valid], atol=2e-5)
 
 
 @pytest.mark.parametrize(

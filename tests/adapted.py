@@ -1,0 +1,59 @@
+"""A run of adapters on the tiny published checkpoint, made cheap: eight problems, and any text with
+an odd number of characters earns a reward.
+
+    python -m tests.adapted --config=tests/adapted.py [flags of spg_jax.train]
+"""
+
+import runpy
+import time
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import countdown
+from spg_jax.rl.evaluator import Evaluator
+from spg_jax.tasks.countdown import Countdown
+from tests.published import save_checkpoint
+
+PROBLEMS = [{'numbers': [3, 44, 7 + i], 'target': 26, 'index': i} for i in range(8)]
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Two updates; `prepare` makes the files that --config.base.checkpoint and
+    --config.task.prompt_template are to name."""
+    config = countdown.get_config('tiny')
+    config.task.format = 'published_train'
+    config.lora.update(rank=4, alpha=8.0, dropout=0.1)
+    config.sampling.update(prompt_length=40, length=6, steps=6, block_length=3)
+    config.evaluation.update(lengths=(6,), steps=(6,), block_length=3, samples=1, batch=8)
+    config.rl.update(prompts=2, group_size=4, microbatch=8)
+    config.optimizer.learning_rate = 1e-2
+    config.checkpoint.every = 1
+    config.train.steps = 2
+    return config
+
+
+def prepare(root: Path) -> dict[str, str]:
+    """Makes the base and a short wording, since time goes with length; returns the settings that
+    name them."""
+    save_checkpoint(root / 'published')
+    (root / 'wording.txt').write_text('{numbers} {target}')
+    return {
+        'base.checkpoint': str(root / 'published'),
+        'task.prompt_template': str(root / 'wording.txt'),
+    }
+
+
+def simplify(patch: pytest.MonkeyPatch) -> None:
+    """The eight problems and their reward; the policy of the last update counts as the best,
+    whatever it is worth."""
+    patch.setattr(Countdown, 'reward', lambda self, text, example: float(len(text) % 2))
+    patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+    later_is_better = lambda *_: {'accuracy': time.time(), 'reward': 0.0}  # noqa: E731
+    patch.setattr(Evaluator, 'validate', later_is_better)
+
+
+if __name__ == '__main__':
+    simplify(pytest.MonkeyPatch())
+    runpy.run_module('spg_jax.train', run_name='__main__', alter_sys=True)
