@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+import ml_collections
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from spg_jax import distributed
+from spg_jax import distributed, sharding
 
 # What a user can mend: a wrong value, file or machine. Anything else is a bug, with its traceback.
 MENDABLE = (ValueError, OSError, FloatingPointError)
@@ -43,7 +45,31 @@ def define_policy_flags() -> None:
         'checkpoint', '', 'Any policy, or a published checkpoint; needs --config, which has none.'
     )
     flags.DEFINE_string('adapter', '', 'An adapter that PEFT saved, on top of the checkpoint.')
+    flags.DEFINE_list(
+        'mesh',
+        [],
+        'Devices along data, fsdp, tensor, such as 1,-1,1; else the configuration decides.',
+    )
     define_config_flag(required=False)
+
+
+def chosen_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The mesh of --mesh, or that of the configuration.
+
+    Raises:
+      ValueError: --mesh is not three numbers, or as `sharding.make_mesh`.
+    """
+    given = flags.FLAGS.mesh
+    if not given:
+        return sharding.make_mesh(config.mesh)
+    try:
+        sizes = dict(zip(sharding.AXES, map(int, given), strict=True))
+    except ValueError:
+        raise ValueError(
+            f'--mesh is {",".join(given)}; use three numbers, of devices along '
+            f'{", ".join(sharding.AXES)}, such as 1,-1,1'
+        ) from None
+    return sharding.make_mesh(sizes)
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

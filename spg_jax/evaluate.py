@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, cli, distributed, sharding
+from spg_jax import checkpoints, cli, distributed
 from spg_jax.config import evaluation_lengths, evaluation_task
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import chosen_policy
@@ -35,7 +35,7 @@ def main(_: list[str]) -> None:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()
     started = time.monotonic()
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = cli.chosen_mesh(config)
     task = evaluation_task(config)
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)

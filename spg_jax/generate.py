@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spg_jax import checkpoints, cli, sharding
+from spg_jax import checkpoints, cli
 from spg_jax.config import evaluation_sampling, evaluation_task, prompt_buckets
 from spg_jax.data import left_pad, padded_length
 from spg_jax.diffusion.sampling import Completion
@@ -53,7 +53,7 @@ def main(_: list[str]) -> None:
     )
     tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
     cli.compile_cache()
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = cli.chosen_mesh(config)
     task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
     row = tokenizer.encode_prompt(prompt, task.prefill)

@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spg_jax import optimizers, sharding, tasks
@@ -156,6 +157,9 @@ def test_the_published_recipe():
         ({'evaluation.block_length': 5}, 'evaluation.block_length 5'),
         ({'rl.estimator': 'block', 'corruption.block_draw': 'released'}, 'corruption.block_draw'),
         ({'train.steps': 0}, 'train.steps'),
+        ({'rl.generation_batch': 36}, 'rl.generation_batch 36 does not divide the 96 rows'),
+        ({'sampling.prompt_buckets': (128, 64)}, 'sampling.prompt_buckets is (128, 64)'),
+        ({'sampling.prompt_buckets': (64, 200)}, 'below sampling.prompt_length 200'),
         ({'checkpoint.every': 0}, 'checkpoint.every'),
     ],
 )
@@ -176,7 +180,18 @@ def test_the_headline_is_the_length_trained_at_or_else_the_first(length, headlin
     assert headline_length(config) == headline
 
 
-@pytest.mark.parametrize('key', ['rl.microbatch', 'base.batch_size'])
+def test_groups_do_not_straddle_processes(monkeypatch):
+    config = default_config()
+    mesh = sharding.make_mesh({'data': 8})
+    monkeypatch.setattr('spg_jax.validation.own_rows', lambda mesh, rows: np.arange(12, 24))
+    check_mesh(config, mesh)
+    for own in (np.arange(16, 24), np.r_[0:3, 48:51]):
+        monkeypatch.setattr('spg_jax.validation.own_rows', lambda mesh, rows, own=own: own)
+        with pytest.raises(ValueError, match='16 groups of 6 rows .* would straddle them'):
+            check_mesh(config, mesh)
+
+
+@pytest.mark.parametrize('key', ['rl.microbatch', 'rl.generation_batch', 'base.batch_size'])
 def test_rows_that_do_not_split_over_the_devices_are_refused(key):
     config = default_config()
     mesh = sharding.make_mesh({'data': 4, 'fsdp': 2})

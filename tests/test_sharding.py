@@ -14,7 +14,7 @@ from spg_jax import sharding
 from spg_jax.models.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
-MESHES = [(1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2)]
+MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
 
 
 def mesh_of(shape):

@@ -77,19 +77,6 @@ def test_adapters_act_as_kernels_with_their_product_added(targets):
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), merged, summed)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_adapters_are_the_same_numbers_on_every_mesh(sizes):
-    _, policy, variables = adapted()
-    alone = run(policy, noisy(variables))
-    mesh = mesh_of(sizes)
-    with jax.set_mesh(mesh):
-        _, policy, there = adapted(mesh=mesh)
-        jax.tree.map(assert_array_equal, there[COLLECTION], variables[COLLECTION])
-        tokens, valid = sharding.put_batch(mesh, inputs())
-        found = jax.jit(policy.hidden)(noisy(there), tokens, valid)
-    assert_allclose(found, alone, atol=2e-4)
-
-
 def test_dropout_drops_its_share_and_keeps_the_mean():
     """With A and B the identity, an adapter's output is its input after dropout, scaled."""
     lora = LoRA(rank=50, alpha=50.0, dropout=0.3)

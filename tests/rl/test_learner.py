@@ -17,8 +17,6 @@ from spg_jax.rl.objectives import REGISTRY
 from spg_jax.train_state import initial_state, shardings_of
 from tests.rl.conftest import MASK, random_rollout
 
-MESHES = ((1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2))
-
 
 def mesh_of(sizes):
     devices = jax.devices()[: int(np.prod(sizes))]
@@ -92,10 +90,10 @@ def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
 
 
 def test_update_is_the_same_on_every_mesh(policy, config):
-    """Parameters after two updates, with fresh draws each, to 1e-5 on four meshes; on one of them
-    in microbatches, too."""
+    """Parameters after two updates, with fresh draws each, to 1e-5, in microbatches or not;
+    tests/test_distributed.py has all meshes, and adapters."""
     found = {}
-    for sizes, microbatch in [(sizes, 8) for sizes in MESHES] + [(MESHES[-1], 4)]:
+    for sizes, microbatch in ((1, 1, 1), 8), ((2, 2, 2), 8), ((2, 2, 2), 4):
         config.rl.microbatch = microbatch
         mesh = mesh_of(sizes)
         with jax.set_mesh(mesh):
@@ -114,6 +112,23 @@ def test_update_is_the_same_on_every_mesh(policy, config):
     for other_params, other_metrics in others:
         assert_trees_close(other_params, params, atol=1e-5, rtol=0)
         assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-5)
+
+
+def test_more_padding_changes_no_update(policy, config):
+    """Buckets of prompt lengths depend on the company a prompt is in."""
+    variables, rollout = variables_of(policy), random_rollout()
+    padded = rollout.replace(
+        prompt=jnp.pad(rollout.prompt, ((0, 0), (3, 0))),
+        prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (3, 0))),
+    )
+    gradient_of = jax.jit(
+        make_gradient(policy, REGISTRY['spg'](config), microbatch=8, draws_per_pass=0)
+    )
+    (loss, gradient, _), (other_loss, other, _) = (
+        gradient_of(variables, {}, some, draws_of(config, some)) for some in (rollout, padded)
+    )
+    assert_allclose(other_loss, loss, rtol=1e-5)
+    assert_trees_close(other, gradient, atol=2e-6)
 
 
 def test_every_update_draws_afresh(policy, config):

@@ -1,0 +1,157 @@
+"""Several processes: they compute what one does, go on where they were cut, and end together."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
+
+from spg_jax import sharding
+from spg_jax.models.peft import WEIGHTS
+from tests import adapted
+from tests.across_devices import outcome
+
+REPOSITORY = Path(__file__).parent.parent
+TIMEOUT = 240
+
+
+def start_pair(*command: str) -> list[subprocess.Popen]:
+    """Two processes of 4 devices each that run a module."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    environment = dict(
+        os.environ,
+        PYTHONPATH=str(REPOSITORY),
+        XLA_FLAGS='--xla_force_host_platform_device_count=4',
+        JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+        JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
+        JAX_NUM_PROCESSES='2',
+    )
+    return [
+        subprocess.Popen(
+            [sys.executable, '-m', *command],
+            cwd=REPOSITORY,
+            env=environment | {'JAX_PROCESS_ID': str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+def finish(pair: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    ended = [process.communicate(timeout=TIMEOUT) for process in pair]
+    return [(process.returncode, *said) for process, said in zip(pair, ended, strict=True)]
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('distributed')
+    return root, adapted.prepare(root)
+
+
+def mesh_of(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+@pytest.fixture(scope='module')
+def alone(root):
+    return outcome(root[0] / 'published', mesh_of((1, 1, 1)))
+
+
+@pytest.mark.parametrize('where', [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 2, 2), 'two processes'])
+def test_nothing_depends_on_where_it_is_computed(root, alone, where):
+    """Import bit for bit, completions token for token; logits, and adapters after an update with
+    dropout, to 1e-5."""
+    if where == 'two processes':
+        out = root[0] / 'outcome.npz'
+        for code, _, error in finish(
+            start_pair('tests.across_devices', str(root[0] / 'published'), str(out))
+        ):
+            assert code == 0, error
+        found = np.load(out)
+    else:
+        found = outcome(root[0] / 'published', mesh_of(where))
+    assert set(found) == set(alone)
+    for name, values in alone.items():
+        if name.startswith(("['params']", "['tokens']")):
+            assert_array_equal(found[name], values)
+        else:
+            assert_allclose(found[name], values, atol=1e-5, err_msg=name)
+
+
+def training(root: tuple[Path, dict[str, str]], workdir: Path) -> list[subprocess.Popen]:
+    """Eight updates, each followed by a checkpoint."""
+    return start_pair(
+        'tests.adapted',
+        '--distributed',
+        f'--config={adapted.__file__}',
+        f'--workdir={workdir}',
+        '--config.train.steps=8',
+        *(f'--config.{name}={value}' for name, value in root[1].items()),
+    )
+
+
+def wait_for(path: Path, pair: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert all(process.poll() is None for process in pair), finish(pair)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_two_processes_cut_and_killed_end_as_those_left_alone(root, tmp_path):
+    """The first start is stopped by a SIGTERM to one process; of the second one process is
+    killed, which ends the other."""
+    whole = training(root, tmp_path / 'whole')
+    for code, _, error in finish(whole):
+        assert code == 0, error
+
+    pair = training(root, tmp_path / 'cut')
+    wait_for(tmp_path / 'cut' / 'checkpoints' / '1', pair)
+    pair[1].send_signal(signal.SIGTERM)
+    (code, out, error), (other_code, other_out, _) = finish(pair)
+    assert code == other_code == 0, error
+    assert 'saved; run the same command to go on' in out and not other_out.count('saved')
+    done = max(int(path.name) for path in (tmp_path / 'cut' / 'checkpoints').glob('[0-9]*'))
+    assert not (tmp_path / 'cut' / 'result.json').exists(), 'the signal came too late'
+
+    pair = training(root, tmp_path / 'cut')
+    wait_for(tmp_path / 'cut' / 'checkpoints' / str(done + 1), pair)
+    pair[1].kill()
+    killed = time.monotonic()
+    (code, _, error), _ = finish(pair)
+    assert code != 0 and time.monotonic() - killed < 60
+    assert 'another task died' in error or 'error: ' in error
+    assert not (tmp_path / 'cut' / 'result.json').exists(), 'the signal came too late'
+
+    for code, _, error in finish(training(root, tmp_path / 'cut')):
+        assert code == 0, error
+    expected, found = (
+        load_file(tmp_path / name / 'best' / 'adapter' / WEIGHTS) for name in ('whole', 'cut')
+    )
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert_array_equal(found[name], values)
+
+
+def test_what_stops_one_process_stops_the_other_with_its_reason(root, tmp_path):
+    """Only the leader looks whether the directory is free."""
+    with (tmp_path / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (code, _, error), (other_code, _, other_error) = finish(training(root, tmp_path))
+    assert code == 1 and f'error: another process is training in {tmp_path}' in error
+    assert other_code == 1
+    assert f'error: ended with process 0: another process is training in {tmp_path}' in other_error
