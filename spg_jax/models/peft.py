@@ -7,17 +7,18 @@ transposed there, [rank, in] and [out, rank].
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from safetensors import safe_open
 
 from spg_jax.models import llada
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
-from spg_jax.models.tensor_files import FLOATS, Tensor, open_file, write_tensors
+from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
+from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 
@@ -37,10 +38,10 @@ PLAIN: Mapping[str, Any] = {
 }
 
 
-def tensor_name(target: str, factor: str, layer: int) -> str:
-    """PEFT's name of a factor, 'a' or 'b', of one layer's adapter."""
-    published = llada.TABLE['layers', target, 'kernel'].name.format(layer=layer)
-    return f'base_model.model.{published.removesuffix(".weight")}.{FACTORS[factor]}.weight'
+def source_of(target: str, factor: str) -> Source:
+    """PEFT's tensors of a factor, 'a' or 'b', of the adapters of one product."""
+    published = llada.TABLE['layers', target, 'kernel'].name.removesuffix('.weight')
+    return Source(f'base_model.model.{published}.{FACTORS[factor]}.weight', transposed=True)
 
 
 def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base: str) -> None:
@@ -48,21 +49,25 @@ def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base:
 
     Args:
       directory: made if need be.
-      adapters: the 'lora' collection, stacked over layers.
+      adapters: the 'lora' collection, on any devices. Every process that holds a part of it has to
+        call this, and the first one writes.
       lora: their sizes.
       base: the checkpoint they adapt, for `base_model_name_or_path`.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for target in lora.targets:
         for factor in FACTORS:
             stacked = adapters['layers'][target][ADAPTER][factor]
-            for layer in range(len(stacked)):
-                name, shape = tensor_name(target, factor, layer), stacked.shape[:0:-1]
-                fetch = partial(_transposed, stacked, layer)
-                tensors[name] = Tensor(shape, stacked.dtype, fetch)
+            tensors |= published_tensors(source_of(target, factor), stacked)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_description(directory / CONFIG, lora, base)
     write_tensors(directory / WEIGHTS, tensors)
-    modules = [tensor_name(target, 'a', 0).split('.')[-3] for target in lora.targets]
+    multihost_utils.sync_global_devices('adapter written')
+
+
+def _write_description(path: Path, lora: LoRA, base: str) -> None:
+    modules = [source_of(target, 'a').name.split('.')[-3] for target in lora.targets]
     description = {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -74,7 +79,7 @@ def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base:
         'target_modules': modules,
         **PLAIN,
     }
-    (directory / CONFIG).write_text(json.dumps(description, indent=1))
+    path.write_text(json.dumps(description, indent=1))
 
 
 def load_adapter(
@@ -98,34 +103,38 @@ def load_adapter(
       ValueError: for adapters of another kind, rank or model, or a tensor that is missing or
         surplus; the message names it.
     """
-    path = directory / CONFIG
-    described = _describe(path)
-    files = open_file(directory / WEIGHTS)
-    targets = _targets(directory / WEIGHTS, files, config.layers)
+    lora, files = check_adapter(directory, config)
+    target = abstract_params(_adapted(config, lora), mesh, collection=COLLECTION)
+    adapters = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: read_parameter(files, _source(path), leaf), target
+    )
+    return lora, adapters
+
+
+def check_adapter(
+    directory: Path, config: TransformerConfig
+) -> tuple[LoRA, Mapping[str, safe_open]]:
+    """Sizes and opened file of adapters whose tensors all fit; none of them is read. Arguments and
+    errors are those of `load_adapter`."""
+    described = _describe(directory / CONFIG)
+    path = directory / WEIGHTS
+    files = open_file(path)
+    targets = _targets(path, files, config.layers)
     lora = LoRA(described['r'], described['lora_alpha'], described['lora_dropout'], targets)
-    model = Transformer(dataclasses.replace(config, lora=lora))
-    target_tree = abstract_params(model, mesh, collection=COLLECTION)
-
-    def read(tree_path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
-        _, target, _, factor = (key.key for key in tree_path)
-        shape = leaf.shape[:0:-1]
-        names = [tensor_name(target, factor, layer) for layer in range(config.layers)]
-        for name in names:
-            _check(directory / WEIGHTS, files, name, shape, lora)
-
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            stored = [files[name].get_slice(name)[index[:0:-1]].T for name in names[index[0]]]
-            return np.stack(stored).astype(leaf.dtype)
-
-        if mesh is None:
-            return shard((slice(None),) * 3)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
-
-    return lora, jax.tree_util.tree_map_with_path(read, target_tree)
+    expected = abstract_params(_adapted(config, lora), collection=COLLECTION)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        for name, shape in _source(key_path).shapes(leaf.shape).items():
+            _check(path, files, name, shape, lora)
+    return lora, files
 
 
-def _transposed(stacked: Any, layer: int) -> np.ndarray:
-    return np.asarray(stacked[layer]).T
+def _adapted(config: TransformerConfig, lora: LoRA) -> Transformer:
+    return Transformer(dataclasses.replace(config, lora=lora))
+
+
+def _source(path: tuple[Any, ...]) -> Source:
+    _, target, _, factor = (key.key for key in path)
+    return source_of(target, factor)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def _describe(path: Path) -> dict[str, Any]:
 def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     """The products that have an adapter in some layer; ValueError if anything else is there."""
     owner = {
-        tensor_name(target, factor, layer): target
+        source_of(target, factor).name.format(layer=layer): target
         for target in TARGETS
         for factor in FACTORS
         for layer in range(layers)

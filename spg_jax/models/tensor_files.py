@@ -1,11 +1,13 @@
 """The tensors of safetensors checkpoints, in one file or in shards with an index."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -84,7 +86,7 @@ class Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    fetch: Callable[[], Any]  # the values, as an array of numpy or JAX
+    fetch: Callable[[], np.ndarray]  # the values; every process has to ask for them
 
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
@@ -106,15 +108,16 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], shard_bytes
         write_tensors(directory / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(_bytes(tensor) for tensor in tensors.values())
-    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=1))
+    if jax.process_index() == 0:
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes one safetensors file, with never more than one of the tensors in host memory.
 
     The library's own writer wants all of them at once; the layout is 8 bytes of header length, a
-    JSON header and the values.
+    JSON header and the values. Every process has to call this, and the first one writes.
 
     Raises:
       ValueError: for a tensor of a type that is not written.
@@ -133,10 +136,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         offset += _bytes(tensor)
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)  # values start aligned
-    with path.open('wb') as file:
-        file.write(len(text).to_bytes(8, 'little') + text)
+    first = jax.process_index() == 0
+    with path.open('wb') if first else contextlib.nullcontext() as file:
+        if first:
+            file.write(len(text).to_bytes(8, 'little') + text)
         for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.fetch()).tobytes())
+            values = np.ascontiguousarray(tensor.fetch())
+            if first:
+                file.write(values.reshape(-1).view(np.uint8))  # no copy of it, unlike tobytes
+            del values  # before the next is fetched
 
 
 def _bytes(tensor: Tensor) -> int:

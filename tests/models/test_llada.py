@@ -13,7 +13,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.models.llada import SpecialIds, load_checkpoint, read_config, tensor_shapes
+from spg_jax.models.llada import load_checkpoint, tensor_shapes
+from spg_jax.models.llada_config import SpecialIds, read_config
 from spg_jax.models.transformer import Transformer
 from spg_jax.sharding import make_mesh, param_shardings
 

@@ -1,0 +1,124 @@
+"""Parameters between published files and devices, one published tensor in host memory at a time.
+
+Parameters of the layers are stacked on a leading axis where published ones are a tensor a layer,
+and our kernels are [in, out] where published ones are [out, in]. The devices stack and transpose:
+on the host one kernel of all layers of an 8B model would be 3 GB. Arrays may span several
+processes, each of which then calls the same functions in the same order.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import safe_open
+
+from spg_jax.models.tensor_files import Tensor
+
+
+class Source(NamedTuple):
+    """The published tensor of a parameter; '{layer}' in its name means one tensor a layer."""
+
+    name: str
+    transposed: bool = False  # published kernels are [out, in], ours [in, out]
+
+    @property
+    def stacked(self) -> bool:
+        return '{layer}' in self.name
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the published tensors, in order, of a parameter of this shape."""
+        layers, one = (shape[0], shape[1:]) if self.stacked else (1, shape)
+        one = one[::-1] if self.transposed else one
+        return {self.name.format(layer=layer): one for layer in range(layers)}
+
+
+def read_parameter(
+    files: Mapping[str, safe_open], source: Source, leaf: jax.ShapeDtypeStruct
+) -> Array | np.ndarray:
+    """Reads a parameter; each process reads only what its devices hold.
+
+    Args:
+      files: tensor name -> the open file that holds it, in the shape that `leaf` implies.
+      source: the tensors it comes from.
+      leaf: what it becomes, from `abstract_params`; without a sharding, a host array.
+
+    Returns:
+      The parameter, bit for bit as stored unless `leaf` has another type.
+    """
+    shapes = source.shapes(leaf.shape)
+    if leaf.sharding is None:
+        tensors = [files[name].get_tensor(name).astype(leaf.dtype) for name in shapes]
+        tensors = [tensor.T if source.transposed else tensor for tensor in tensors]
+        return np.stack(tensors) if source.stacked else tensors[0]
+    # The tensor's own axes lie as those of the parameter do.
+    spec = leaf.sharding.spec[1:] if source.stacked else leaf.sharding.spec
+    spread = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
+    tensors = (
+        _read_tensor(files[name], name, shape, leaf.dtype, spread) for name, shape in shapes.items()
+    )
+    if not source.stacked:
+        own = jax.jit(_own_order, static_argnums=1, out_shardings=leaf.sharding)
+        return own(next(tensors), source.transposed)
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=leaf.sharding)
+    stacked = zeros(leaf.shape, leaf.dtype)
+    place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=leaf.sharding)
+    for layer, tensor in enumerate(tensors):
+        stacked = place(stacked, tensor, layer, source.transposed)
+        stacked.block_until_ready()  # else reading runs ahead of it, and tensors pile up
+    return stacked
+
+
+def published_tensors(source: Source, leaf: Array) -> dict[str, Tensor]:
+    """What a parameter is written as; a tensor is gathered when it is fetched.
+
+    Args:
+      source: the tensors it becomes.
+      leaf: the parameter, on any devices of any processes.
+    """
+    return {
+        name: Tensor(shape, leaf.dtype, functools.partial(_gather, leaf, layer, source))
+        for layer, (name, shape) in enumerate(source.shapes(leaf.shape).items())
+    }
+
+
+def _read_tensor(
+    file: safe_open, name: str, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
+) -> Array:
+    """One published tensor on the devices; replicas of a part share one reading of it."""
+    parts: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((one.start, one.stop) for one in index)
+        if key not in parts:
+            parts[key] = file.get_slice(name)[index].astype(dtype, copy=False)
+        return parts[key]
+
+    tensor = jax.make_array_from_callback(shape, sharding, read)
+    return tensor.block_until_ready()  # what it was read into is free from here on
+
+
+def _gather(leaf: Array, layer: int, source: Source) -> np.ndarray:
+    """One published tensor, whole, in the memory of every process."""
+    tensor = jax.jit(_take, static_argnums=2)(leaf, layer, source)
+    return multihost_utils.process_allgather(tensor, tiled=True)
+
+
+# At the level of the module: a function made anew is compiled anew.
+def _own_order(tensor: Array, transposed: bool) -> Array:
+    return tensor.T if transposed else tensor
+
+
+def _place(stacked: Array, tensor: Array, layer: Array, transposed: bool) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, _own_order(tensor, transposed), layer, 0)
+
+
+def _take(leaf: Array, layer: Array, source: Source) -> Array:
+    one = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if source.stacked else leaf
+    return _own_order(one, source.transposed)

@@ -1,0 +1,62 @@
+"""One of two processes that together hold a checkpoint: reads it, looks at its own shards, writes.
+
+python -m tests.models.across_processes PORT PROCESS ROOT
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from numpy.testing import assert_array_equal
+
+from spg_jax.models.llada import load_checkpoint, save_checkpoint
+from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.peft import load_adapter, save_adapter
+from spg_jax.models.transformer import Transformer
+from spg_jax.sharding import abstract_params, make_mesh
+
+TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'
+SIZES = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
+
+
+def adapters_on(mesh):
+    """Random adapters of the checkpoint, the same on every mesh."""
+    config = dataclasses.replace(load_checkpoint(TINY)[0], lora=SIZES)
+    rng = np.random.default_rng(0)
+
+    def place(leaf):
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__)
+
+    return jax.tree.map(place, abstract_params(Transformer(config), mesh, collection=COLLECTION))
+
+
+def check_shards(found, expected):
+    """Each device holds its part of the expected values, and no more than that."""
+    for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert len(array.sharding.device_set) == 8
+        for shard in array.addressable_shards:
+            assert shard.data.shape == array.sharding.shard_shape(array.shape)
+            assert_array_equal(shard.data, whole[shard.index])
+
+
+def main(port: str, process: str, root: Path) -> None:
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+    mesh = make_mesh({'fsdp': 4, 'tensor': 2})
+    _, _, params = load_checkpoint(TINY, mesh)
+    check_shards(params, load_checkpoint(TINY)[2])
+    out = root / process  # only the first process is to write
+    save_checkpoint(out, params, TINY, shard_bytes=40_000)
+    save_adapter(out / 'adapter', adapters_on(mesh), SIZES, 'base')
+    config, _, again = load_checkpoint(root / '0', mesh)
+    check_shards(again, load_checkpoint(TINY)[2])
+    _, adapters = load_adapter(root / '0' / 'adapter', config, mesh)
+    check_shards(adapters, load_adapter(root / '0' / 'adapter', config)[1])
+    jax.distributed.shutdown()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

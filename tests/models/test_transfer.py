@@ -1,0 +1,105 @@
+"""Weights move one published tensor at a time, between files and the devices of many processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from safetensors.numpy import load_file, save_file
+
+from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
+from spg_jax.models.llada_config import read_config
+from spg_jax.models.peft import load_adapter
+from spg_jax.models.tensor_files import open_tensors
+from spg_jax.sharding import AXES, make_mesh
+from tests.models.across_processes import SIZES, TINY, adapters_on
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def mesh_of(*sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+
+
+@pytest.fixture(scope='module')
+def proportioned(tmp_path_factory):
+    """A bfloat16 checkpoint with the proportions of LLaDA-8B, each width a 32nd, and the bytes of
+    its largest tensor: the embedding, two thirds of the gate kernels of 16 layers."""
+    directory = tmp_path_factory.mktemp('proportioned')
+    published = json.loads((TINY / 'config.json').read_text())
+    published |= dict(d_model=128, n_layers=16, mlp_hidden_size=384, torch_dtype='bfloat16')
+    published |= dict(vocab_size=3952, embedding_size=3952)
+    (directory / 'config.json').write_text(json.dumps(published))
+    config, _ = read_config(directory / 'config.json')
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        for name, shape in tensor_shapes(config).items()
+    }
+    save_file(tensors, directory / 'model.safetensors')
+    return directory, max(value.nbytes for value in tensors.values())
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
+    """Python's own account of its memory, in which arrays of the devices do not appear."""
+    directory, largest = proportioned
+    mesh = mesh_of(*sizes)
+
+    def move() -> tuple[int, int]:
+        """Most bytes held while reading, and while writing."""
+        tracemalloc.reset_peak()
+        _, _, params = load_checkpoint(directory, mesh)
+        _, reading = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        save_checkpoint(tmp_path, params, directory)
+        return reading, tracemalloc.get_traced_memory()[1]
+
+    move()  # compiles; what the compiler keeps does not count
+    tracemalloc.start()
+    try:
+        reading, writing = move()
+    finally:
+        tracemalloc.stop()
+    assert 0.1 * largest < reading < 2 * largest
+    assert writing < 2 * largest
+
+
+def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+    command = [sys.executable, '-m', 'tests.models.across_processes', str(port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process), str(tmp_path)],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    assert [path.name for path in tmp_path.iterdir()] == ['0']
+    files = open_tensors(tmp_path / '0')
+    original = load_file(TINY / 'model.safetensors')
+    assert files.keys() == original.keys()
+    for name, value in original.items():
+        assert_array_equal(files[name].get_tensor(name), value)
+    config, _, _ = load_checkpoint(TINY)
+    lora, adapters = load_adapter(tmp_path / '0' / 'adapter', config)
+    assert lora == SIZES
+    jax.tree.map(assert_array_equal, adapters, adapters_on(mesh_of(1, 1, 1)))
