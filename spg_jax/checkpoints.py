@@ -21,10 +21,11 @@ from orbax.checkpoint import v1 as ocp
 from spg_jax import distributed
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
+from spg_jax.models.attention import AUTO, resolve
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
-from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
@@ -75,7 +76,8 @@ def save_policy(
         new.mkdir(parents=True)
     distributed.barrier(f'room for {new}')
     model = dataclasses.asdict(config)
-    del model['lora']  # an adapter describes itself
+    for name in (*EXECUTION, 'lora'):  # an adapter describes itself
+        del model[name]
     description = {'model': model, 'notes': notes}
     if config.lora:
         description['base'] = str(base.absolute())
@@ -151,7 +153,9 @@ def _describe(directory: Path) -> _Description:
             tokenizer = llada.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
         else:
             tokenizer = WordTokenizer(found['words'])
-        config, files = TransformerConfig(**found['model']), directory / TOKENIZER
+        # Older descriptions say how the policy was computed, too.
+        model = {name: x for name, x in found['model'].items() if name not in EXECUTION}
+        config, files = TransformerConfig(**model), directory / TOKENIZER
         base = Path(found['base']) if 'base' in found else None
         return _Description(config, tokenizer, files, base, found['notes'])
     except (KeyError, TypeError, ValueError) as error:
@@ -188,8 +192,8 @@ def load_policy(
       directory: the policy.
       mesh: the devices.
       adapter: adapters to add to it, as PEFT saved them.
-      execution: fields of `TransformerConfig` that say how to compute, not what (remat,
-        scan_unroll, attention); by default as the policy was made.
+      execution: the fields `EXECUTION` of `TransformerConfig`; attention may be 'auto', which it is
+        by default, and is then what suits the devices of the mesh.
 
     Raises:
       FileNotFoundError: nothing there; ValueError: something there that does not fit.
@@ -197,7 +201,9 @@ def load_policy(
     directory = _whole(directory)
     found = _describe(directory)
     tokenizer = _tokenizer(found)
-    config = dataclasses.replace(found.config, **execution)
+    platform = mesh.devices.flat[0].platform
+    chosen = resolve(execution.get('attention', AUTO), platform, found.config.dtype)
+    config = dataclasses.replace(found.config, **execution | {'attention': chosen})
     if found.base and adapter:
         raise ValueError(f'{directory} has adapters of its own; leave {adapter} out, or merge them')
     if found.base:

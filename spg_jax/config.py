@@ -15,7 +15,9 @@ from ml_collections import config_dict
 
 from spg_jax import tasks
 from spg_jax.diffusion import corruption, sampling
+from spg_jax.models.attention import resolve
 from spg_jax.models.lora import TARGETS, LoRA
+from spg_jax.models.transformer import EXECUTION, TransformerConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -47,7 +49,7 @@ def default_config() -> ml_collections.ConfigDict:
             dtype='float32',  # of activations and products
             remat=False,  # recompute layers backwards: less memory, a third more time
             scan_unroll=1,  # layers per iteration of the scan over layers
-            attention='xla',  # implementation; xla picks the layout that suits the platform
+            attention='auto',  # auto (the platform's fastest) | einsum | folded | splash | cudnn
         ),
         base=c(
             checkpoint='',  # a policy directory or published checkpoint; '' trains a policy
@@ -227,7 +229,15 @@ def adapter_of(config: ml_collections.ConfigDict) -> Path | None:
 
 def execution_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """How a policy's model computes, which does not belong to its parameters."""
-    return {name: config.model[name] for name in ('remat', 'scan_unroll', 'attention')}
+    return {name: config.model[name] for name in EXECUTION}
+
+
+def model_of(
+    config: ml_collections.ConfigDict, vocab_size: int, platform: str
+) -> TransformerConfig:
+    """The model of a base policy trained here, on devices of a platform; raises as its parts do."""
+    chosen = resolve(config.model.attention, platform, config.model.dtype)
+    return TransformerConfig(vocab_size, **config.model.to_dict() | {'attention': chosen})
 
 
 def evaluation_lengths(config: ml_collections.ConfigDict) -> list[tuple[int, int]]:

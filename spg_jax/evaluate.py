@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spg_jax import checkpoints, cli, distributed
-from spg_jax.config import evaluation_lengths, evaluation_task
+from spg_jax.config import evaluation_lengths, evaluation_task, execution_of
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import chosen_policy
 from spg_jax.tasks.source import SPLITS
@@ -44,7 +44,9 @@ def main(_: list[str]) -> None:
             source = task.source(FLAGS.split, config.task.data_dir)
         examples = list(source)
     with jax.set_mesh(mesh):
-        policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
+        policy, _, variables = checkpoints.load_policy(
+            directory, mesh, adapter, **execution_of(config)
+        )
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         report = evaluator.report(variables, examples)
     if not distributed.is_leader():

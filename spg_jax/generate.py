@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spg_jax import checkpoints, cli
-from spg_jax.config import evaluation_sampling, evaluation_task, prompt_buckets
+from spg_jax.config import evaluation_sampling, evaluation_task, execution_of, prompt_buckets
 from spg_jax.data import left_pad, padded_length
 from spg_jax.diffusion.sampling import Completion
 from spg_jax.random import Purpose, example_keys
@@ -60,7 +60,9 @@ def main(_: list[str]) -> None:
     length = padded_length(len(row), prompt_buckets(config))
     tokens, valid = left_pad([row], length, tokenizer.pad_id)
     with jax.set_mesh(mesh):
-        policy, _, variables = checkpoints.load_policy(directory, mesh, adapter)
+        policy, _, variables = checkpoints.load_policy(
+            directory, mesh, adapter, **execution_of(config)
+        )
         length, steps = headline_length(config)
         generate = make_generate(
             policy, evaluation_sampling(config, length, steps, FLAGS.temperature)

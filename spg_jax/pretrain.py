@@ -22,13 +22,12 @@ from absl import flags
 from jax.sharding import Mesh
 
 from spg_jax import checkpoints, cli, data, distributed, optimizers, sharding
-from spg_jax.config import digest, training_task
+from spg_jax.config import digest, execution_of, model_of, training_task
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.interruption import Interruption
 from spg_jax.metrics import MetricsWriter
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
-from spg_jax.models.transformer import TransformerConfig
 from spg_jax.progress import track
 from spg_jax.random import Purpose, example_keys, step_key
 from spg_jax.runs import claimed, policy_of_run
@@ -199,9 +198,10 @@ def _starting_point(
                 f'{start_from} has adapters, but every parameter is trained here; merge them with '
                 'spg_jax.export --merge and start from the result'
             )
-        return checkpoints.load_policy(start_from, mesh)
+        return checkpoints.load_policy(start_from, mesh, **execution_of(config))
     tokenizer = WordTokenizer(task.vocabulary)
-    policy = checkpoints.make_policy(model_config(config, tokenizer), tokenizer)
+    model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
+    policy = checkpoints.make_policy(model, tokenizer)
     key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
     params = sharding.init_params(policy.model, key, mesh)
     if config.base.number_features:
@@ -223,11 +223,6 @@ def _check_fit(
         data.encode_pairs(task, tokenizer, records, prompt_length, length)
     else:
         data.encode_prompts(task, tokenizer, problems, prompt_length)
-
-
-def model_config(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TransformerConfig:
-    """The model of a base policy trained here."""
-    return TransformerConfig(vocab_size=tokenizer.size, **config.model)
 
 
 def make_step(

@@ -16,13 +16,13 @@ from spg_jax.config import (
     evaluation_lengths,
     evaluation_sampling,
     lora_of,
+    model_of,
     prompt_buckets,
     sampling_config,
     training_task,
 )
 from spg_jax.data import LONG_PROMPTS
 from spg_jax.diffusion import bounds
-from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.sharding import own_rows, row_shards
 
@@ -71,7 +71,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       ValueError: one line naming the key.
     """
     training_task(config)
-    TransformerConfig(vocab_size=1, **config.model)
+    model_of(config, vocab_size=1, platform='cpu')
     lora_of(config)
     sampling_config(config)
     for length, steps in evaluation_lengths(config):

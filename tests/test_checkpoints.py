@@ -53,6 +53,21 @@ def test_a_policy_comes_back_on_any_mesh(saved, sizes):
     assert checkpoints.policy_notes(directory) == {'made': 'here'}
 
 
+def test_a_policy_computes_as_suits_the_devices_it_is_loaded_on(saved):
+    """Not as where it was saved: older descriptions say that, by a name that is gone."""
+    directory, _ = saved
+    path = directory / 'policy.json'
+    description = json.loads(path.read_text())
+    assert not {'attention', 'remat', 'scan_unroll'} & set(description['model'])
+    description['model'] |= {'attention': 'xla', 'remat': True, 'scan_unroll': 2}
+    path.write_text(json.dumps(description))
+    policy, _, _ = checkpoints.load_policy(directory, mesh())
+    assert (policy.config.attention, policy.config.remat) == ('folded', False)  # a CPU
+    chosen = {'attention': 'einsum', 'remat': True, 'scan_unroll': 1}
+    policy, _, _ = checkpoints.load_policy(directory, mesh(), **chosen)
+    assert (policy.config.attention, policy.config.remat) == ('einsum', True)
+
+
 def test_saving_again_replaces_the_policy(saved):
     directory, variables = saved
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
@@ -103,7 +118,7 @@ def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_save
     policy, tokenizer, variables = checkpoints.load_policy(published, mesh(sizes))
     assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
     assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
-    config, _, weights = llada.load_checkpoint(published)
+    config, _, weights = llada.load_checkpoint(published, attention='folded')
     assert policy.config == config
     jax.tree.map(assert_array_equal, jax.device_get(variables), {'params': weights})
     assert checkpoints.policy_notes(published) == {}

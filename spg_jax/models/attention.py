@@ -2,8 +2,8 @@
 
 Shapes: `B` sequences, `L` length, `N` query heads, `K` key/value heads (N a multiple of K), `H`
 head dim. Query head n reads key/value head n // (N // K). Invalid keys are never attended to; a row
-whose keys are all invalid attends uniformly, which is meaningless but finite, so padding can never
-put a NaN in a sum.
+whose keys are all invalid attends to something, which is meaningless but finite, so padding can
+never put a NaN in a sum.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spg_jax.models.splash import splash_attention
+
 # Finite, so that softmax over a row without a valid key is uniform instead of 0/0; with one valid
 # key or more, exp(MASKED - max) is exactly 0 in float32.
 MASKED = -1e30
 
+AUTO = 'auto'
+# JAX calls the platform of a CUDA device 'gpu', and that of a program compiled for one 'cuda'.
+_FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
 
-def attention(q: Array, k: Array, v: Array, valid: Array, implementation: str = 'xla') -> Array:
+
+def attention(q: Array, k: Array, v: Array, valid: Array, implementation: str = 'einsum') -> Array:
     """Softmax attention of every query over the valid keys.
 
     Args:
@@ -25,27 +31,79 @@ def attention(q: Array, k: Array, v: Array, valid: Array, implementation: str = 
       k: [B, L, K, H] keys, already rotated.
       v: [B, L, K, H] values.
       valid: [B, L] bool, False on padding.
-      implementation: 'xla' (folded on CPU, einsum elsewhere), 'folded' or 'einsum'.
+      implementation: 'einsum' runs anywhere, 'folded' suits CPUs, 'splash' is for TPUs, 'cudnn' for
+        CUDA; `resolve` chooses.
 
     Returns:
       [B, L, N, H] in the dtype of q; scores and softmax are float32 whatever that is.
 
     Raises:
-      ValueError: for an implementation that does not exist.
+      ValueError: for an implementation that does not exist, or does not take these arrays.
     """
     check_implementation(implementation)
-    if implementation == 'xla':
-        implementation = 'folded' if jax.default_backend() == 'cpu' else 'einsum'
     return _IMPLEMENTATIONS[implementation](q, k, v, valid)
 
 
-def check_implementation(implementation: str) -> None:
-    """Raise ValueError unless `attention` knows the name."""
-    known = ('xla', *_IMPLEMENTATIONS)
+def resolve(implementation: str, platform: str, dtype: str = 'bfloat16') -> str:
+    """The implementation that `model.attention` means on a platform.
+
+    Args:
+      implementation: one that `attention` knows stands for itself; 'auto' is the fastest of the
+        platform that computes in `dtype`.
+      platform: of the devices that the program is for, which need not be those that compile it.
+      dtype: the compute dtype.
+
+    Raises:
+      ValueError: for an implementation that does not exist, or 'auto' on an unknown platform.
+    """
+    if implementation == 'xla':  # what configurations saved before there was a choice call 'auto'
+        implementation = AUTO
+    if implementation != AUTO:
+        check_implementation(implementation, AUTO)
+        return implementation
+    if platform not in _FASTEST:
+        raise ValueError(
+            f'model.attention is {AUTO!r}, which knows {", ".join(_FASTEST)} and not the platform '
+            f'{platform!r}; use einsum, which runs anywhere'
+        )
+    fastest = _FASTEST[platform]
+    return 'einsum' if fastest == 'cudnn' and dtype == 'float32' else fastest
+
+
+def check_implementation(implementation: str, *others: str) -> None:
+    """Raise ValueError unless `attention` knows the name, or it is one of `others`."""
+    known = (*others, *_IMPLEMENTATIONS)
     if implementation not in known:
         raise ValueError(
             f'model.attention {implementation!r} does not exist; use one of {", ".join(known)}'
         )
+
+
+def cudnn_attention(
+    q: Array, k: Array, v: Array, valid: Array, implementation: str = 'cudnn'
+) -> Array:
+    """`attention` by the fused kernel of cuDNN, which holds no scores and splits over a mesh.
+
+    Args:
+      q, k, v, valid: as in `attention`; bfloat16.
+      implementation: of `jax.nn.dot_product_attention`; 'xla' takes the same arguments anywhere.
+
+    Raises:
+      ValueError: for float32, in which cuDNN does not compute.
+    """
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"model.attention 'cudnn' computes in bfloat16, not {q.dtype}; use model.attention "
+            'einsum, or model.dtype bfloat16'
+        )
+    L = q.shape[1]
+    # With a mask its backward pass takes even lengths only.
+    fill = ((0, 0), (0, L % 2), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
+    valid = jnp.pad(valid, fill[:2])
+    mask = jnp.broadcast_to(valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1]))
+    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    return mixed[:, :L]
 
 
 def _folded(q: Array, k: Array, v: Array, valid: Array) -> Array:
@@ -84,6 +142,8 @@ def _softmax(scores: Array, valid: Array, head_dim: int) -> Array:
 
 
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
-    'folded': _folded,
     'einsum': _einsum,
+    'folded': _folded,
+    'splash': splash_attention,
+    'cudnn': cudnn_attention,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spg_jax.models.transformer import TransformerConfig
+from spg_jax.models.transformer import EXECUTION, TransformerConfig
 
 
 class SpecialIds(NamedTuple):
@@ -66,7 +66,7 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
                 f'{path}: {key} is {published[key]!r}, expected {expected!r}; '
                 'use a checkpoint of the LLaDA-8B architecture'
             )
-    surplus = sorted(set(overrides) - {'dtype', 'param_dtype', 'remat', 'scan_unroll', 'attention'})
+    surplus = sorted(set(overrides) - {'dtype', 'param_dtype', *EXECUTION})
     if surplus:
         raise ValueError(f'model.{surplus[0]} comes from {path}; leave it out')
     config = _transformer_config(published, get, overrides)

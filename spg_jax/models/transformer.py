@@ -31,6 +31,8 @@ from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.sharding import constrain
 
 DTYPES = ('float32', 'bfloat16')
+# Fields of `TransformerConfig` that say how to compute, not what; a policy is saved without them.
+EXECUTION = ('remat', 'scan_unroll', 'attention')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class TransformerConfig:
     param_dtype: str = 'float32'
     remat: bool = False  # recompute each layer in the backward pass
     scan_unroll: int = 1  # layers per iteration of the scan; all of them is fastest on CPU
-    attention: str = 'xla'  # see models.attention
+    attention: str = 'einsum'  # see models.attention
     lora: LoRA | None = None  # adapters beside frozen kernels
 
     def __post_init__(self):

@@ -1,0 +1,175 @@
+"""Every implementation of attention against a loop over the formula, on one device and on a mesh.
+
+The kernel for TPUs is interpreted here; that for CUDA gets its arguments checked by the portable
+implementation of the function it calls.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax import sharding
+from spg_jax.models import splash
+from spg_jax.models.attention import _IMPLEMENTATIONS as implementations
+from spg_jax.models.attention import attention, cudnn_attention, resolve
+from spg_jax.models.splash import splash_attention
+from spg_jax.models.transformer import Transformer, TransformerConfig
+
+HERE = {  # what of each implementation runs on a CPU
+    'einsum': partial(attention, implementation='einsum'),
+    'folded': partial(attention, implementation='folded'),
+    'splash': partial(splash_attention, interpret=True),
+    'cudnn': partial(cudnn_attention, implementation='xla'),
+}
+PRECISE = ('einsum', 'folded', 'splash')  # those that compute in float32, too
+
+
+def inputs(L, N, K, dtype='float32', H=4, pads=(0, 3, 0, 1)):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(len(pads), L, n, H)), dtype) for n in (N, K, K))
+    # Padding holds junk of its own size, which must not count.
+    valid = np.arange(L)[None, :] >= np.asarray(pads)[:, None]
+    k, v = (jnp.where(valid[:, :, None, None], x, 30 * x) for x in (k, v))
+    return q, k, v, jnp.asarray(valid)
+
+
+def loop(q, k, v, valid):
+    """Row by row, head by head, query by query in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for row, position, head in np.ndindex(q.shape[:3]):
+        real, shared = np.asarray(valid[row]), head // (q.shape[2] // k.shape[2])
+        weights = np.exp(k[row, real, shared] @ q[row, position, head] / np.sqrt(q.shape[3]))
+        out[row, position, head] = weights / weights.sum() @ v[row, real, shared]
+    return out
+
+
+def outcome(implementation, q, k, v, valid):
+    """Output, and gradients of a sum that weighs every entry differently."""
+    weights = np.random.default_rng(1).normal(size=q.shape)
+
+    def weighed(q, k, v):
+        mixed = HERE[implementation](q, k, v, valid)
+        return jnp.sum(mixed.astype(jnp.float32) * weights), mixed
+
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(q, k, v)
+    return mixed, gradients
+
+
+@pytest.mark.parametrize('implementation', HERE)
+@pytest.mark.parametrize(('N', 'K'), [(4, 2), (2, 2), (3, 1)])
+def test_output_is_the_formula(implementation, N, K):
+    """An odd length; cuDNN takes even ones only."""
+    exact = implementation in PRECISE
+    arrays = inputs(7, N, K, 'float32' if exact else 'bfloat16')
+    mixed = jax.jit(HERE[implementation])(*arrays)
+    assert (mixed.shape, mixed.dtype) == (arrays[0].shape, arrays[0].dtype)
+    tolerance = {'atol': 2e-6} if exact else {'rtol': 2**-7, 'atol': 2**-7}
+    assert_allclose(np.asarray(mixed, np.float64), loop(*arrays), **tolerance)
+
+
+@pytest.mark.parametrize('implementation', ['splash', 'folded'])
+def test_gradients_equal_those_of_the_formula(implementation):
+    """Along a direction by differences of the loop, entry by entry by einsum's derivative."""
+    arrays = inputs(5, 4, 2)
+    _, found = outcome(implementation, *arrays)
+    _, expected = outcome('einsum', *arrays)
+    jax.tree.map(partial(assert_allclose, atol=5e-6), found, expected)
+
+    weights = np.random.default_rng(1).normal(size=arrays[0].shape)
+    exact = [np.asarray(x, np.float64) for x in arrays[:3]]
+    rng = np.random.default_rng(2)
+    directions = [rng.normal(size=x.shape) for x in exact]
+
+    def moved(step):
+        there = (x + step * d for x, d in zip(exact, directions, strict=True))
+        return np.sum(weights * loop(*there, arrays[3]))
+
+    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(found, directions, strict=True))
+    assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-5)
+
+
+def test_splash_over_several_blocks_equals_einsum(monkeypatch):
+    """Two blocks, the last one filled up; in one row the first holds nothing but padding."""
+    monkeypatch.setattr(splash, 'LARGEST_BLOCK', 128)
+    arrays = inputs(141, 4, 2, pads=(130, 0))
+    found, expected = outcome('splash', *arrays), outcome('einsum', *arrays)
+    jax.tree.map(partial(assert_allclose, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize('implementation', ['splash', 'cudnn'])
+def test_bfloat16_on_a_mesh_equals_einsum_on_one_device(implementation):
+    """Rows over data and fsdp, query and key/value heads over tensor."""
+    q, k, v, valid = inputs(7, 4, 2, 'bfloat16')
+    expected = outcome('einsum', q, k, v, valid)
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    heads = jax.NamedSharding(mesh, jax.P(sharding.ROWS, None, 'tensor'))
+    with jax.set_mesh(mesh):
+        found = outcome(implementation, *jax.device_put((q, k, v), heads), valid)
+    if implementation == 'splash':
+        assert found[0].sharding.is_equivalent_to(heads, 4)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype == jnp.bfloat16
+        # Both round scores' weights or their sums to 8 bits, each in its own place.
+        close = {'rtol': 2**-6, 'atol': 2**-6 * np.abs(np.asarray(other, np.float64)).max()}
+        assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), **close)
+
+
+@pytest.mark.parametrize('implementation', HERE)
+def test_a_row_of_padding_is_finite(implementation):
+    arrays = inputs(5, 2, 2, 'bfloat16', pads=(5, 0))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome(implementation, *arrays))
+    )
+
+
+def test_splash_in_the_transformer_on_a_mesh_equals_einsum_on_one_device(monkeypatch):
+    """In the scan over layers, where parameters are made on one row."""
+    interpreted = partial(splash_attention, interpret=True)
+    monkeypatch.setitem(implementations, 'splash', interpreted)
+    sizes = {'width': 16, 'layers': 2, 'heads': 4, 'kv_heads': 2, 'mlp_width': 8}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 12, (4, 6)))
+    valid = jnp.arange(6)[None, :] >= jnp.asarray([[0], [2], [0], [5]])
+
+    def gradient(mesh, implementation):
+        model = Transformer(TransformerConfig(12, **sizes, attention=implementation))
+        with jax.set_mesh(mesh):
+            params = sharding.init_params(model, jax.random.key(0), mesh)
+            given = sharding.put_batch(mesh, (tokens, valid))
+
+            def loss(params):
+                logits = model.apply({'params': params}, *given)
+                return jnp.sum(jax.nn.log_softmax(logits)[..., 3] * given[1])
+
+            return jax.device_get(jax.jit(jax.grad(loss))(params))
+
+    expected = gradient(sharding.make_mesh({}, jax.devices()[:1]), 'einsum')
+    found = gradient(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), 'splash')
+    jax.tree.map(partial(assert_allclose, atol=1e-5), found, expected)
+
+
+def test_the_platform_decides():
+    for platform, fastest in {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn'}.items():
+        assert resolve('auto', platform) == fastest
+        assert resolve('einsum', platform) == 'einsum'
+    assert resolve('auto', 'cuda') == 'cudnn'
+    assert resolve('auto', 'gpu', 'float32') == 'einsum'  # in which cuDNN does not compute
+    assert resolve('auto', 'tpu', 'float32') == 'splash'
+    assert resolve('xla', 'tpu') == 'splash'  # the name that older runs hold
+
+
+def test_what_cannot_be_says_what_to_use():
+    with pytest.raises(ValueError, match="'metal'; use einsum"):
+        resolve('auto', 'metal')
+    with pytest.raises(ValueError, match="'flash' does not exist; use one of auto, einsum"):
+        resolve('flash', 'cpu')
+    with pytest.raises(ValueError, match='bfloat16, not float32; use model.attention einsum'):
+        attention(*inputs(4, 2, 2), 'cudnn')
+    for N, K, name in ((3, 3, 'heads 3'), (2, 1, 'kv_heads 1')):
+        with jax.set_mesh(sharding.make_mesh({'data': 4, 'tensor': 2})):
+            with pytest.raises(ValueError, match=f'model.{name} over mesh.tensor 2'):
+                jax.eval_shape(HERE['splash'], *inputs(4, N, K))
