@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 from types import FrameType
 
 import jax
@@ -11,15 +12,17 @@ from jax.experimental import multihost_utils
 # JAX lets several processes stop at the same call, counted over the life of the program.
 _calls = itertools.count()
 
+REPEAT_SECONDS = 3.0  # schedulers may send one signal by two ways
+
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts as usual.
+    """While entered, SIGINT or SIGTERM is remembered; another, REPEAT_SECONDS later, acts as usual.
 
     With several processes a signal to any of them stops all, after the same update.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested_at: float | None = None
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> 'Interruption':
@@ -41,14 +44,19 @@ class Interruption:
         """Whether to save and stop now; to be asked once an update, by every process."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(_calls))
-        return self._requested
+        return self._requested_at is not None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        now = time.monotonic()
+        if self._requested_at is not None:
+            if now - self._requested_at > REPEAT_SECONDS:
+                self.release()
+                signal.raise_signal(number)
+            return
+        self._requested_at = now
         print(
             f'\n{signal.Signals(number).name}: saving after the next update, again to stop at once',
             flush=True,
         )
-        self.release()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
