@@ -67,7 +67,7 @@ def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base:
 
 
 def _write_description(path: Path, lora: LoRA, base: str) -> None:
-    modules = [source_of(target, 'a').name.split('.')[-3] for target in lora.targets]
+    modules = '|'.join(source_of(target, 'a').name.split('.')[-3] for target in lora.targets)
     description = {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -76,7 +76,8 @@ def _write_description(path: Path, lora: LoRA, base: str) -> None:
         'r': lora.rank,
         'lora_alpha': lora.alpha,
         'lora_dropout': lora.dropout,
-        'target_modules': modules,
+        # An expression, since the output layer is called ff_out as well, outside of the blocks.
+        'target_modules': rf'.*\.blocks\.\d+\.({modules})',
         **PLAIN,
     }
     path.write_text(json.dumps(description, indent=1))

@@ -13,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
+from spg_jax.models import llada
 from spg_jax.models.llada import load_checkpoint, tensor_shapes
 from spg_jax.models.llada_config import SpecialIds, read_config
 from spg_jax.models.transformer import Transformer
@@ -94,8 +95,8 @@ def test_grouped_keys_and_tied_embeddings_are_read(checkpoint):
     assert_array_equal(params['layers']['key']['kernel'][1], original[:32].T)
 
 
-def test_shards_and_bfloat16_read_as_one_file(checkpoint):
-    directory = checkpoint()
+def split(directory):
+    """Replaces the one file by two shards of bfloat16 and an index; the tensors, and the index."""
     tensors = {
         name: tensor.astype(ml_dtypes.bfloat16)
         for name, tensor in load_file(TINY / 'model.safetensors').items()
@@ -106,8 +107,14 @@ def test_shards_and_bfloat16_read_as_one_file(checkpoint):
         save_file({name: tensors[name] for name in part}, directory / file)
     (directory / 'model.safetensors').unlink()
     index = {'weight_map': {name: file for file, part in parts.items() for name in part}}
+    (directory / 'model.safetensors.index.json').write_text(json.dumps(index))
+    return tensors, index
+
+
+def test_shards_and_bfloat16_read_as_one_file(checkpoint):
+    directory = checkpoint()
+    tensors, index = split(directory)
     index_file = directory / 'model.safetensors.index.json'
-    index_file.write_text(json.dumps(index))
     _, _, params = load_checkpoint(directory)
     assert_array_equal(
         params['layers']['up']['kernel'][1],
@@ -123,6 +130,34 @@ def test_shards_and_bfloat16_read_as_one_file(checkpoint):
         load_checkpoint(directory)
     index_file.write_text('{}')
     with pytest.raises(ValueError, match='index.json has no "weight_map"'):
+        load_checkpoint(directory)
+
+
+POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4987202208\n'
+
+
+@pytest.mark.parametrize('left', [lambda whole: whole[:-1], lambda whole: b'', lambda _: POINTER])
+def test_a_shard_that_is_not_there_whole_is_named_before_anything_is_read(
+    checkpoint, monkeypatch, left
+):
+    """A download cut short, or a clone without git-lfs; the other shard is as it should be."""
+    directory = checkpoint()
+    split(directory)
+    shard = directory / 'b.safetensors'
+    shard.write_bytes(left(shard.read_bytes()))
+    monkeypatch.setattr(llada, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
+    with pytest.raises(ValueError, match='b.safetensors is damaged .*; download it again') as error:
+        load_checkpoint(directory)
+    assert '\n' not in str(error.value)
+
+
+def test_shards_of_two_downloads_that_overlap_are_named(checkpoint):
+    directory = checkpoint()
+    _, index = split(directory)
+    name = min(index['weight_map'])
+    tensors = load_file(directory / 'b.safetensors')
+    save_file({**tensors, name: tensors[max(tensors)]}, directory / 'b.safetensors')
+    with pytest.raises(ValueError, match=f'b.safetensors: {name!r} is also in another shard'):
         load_checkpoint(directory)
 
 
@@ -188,6 +223,16 @@ def test_a_wrong_tensor_is_named(checkpoint, tensors, message):
 def test_a_configuration_that_is_not_ours_is_refused(checkpoint, config, message):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(checkpoint(**config))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_its_name(tmp_path):
+    """The keys of Llama's configuration are others altogether."""
+    config = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 4096}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    said = "config.json: model_type is 'llama', expected 'llada'; use a checkpoint of the LLaDA-8B"
+    with pytest.raises(ValueError, match=said) as error:
+        load_checkpoint(tmp_path)
+    assert '\n' not in str(error.value)
 
 
 def test_missing_and_damaged_files_are_named(checkpoint, tmp_path):

@@ -1,6 +1,8 @@
 """Adapters and checkpoints leave in the layouts others read, and come back as they were."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,15 +13,23 @@ import pytest
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.models.llada import load_checkpoint, save_checkpoint
+from spg_jax.models import peft
+from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.policy import Policy, with_adapters
-from spg_jax.sharding import AXES, make_mesh
+from spg_jax.models.transformer import Transformer
+from spg_jax.sharding import AXES, abstract_params, make_mesh
 
 TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'
 WEIGHTS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
 SIZES = LoRA(rank=4, alpha=2.0, dropout=0.05, targets=('query', 'up', 'attention_out'))
+
+
+def zeros_of(config, lora):
+    model = Transformer(dataclasses.replace(config, lora=lora))
+    abstract = abstract_params(model, collection=COLLECTION)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
 
 
 def mesh_of(*sizes):
@@ -62,7 +72,19 @@ def test_adapters_are_written_as_peft_reads_them(saved):
         'bias': 'none',
     }
     assert described | expected == described
-    assert set(described['target_modules']) == set(modules.values())
+
+
+def test_peft_puts_adapters_on_what_has_one_and_nothing_else(tmp_path):
+    """PEFT matches an expression with the whole name of a module."""
+    config, _, _ = load_checkpoint(TINY)
+    down = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
+    save_adapter(tmp_path, zeros_of(config, down), down, 'the/base')
+    expression = json.loads((tmp_path / CONFIG).read_text())['target_modules']
+    modules = {name.removesuffix('.weight') for name in tensor_shapes(config)}
+    adapted = {name for name in modules if re.fullmatch(expression, name)}
+    wrapped = {name.split('.lora_')[0] for name in load_file(tmp_path / WEIGHTS)}
+    assert wrapped == {f'base_model.model.{name}' for name in adapted}
+    assert 'model.transformer.ff_out' not in adapted
 
 
 @pytest.mark.parametrize('sizes', [None, (1, 1, 1), (1, 8, 1), (2, 2, 2)])
@@ -123,6 +145,34 @@ def test_what_does_not_fit_says_so(saved, damage, said):
     damage(directory)
     with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
         load_adapter(directory, config)
+    assert '\n' not in str(error.value)
+
+
+def test_a_checkpoint_is_no_adapter(saved):
+    _, config, _ = saved
+    with pytest.raises(FileNotFoundError, match='adapter_config.json does not exist; expected an'):
+        load_adapter(TINY, config)
+
+
+def test_nothing_is_read_of_an_adapter_of_which_something_does_not_fit(saved, monkeypatch):
+    directory, config, _ = saved
+    retensor(lambda tensors: tensors.pop(max(tensors)))(directory)
+    monkeypatch.setattr(peft, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
+    with pytest.raises(ValueError, match='is missing'):
+        load_adapter(directory, config)
+
+
+@pytest.mark.parametrize('other', [{'rank': 8}, {'alpha': 4.0}, {'targets': ('query', 'up')}])
+def test_adapters_other_than_those_configured_are_refused(saved, other):
+    directory, config, _ = saved
+    lora, adapters = load_adapter(directory, config)
+    policy = Policy(
+        dataclasses.replace(config, lora=lora), 250, 1, np.ones(config.vocab_size, bool)
+    )
+    wanted = dataclasses.replace(lora, **other)
+    said = r'has adapters LoRA\(rank=4, .* the configuration asks for LoRA.*; set the lora group'
+    with pytest.raises(ValueError, match=said) as error:
+        with_adapters(policy, {COLLECTION: adapters}, wanted, 0, mesh_of(1, 1, 1))
     assert '\n' not in str(error.value)
 
 
