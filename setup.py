@@ -11,7 +11,7 @@ setup(
     long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=['spg_jax', 'spg_jax.*']),
-    package_data={'spg_jax.tasks': ['*/*.txt', '*/*.json']},
+    package_data={'spg_jax.tasks': ['*/*.txt', '*/*.json'], 'spg_jax.planning': ['*.json']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py>=2.1',
@@ -33,6 +33,7 @@ setup(
     extras_require={
         'test': [
             'jinja2>=3.1',
+            'libtpu',
             'pytest>=8.0',
             'pytest-xdist>=3.6',
             'ruff>=0.9',
@@ -42,6 +43,7 @@ setup(
         ],
         'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
         'math': ['math-verify>=0.9'],
+        'plan': ['libtpu'],  # the compiler for TPUs, which needs none of them
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'wandb': ['wandb>=0.19'],

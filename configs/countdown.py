@@ -3,23 +3,24 @@
 python -m spg_jax.train --config=configs/countdown.py            # small: a laptop
 python -m spg_jax.train --config=configs/countdown.py:tiny       # the whole pipeline, no learning
 python -m spg_jax.train --config=configs/countdown.py:llada_8b   # published recipe on LLaDA-8B
+python -m spg_jax.plan --config=configs/countdown.py:llada_8b_v5e16 --topology=v5e:4x4
 
 On one CPU core: base policy 248 s, RL 103 s, 9 % -> 71 % right (`benchmarks.learning`).
 """
 
 import ml_collections
 
-from spg_jax.config import default_config, on_a_laptop, on_llada_8b, tiny
+from spg_jax.config import HARDWARE, default_config, on_a_laptop, on_llada_8b, tiny
 
-PRESETS = ('small', 'tiny', 'llada_8b')
+PRESETS = ('small', 'tiny', *HARDWARE)
 
 
 def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     """The configuration of a preset; `default_config` says what each setting means."""
     config = default_config()
     config.task.name = 'countdown'
-    if preset == 'llada_8b':
-        on_llada_8b(config)
+    if preset in HARDWARE:
+        on_llada_8b(config, preset)
         return config
     if preset not in PRESETS:
         raise ValueError(

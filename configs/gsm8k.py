@@ -1,6 +1,7 @@
 """SPG on GSM8K, word problems of primary school: the reward is mostly for the right number.
 
 python -m spg_jax.train --config=configs/gsm8k.py:llada_8b   # published recipe on LLaDA-8B
+python -m spg_jax.plan --config=configs/gsm8k.py:llada_8b_v5e16 --topology=v5e:4x4
 
 The problems are downloaded on first use; without a network, the message says what to put where.
 Published (SPG, 256 tokens): 77.2 % -> 86.1 % right, with a checkpoint chosen on the test.
@@ -8,9 +9,9 @@ Published (SPG, 256 tokens): 77.2 % -> 86.1 % right, with a checkpoint chosen on
 
 import ml_collections
 
-from spg_jax.config import default_config, on_llada_8b
+from spg_jax.config import HARDWARE, default_config, on_llada_8b
 
-PRESETS = ('llada_8b',)
+PRESETS = tuple(HARDWARE)
 
 
 def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
@@ -22,5 +23,5 @@ def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
         )
     config = default_config()
     config.task.name = 'gsm8k'
-    on_llada_8b(config)
+    on_llada_8b(config, preset)
     return config

@@ -1,6 +1,7 @@
 """SPG on MATH, competition problems, tested on MATH500: the reward is mostly for the right formula.
 
 python -m spg_jax.train --config=configs/math500.py:llada_8b   # published recipe on LLaDA-8B
+python -m spg_jax.plan --config=configs/math500.py:llada_8b_v5e16 --topology=v5e:4x4
 
 The problems are downloaded on first use; without a network, the message says what to put where.
 Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on the test.
@@ -8,9 +9,9 @@ Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on
 
 import ml_collections
 
-from spg_jax.config import default_config, on_llada_8b
+from spg_jax.config import HARDWARE, default_config, on_llada_8b
 
-PRESETS = ('llada_8b',)
+PRESETS = tuple(HARDWARE)
 
 
 def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
@@ -22,6 +23,6 @@ def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
         )
     config = default_config()
     config.task.name = 'math500'
-    on_llada_8b(config)
-    config.train.steps = 4000
+    on_llada_8b(config, preset)
+    config.train.steps = 4000  # SPG, appendix, steps of each task; the others' are the defaults
     return config

@@ -8,7 +8,7 @@ appendix and released code) wherever the publication gives a number.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
@@ -136,11 +136,52 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def on_llada_8b(config: ml_collections.ConfigDict) -> None:
-    """Completes the published recipe, which the defaults are, with the model it was for."""
+class Hardware(NamedTuple):
+    """How the published recipe is spread over a machine. None of it changes what is learned."""
+
+    topology: str  # as `spg_jax.plan` names it; '' is whatever there is
+    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    microbatch: int  # rows of 456 tokens differentiated at once, over all chips
+    long_microbatch: int  # rows of Sudoku, 1756 tokens
+    evaluation_batch: int  # rows generated at once when accuracy is measured
+    long_evaluation_batch: int
+
+
+# Each fits by `python -m spg_jax.plan` (docs/plan.md), with room left. More 'tensor' splits what a
+# layer needs, more 'fsdp' what stays; small meshes of small chips need some of both.
+HARDWARE = {
+    'llada_8b': Hardware('', (1, -1, 1), 48, 48, 64, 64),
+    'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 48, 24, 64, 32),
+    'llada_8b_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48, 48, 64, 64),
+    'llada_8b_v6e8': Hardware('v6e:2x4', (1, 4, 2), 48, 48, 64, 64),
+    'llada_8b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48, 48, 64, 64),
+    'llada_8b_h100': Hardware('h100:1', (1, 1, 1), 48, 12, 64, 32),
+    'llada_8b_a100x8': Hardware('a100:8', (1, 8, 1), 48, 48, 64, 64),
+}
+
+
+def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> None:
+    """Completes the published recipe, which the defaults are, with the model and a machine.
+
+    Microbatches and passes over draws are ours: the gradient does not depend on them. The released
+    code differentiates 6 rows (Sudoku 3) on each of 8 GPUs at once.
+
+    Args:
+      config: changed in place; after the length of its prompts is set.
+      preset: a name in HARDWARE.
+    """
+    hardware = HARDWARE[preset]
+    long = config.sampling.prompt_length > 1000
     config.task.format = 'published_train'
-    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'
+    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model SPG trains
     config.model.remat = True
+    config.model.attention = 'einsum'  # what docs/plan.md compiled; 'auto' is the fused kernels
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
+    config.rl.update(
+        microbatch=hardware.long_microbatch if long else hardware.microbatch,
+        draws_per_pass=1,  # memory flat in M
+    )
+    config.evaluation.batch = hardware.long_evaluation_batch if long else hardware.evaluation_batch
 
 
 def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:

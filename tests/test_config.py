@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spg_jax import optimizers, sharding, tasks
-from spg_jax.config import default_config, evaluation_task
+from spg_jax.config import HARDWARE, default_config, evaluation_task
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models import lora
@@ -66,10 +66,10 @@ def test_every_setting_says_what_it_means(group, leaf):
 @pytest.mark.parametrize(
     ('task', 'presets'),
     [
-        ('countdown', ('small', 'tiny', 'llada_8b')),
-        ('gsm8k', ('llada_8b',)),
-        ('math500', ('llada_8b',)),
-        ('sudoku', ('small', 'tiny', 'llada_8b')),
+        ('countdown', ('small', 'tiny', *HARDWARE)),
+        ('gsm8k', tuple(HARDWARE)),
+        ('math500', tuple(HARDWARE)),
+        ('sudoku', ('small', 'tiny', *HARDWARE)),
     ],
 )
 def test_presets_validate(task, presets):
@@ -92,15 +92,16 @@ def test_an_unknown_preset_is_one_line(task):
     assert '\n' not in str(error.value) and 'llada_8b' in str(error.value)
 
 
-def test_the_published_recipe():
-    """Numbers of the publication (SPG, appendix), typed here a second time."""
+@pytest.mark.parametrize('preset', HARDWARE)
+def test_the_published_recipe(preset):
+    """Numbers of the publication (SPG, appendix), typed here a second time; on every machine."""
     for task, steps, temperature, beta, prompt, shots in (
         ('countdown', 6000, 0.9, 1.5, 200, 0),
         ('gsm8k', 6000, 0.9, 1.5, 200, 0),
         ('math500', 4000, 0.9, 1.5, 200, 0),
         ('sudoku', 2500, 0.3, 1.0, 1500, 3),
     ):
-        config = importlib.import_module(f'configs.{task}').get_config('llada_8b')
+        config = importlib.import_module(f'configs.{task}').get_config(preset)
         assert config.optimizer.learning_rate == 3e-6 and config.optimizer.grad_clip == 0.2
         assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.99)
         assert config.optimizer.weight_decay == 0.1
@@ -115,6 +116,7 @@ def test_the_published_recipe():
         assert (config.task.shots, config.task.rules) == (shots, 'released')
         assert tuple(config.evaluation.lengths) == (128, 256, 512)
         assert tuple(config.evaluation.steps) == (64, 128, 256)
+        assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (128, 64, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Chips by their published figures, and machines made of them, none of which need be there.
+
+Sources: Cloud TPU documentation, pages v5e, v5p and v6e (system architecture); NVIDIA's data sheets
+of H100 SXM and A100 80 GB SXM. A link's published bandwidth counts both directions; half of it
+carries what a chip receives.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One accelerator."""
+
+    name: str
+    platform: str  # tpu | cuda
+    memory: float  # bytes a program can have
+    flops: float  # bfloat16, a second, dense
+    bandwidth: float  # bytes a second to its memory
+    links: float  # bytes a second received over all links to its neighbours
+
+
+# Memory of a TPU is the limit the compiler names when a program does not fit. XLA takes a share of
+# a GPU's memory, 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: 0.92 is meant here.
+CHIPS = {
+    'v5e': Chip('TPU v5e', 'tpu', 15.75 * GIB, 197e12, 819e9, 200e9),
+    'v5p': Chip('TPU v5p', 'tpu', 95.73 * GIB, 459e12, 2765e9, 600e9),
+    'v6e': Chip('TPU v6e', 'tpu', 31.24 * GIB, 918e12, 1638e9, 400e9),
+    'h100': Chip('H100 80 GB SXM', 'cuda', 0.92 * 80e9, 989e12, 3350e9, 450e9),
+    'a100': Chip('A100 80 GB SXM', 'cuda', 0.92 * 80e9, 312e12, 2039e9, 300e9),
+}
+# What libtpu would ask a TPU's machine, or complain about where there is none, and leave to compile
+# to several processes at once.
+_WITHOUT_A_TPU = {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: the topology is given by name
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+# The machines whose tables are published, in their order.
+LISTED = ('v5e:2x4', 'v5e:4x4', 'v6e:2x4', 'v5p:2x2x1', 'h100:1', 'a100:8')
+
+
+class Machine(NamedTuple):
+    """Chips that run one program."""
+
+    topology: str  # as given
+    chip: Chip
+    count: int
+    devices: Sequence[jax.Device] | None  # of a TPU slice, to compile for; None on CUDA
+
+
+def find_machine(topology: str) -> Machine:
+    """The machine that a topology such as v5e:4x4, v5p:2x2x1 or h100:8 describes.
+
+    Raises:
+      ValueError: for a chip or a shape that does not exist, and where libtpu is not installed.
+    """
+    name, _, shape = topology.partition(':')
+    known = ', '.join(LISTED)
+    if name not in CHIPS:
+        raise ValueError(f'topology {topology!r}: no chip {name!r}; use one such as {known}')
+    chip = CHIPS[name]
+    sizes = shape.split('x')
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f'topology {topology!r}: no shape {shape!r}; use one such as {known}')
+    if chip.platform == 'cuda':
+        if len(sizes) > 1:
+            raise ValueError(f'topology {topology!r}: GPUs are counted; use one such as {name}:8')
+        return Machine(topology, chip, int(shape), None)
+    devices = _tpu_devices(topology)
+    return Machine(topology, chip, len(devices), devices)
+
+
+def _tpu_devices(topology: str) -> Sequence[jax.Device]:
+    """Devices that only the compiler sees."""
+    if not importlib.util.find_spec('libtpu'):
+        raise ValueError("libtpu, which compiles for TPUs, is not installed; pip install '.[plan]'")
+    for name, value in _WITHOUT_A_TPU.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology, platform='tpu').devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = ' '.join(str(error).split()).partition(': ')[2]
+        raise ValueError(
+            f'topology {topology!r}: {reason}; use one such as {", ".join(LISTED)}'
+        ) from None

@@ -1,0 +1,225 @@
+"""The plan of a run on a machine: figures of its programs, whether they fit, how long they take."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from spg_jax import sharding
+from spg_jax.planning import collectives, costs, memory
+from spg_jax.planning.machines import GIB, Chip, Machine
+from spg_jax.planning.programs import Plan, compile_program, lower_for_cuda, make_plan
+from spg_jax.validation import check_mesh
+
+PROGRAMS = ('rollout', 'evaluation', 'update')
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one program needs of each chip. Bytes, FLOPs and seconds."""
+
+    flops: float
+    bytes: float
+    estimated: dict[str, float]  # memory beside what stays, by part, by formula
+    compiled: int | None  # the same by the compiler; None where it was not asked
+    exceeded: str  # what the compiler said where the program does not fit, else ''
+    code: int
+    collectives: dict[str, tuple[int, float]]  # kind -> times, bytes received in all
+    seconds: float  # that compiling or lowering took
+
+    @property
+    def estimate(self) -> float:
+        """Memory beside what stays, by formula."""
+        return sum(self.estimated.values())
+
+    @property
+    def needed(self) -> float:
+        """Memory beside what stays: by the compiler where it says, else by formula."""
+        return self.estimate if self.compiled is None else self.compiled
+
+    @property
+    def received(self) -> float:
+        return sum(received for _, received in self.collectives.values())
+
+    def limits(self, chip: Chip) -> dict[str, float]:
+        """Seconds that arithmetic, memory and links need at the chip's published rates; the program
+        takes at least the longest."""
+        return {
+            'arithmetic': self.flops / chip.flops,
+            'memory': self.bytes / chip.bandwidth,
+            'links': self.received / chip.links,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures of a configuration on a machine."""
+
+    topology: str
+    mesh: dict[str, int]
+    resident: memory.Resident
+    programs: dict[str, Program]
+
+    def peak(self, name: str) -> float:
+        """Bytes of a chip while a program runs: what stays, code of all programs, its own."""
+        code = sum(program.code for program in self.programs.values())
+        return self.resident.total + code + self.programs[name].needed
+
+    def deviation(self, name: str) -> float | None:
+        """How far the formula's peak is from the compiler's, as a share of that."""
+        program = self.programs[name]
+        if program.compiled is None:
+            return None
+        return (program.estimate - program.needed) / self.peak(name)
+
+    @property
+    def largest(self) -> str:
+        """The program whose peak is the largest."""
+        return max(self.programs, key=self.peak)
+
+    def fits(self, chip: Chip) -> bool:
+        exceeded = any(program.exceeded for program in self.programs.values())
+        return not exceeded and self.peak(self.largest) <= chip.memory
+
+
+def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
+    """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
+
+    Raises:
+      ValueError: for a mesh that does not divide the machine, the model or the rows.
+    """
+    # For CUDA nothing is compiled, so CPU devices can stand in.
+    devices = machine.devices or jax.devices('cpu')[: machine.count]
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_mesh(config, mesh)
+    plan = make_plan(config, mesh)
+    measure = _compiled if machine.chip.platform == 'tpu' else _lowered
+    return Report(
+        topology=machine.topology,
+        mesh=dict(mesh.shape),
+        resident=memory.resident(plan.state),
+        programs={name: measure(plan, name) for name in PROGRAMS},
+    )
+
+
+def _compiled(plan: Plan, name: str) -> Program:
+    started = time.monotonic()
+    held = memory.local_bytes(plan.state if name == 'update' else plan.state.variables)
+    try:
+        program = compile_program(plan, name)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise ValueError(
+                f'{name}: the compiler fails on mesh {dict(plan.mesh.shape)} with '
+                f'{_first_line(error)!r}; use another mesh, or another version of libtpu'
+            ) from None
+        found = {'compiled': None, 'exceeded': _first_line(error), 'code': 0, 'collectives': {}}
+    else:
+        used = program.memory
+        needed = used.argument_size_in_bytes - held + used.temp_size_in_bytes
+        needed += used.output_size_in_bytes - used.alias_size_in_bytes
+        found = {
+            'compiled': needed,
+            'exceeded': '',
+            'code': used.generated_code_size_in_bytes,
+            'collectives': {
+                kind: tuple(traffic)
+                for kind, traffic in collectives.read_traffic(program.text).items()
+            },
+        }
+    return _program(plan, name, started, **found)
+
+
+def _lowered(plan: Plan, name: str) -> Program:
+    started = time.monotonic()
+    lower_for_cuda(plan, name)
+    traffic = {'expected': (0, costs.expected_received(plan, name))}
+    return _program(plan, name, started, compiled=None, exceeded='', code=0, collectives=traffic)
+
+
+def _program(plan: Plan, name: str, started: float, **found: Any) -> Program:
+    work = costs.work(plan, name)
+    return Program(
+        flops=work.flops / plan.mesh.size,
+        bytes=work.bytes / plan.mesh.size,
+        estimated=memory.estimate(plan, name),
+        seconds=time.monotonic() - started,
+        **found,
+    )
+
+
+def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str:
+    """What to change where a run does not fit, on one line."""
+    exceeded = [name for name, program in report.programs.items() if program.exceeded]
+    name = exceeded[0] if exceeded else report.largest
+    needed = report.programs[name].exceeded or (
+        f'{name} needs {report.peak(name) / GIB:.1f} GiB of the {chip.memory / GIB:.1f} GiB a '
+        f'{chip.name} has'
+    )
+    parts = report.programs[name].estimated
+    if report.resident.total > 0.7 * chip.memory:
+        return (
+            f'{needed}; what stays is {report.resident.total / GIB:.1f} GiB of it: use a larger '
+            'mesh.fsdp or mesh.tensor, or more chips'
+        )
+    largest = max(parts, key=parts.get)
+    wider = 'a larger mesh.tensor' if largest in ('tables', 'scores', 'logits') else 'more chips'
+    if name == 'evaluation':
+        change = f'evaluation.batch below {config.evaluation.batch}, or {wider}'
+    elif name == 'rollout':
+        change = f'fewer rl.prompts than {config.rl.prompts}, or {wider}'
+    elif not config.model.remat:
+        change = 'model.remat=True'
+    elif config.rl.draws_per_pass != 1 < config.corruption.draws:
+        change = 'rl.draws_per_pass=1'
+    elif largest == 'gradients':
+        change = 'a larger mesh.fsdp or mesh.tensor'
+    else:
+        change = f'rl.microbatch below {config.rl.microbatch}, or {wider}'
+    return f'{needed}, most of it {largest}: use {change}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Of a recipe. Seconds of one program at the assumed efficiency, and hours of all."""
+
+    rollout: float
+    update: float
+    hours: float
+
+
+def times(
+    report: Report, config: ml_collections.ConfigDict, chip: Chip, efficiency: float
+) -> Times:
+    """How long a recipe takes without evaluations, if every completion is decoded to its end."""
+    seconds = {
+        name: max(program.limits(chip).values()) / efficiency
+        for name, program in report.programs.items()
+    }
+    steps = config.train.steps
+    rollouts = -(-steps // config.rl.inner_updates)
+    total = rollouts * seconds['rollout'] + steps * seconds['update']
+    return Times(seconds['rollout'], seconds['update'], total / 3600)
+
+
+def summary(
+    report: Report, config: ml_collections.ConfigDict, machine: Machine, efficiency: float
+) -> dict[str, Any]:
+    """Everything the table says, as JSON values: bytes, FLOPs and seconds a chip."""
+    chip = machine.chip
+    return dataclasses.asdict(report) | {
+        'task': config.task.name,
+        'chips': machine.count,
+        'memory': chip.memory,
+        'peak': {name: report.peak(name) for name in report.programs},
+        'fits': report.fits(chip),
+        'limits': {name: program.limits(chip) for name, program in report.programs.items()},
+        'efficiency': efficiency,
+        'times': dataclasses.asdict(times(report, config, chip, efficiency)),
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,91 @@
+"""A plan as a table and the lines around it, for a terminal or for Markdown."""
+
+import ml_collections
+from rich import box
+from rich.table import Table
+
+from spg_jax.planning.machines import GIB, Machine
+from spg_jax.planning.report import Program, Report, remedy, times
+
+SHORT = {
+    'all-gather': 'gather',
+    'all-reduce': 'reduce',
+    'reduce-scatter': 'scatter',
+    'all-to-all': 'all-to-all',
+    'collective-permute': 'permute',
+    'expected': 'expected',
+}
+
+
+def table(report: Report, machine: Machine, markdown: bool = False) -> Table:
+    """A row a program: memory a chip, work a chip, and what limits it."""
+    chip = machine.chip
+    found = Table(box=box.MARKDOWN if markdown else box.SIMPLE)
+    found.add_column('program')
+    # Not "formula": on CUDA there is nothing else.
+    for column in ('activations GiB', 'peak GiB', 'of chip', 'by formula GiB', 'off by'):
+        found.add_column(column, justify='right')
+    for column in ('TFLOP', 'memory GB', 'links GB', 'seconds at least'):
+        found.add_column(column, justify='right')
+    found.add_column('limited by')
+    found.add_column('collectives: times, GB')
+    for name, program in report.programs.items():
+        limits = program.limits(chip)
+        slowest = max(limits, key=limits.get)
+        off = report.deviation(name)
+        peak = report.peak(name)
+        by_formula = peak - program.needed + program.estimate
+        found.add_row(
+            name,
+            f'{program.needed / GIB:.2f}' if not program.exceeded else 'too much',
+            f'{peak / GIB:.2f}' if not program.exceeded else 'too much',
+            f'{peak / chip.memory:.0%}' if not program.exceeded else '',
+            f'{by_formula / GIB:.2f}',
+            'estimate' if off is None else f'{off:+.0%}',
+            f'{program.flops / 1e12:.0f}',
+            f'{program.bytes / 1e9:.0f}',
+            f'{program.received / 1e9:.1f}',
+            f'{limits[slowest]:.2f}',
+            slowest,
+            _collectives(program),
+        )
+    return found
+
+
+def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine) -> str:
+    """What is planned, and what stays on each chip."""
+    chip, resident = machine.chip, report.resident
+    mesh = ' x '.join(f'{axis}={size}' for axis, size in report.mesh.items())
+    return (
+        f'{config.task.name} on {machine.topology}: {machine.count} x {chip.name}, '
+        f'{chip.memory / GIB:.1f} GiB each; mesh {mesh}, microbatch {config.rl.microbatch} of '
+        f'{config.rl.prompts * config.rl.group_size} rows. On each chip all the time: weights '
+        f'{resident.weights / GIB:.2f} GiB, adapters {resident.adapters / GIB:.2f}, optimiser '
+        f'{resident.optimizer / GIB:.2f}.'
+    )
+
+
+def verdict(
+    report: Report, config: ml_collections.ConfigDict, machine: Machine, efficiency: float
+) -> str:
+    """Whether it fits, and how long the recipe takes."""
+    chip = machine.chip
+    how = '' if chip.platform == 'tpu' else ' (by formula: an estimate)'
+    if not report.fits(chip):
+        return f'does not fit{how}: {remedy(report, config, chip)}'
+    peak = report.peak(report.largest)
+    time = times(report, config, chip, efficiency)
+    return (
+        f'fits{how}: {peak / GIB:.1f} of {chip.memory / GIB:.1f} GiB. At {efficiency:.0%} of the '
+        f'published rates a rollout takes {time.rollout:.0f} s, an update {time.update:.1f} s, the '
+        f'recipe of {config.train.steps} updates {time.hours:.0f} h; evaluations, rewards and '
+        'input come on top, early stops of decoding come off.'
+    )
+
+
+def _collectives(program: Program) -> str:
+    return '; '.join(
+        f'{SHORT[kind]} {f"{times:,} x, " if times else ""}{received / 1e9:.1f}'
+        for kind, (times, received) in sorted(program.collectives.items())
+        if received
+    )

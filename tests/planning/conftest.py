@@ -1,0 +1,51 @@
+"""A small run to plan for four TPU chips that are not there."""
+
+import jax
+import pytest
+
+from configs import countdown
+from spg_jax import sharding
+from spg_jax.planning.machines import find_machine
+from spg_jax.planning.programs import make_plan
+
+
+@pytest.fixture(scope='session')
+def slice_of_four():
+    return find_machine('v5e:2x2')
+
+
+@pytest.fixture
+def config():
+    """Three layers of width 256, 64 rows of 16 + 128 tokens, adapters of rank 8.
+
+    Without dropout, whose random bits are most of what compiling an update costs.
+    """
+    config = countdown.get_config('tiny')
+    config.model.update(width=256, layers=3, heads=2, kv_heads=2, mlp_width=768, remat=True)
+    config.model.update(tie_embeddings=False, scan_unroll=1, dtype='bfloat16')
+    config.lora.update(rank=8, dropout=0.0)
+    config.sampling.update(prompt_length=16, length=128, steps=64, block_length=32)
+    config.evaluation.update(lengths=(128,), steps=(64,), block_length=32, batch=64)
+    config.corruption.draws = 2
+    config.rl.update(prompts=8, microbatch=32, draws_per_pass=1)
+    config.mesh.update(data=1, fsdp=2, tensor=2)
+    return config
+
+
+@pytest.fixture
+def plan_of(config, slice_of_four):
+    """A function of the configuration's changes: its plan, on the four chips unless told where."""
+
+    def plan(changes=None, devices=slice_of_four.devices):
+        config.update_from_flattened_dict(changes or {})
+        return make_plan(config, sharding.make_mesh(config.mesh, devices))
+
+    return plan
+
+
+@pytest.fixture(autouse=True)
+def optimized():
+    """Programs as users run them."""
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)

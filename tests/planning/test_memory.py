@@ -1,0 +1,46 @@
+"""What stays on a chip by hand, and the formula for the rest against the compiler."""
+
+import jax
+import pytest
+
+from configs import gsm8k
+from spg_jax import sharding
+from spg_jax.planning import memory
+from spg_jax.planning.programs import planned_policy
+
+
+def test_what_stays_is_what_the_mesh_leaves_on_each_chip(plan_of):
+    """Mesh fsdp=2 x tensor=2: kernels in quarters, factors of adapters in halves, norms whole."""
+    plan = plan_of()
+    vocabulary, width, mlp, layers, rank = plan.policy.config.vocab_size, 256, 768, 3, 8
+    kernels = layers * (4 * width * width + 3 * width * mlp) + 2 * vocabulary * width
+    norms = (2 * layers + 1) * width
+    factors = layers * rank * (4 * 2 * width + 3 * (width + mlp))
+    found = memory.resident(plan.state)
+    assert found.weights == kernels // 4 * 4 + norms * 4  # float32: a policy trained here
+    assert found.adapters == factors // 2 * 4
+    assert found.optimizer == pytest.approx(2 * found.adapters, abs=16)  # and counters
+
+
+def test_llada_8b_has_its_published_size_without_its_checkpoint():
+    """32 layers of width 4096 and MLP 12288, two tables of 126,464 rows: 8.0 billion, bfloat16."""
+    layer = 4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096
+    policy = planned_policy(gsm8k.get_config('llada_8b'))
+    sizes = jax.tree.leaves(sharding.abstract_params(policy.model))
+    assert sum(leaf.size for leaf in sizes) == 32 * layer + 2 * 126_464 * 4096 + 4096
+    assert {leaf.dtype.name for leaf in sizes} == {'bfloat16'}
+
+
+def test_a_mesh_that_does_not_divide_the_model_or_the_rows_is_one_line(plan_of):
+    with pytest.raises(ValueError, match='mesh.tensor'):
+        plan_of({'model.mlp_width': 771, 'mesh.tensor': 4, 'mesh.fsdp': 1})
+    with pytest.raises(ValueError, match='30 rows.*do not split over 4 shards'):
+        plan_of(
+            {
+                'model.mlp_width': 384,
+                'mesh.tensor': 1,
+                'mesh.fsdp': 4,
+                'rl.prompts': 5,
+                'rl.group_size': 6,
+            }
+        )

@@ -1,0 +1,126 @@
+"""A small run compiled for four TPU chips: its memory, whether it fits, what to change if not."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import pytest
+
+from spg_jax.planning import report as reports
+from spg_jax.planning.machines import find_machine
+from spg_jax.planning.programs import compile_program, lower_for_cuda
+from spg_jax.planning.report import PROGRAMS, make_report, remedy, summary, times
+from spg_jax.planning.tables import heading, table, verdict
+
+MESH = {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.tensor': 1}
+
+
+@pytest.fixture(scope='module')
+def compiled():
+    """Programs by name, compiled when first asked for."""
+    return {}
+
+
+@pytest.fixture
+def report(plan_of, compiled, config, slice_of_four, monkeypatch):
+    plan = plan_of(MESH)
+
+    def once(_, name):
+        if name not in compiled:
+            compiled[name] = compile_program(plan, name)
+        return compiled[name]
+
+    monkeypatch.setattr(reports, 'compile_program', once)
+    return make_report(config, slice_of_four)
+
+
+def smaller(machine, memory):
+    return machine._replace(chip=machine.chip._replace(memory=memory))
+
+
+def test_the_formula_is_within_15_percent_of_the_compiler(report):
+    for name in PROGRAMS:
+        assert abs(report.deviation(name)) < 0.15, (name, report.programs[name])
+
+
+def test_what_fits_and_what_does_not(report, config, slice_of_four):
+    """A chip with a byte less than the largest peak does not do; the message says what does."""
+    peak = report.peak(report.largest)
+    assert report.largest == 'update' and report.fits(slice_of_four.chip)
+    assert report.fits(smaller(slice_of_four, peak).chip)
+    small = smaller(slice_of_four, peak - 1)
+    assert not report.fits(small.chip)
+    said = remedy(report, config, small.chip)
+    assert re.search(r'update needs .* GiB of the .* GiB .*: use rl.microbatch below 32', said)
+    assert verdict(report, config, small, 0.4) == f'does not fit: {said}'
+    config.model.remat = False
+    assert remedy(report, config, small.chip).endswith('use model.remat=True')
+    tiny = smaller(slice_of_four, report.resident.total)
+    assert 'larger mesh.fsdp or mesh.tensor, or more chips' in remedy(report, config, tiny.chip)
+
+
+def test_a_compiler_that_runs_out_of_memory_is_a_verdict(
+    plan_of, config, slice_of_four, monkeypatch
+):
+    def compile_program(plan, name):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 330.00G exceeds 15.75G.\nSee more')
+
+    monkeypatch.setattr(reports, 'compile_program', compile_program)
+    plan_of(MESH)
+    report = make_report(config, slice_of_four)
+    assert not report.fits(slice_of_four.chip)
+    said = remedy(report, config, slice_of_four.chip)
+    assert '330.00G exceeds 15.75G' in said and 'use ' in said and '\n' not in said
+
+
+def test_times_are_the_longest_limit_over_the_efficiency(report, config, slice_of_four):
+    chip = slice_of_four.chip
+    config.train.steps, config.rl.inner_updates = 10, 4
+    found = times(report, config, chip, 0.5)
+    rollout, update = report.programs['rollout'], report.programs['update']
+    seconds = max(
+        update.flops / chip.flops, update.bytes / chip.bandwidth, update.received / chip.links
+    )
+    assert found.update == pytest.approx(2 * seconds)
+    assert found.hours == pytest.approx((3 * found.rollout + 10 * found.update) / 3600)
+    assert rollout.received > 0 and update.received > 0
+    assert times(report, config, chip, 0.25).hours == pytest.approx(2 * found.hours)
+
+
+def test_json_says_what_the_table_says(report, config, slice_of_four):
+    found = json.loads(json.dumps(summary(report, config, slice_of_four, 0.4)))
+    assert found['fits'] and found['chips'] == 4 and set(found['peak']) == set(PROGRAMS)
+    assert found['resident'] == dataclasses.asdict(report.resident)
+    assert table(report, slice_of_four).row_count == 3
+    assert 'mesh data=1 x fsdp=4 x tensor=1' in heading(report, config, slice_of_four)
+
+
+def test_eight_draws_need_the_memory_of_two(plan_of, report):
+    """One draw a pass: peak and temporaries of M = 8 within a tenth of those of M = 2."""
+    eight = compile_program(plan_of({'corruption.draws': 8}), 'update').memory
+    needed = eight.temp_size_in_bytes + eight.argument_size_in_bytes - report.resident.total
+    needed += eight.output_size_in_bytes - eight.alias_size_in_bytes
+    two = report.programs['update'].compiled
+    assert abs(needed - two) / (report.resident.total + two) < 0.1
+
+
+def test_logits_are_of_the_scored_positions_of_a_microbatch_and_no_more(report, compiled, plan_of):
+    """The largest array with the vocabulary as an axis, tables apart, in the compiled update."""
+    vocabulary, width = plan_of(MESH).policy.config.vocab_size, 256
+    sizes = set()
+    for shape in re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled['update'].text):
+        axes = [int(size) for size in shape.split(',')]
+        if vocabulary in axes and not {width, width // 4} & set(axes):
+            sizes.add(jax.numpy.prod(jax.numpy.array(axes)).item() // vocabulary)
+    # A microbatch of 32 rows over 4 shards, 128 positions of completion.
+    assert max(sizes) == 32 // 4 * 128
+
+
+def test_for_cuda_programs_are_lowered_and_memory_is_an_estimate(plan_of, config):
+    machine = find_machine('a100:4')
+    plan = plan_of(MESH, jax.devices()[:4])
+    assert lower_for_cuda(plan, 'update') > 10_000
+    report = make_report(config, machine)
+    assert all(report.deviation(name) is None for name in PROGRAMS)
+    assert 'an estimate' in verdict(report, config, machine, 0.4)
