@@ -67,7 +67,7 @@ class Bench:
 
     def rollout(self) -> Rollout:
         """Random tokens, completions of full length, alternating advantages."""
-        rollout = empty_rollout(self.config, self.mesh)
+        rollout = empty_rollout(self.config, self.mesh, self.config.sampling.prompt_length)
         words = lambda shape: np.random.default_rng(0).integers(3, 11, shape, np.int32)  # noqa: E731
         return rollout.replace(
             prompt=jnp.asarray(words(rollout.prompt.shape)),

@@ -34,8 +34,8 @@ def default_config() -> ml_collections.ConfigDict:
             data_dir='data',  # where problems are kept, and given files of them looked for
         ),
         data=c(
-            # What to do with prompts over sampling.prompt_length: 'drop' leaves them out of RL and
-            # validation, and stops where an accuracy is reported. Base policies refuse them always.
+            # What to do with training prompts over sampling.prompt_length: 'drop' leaves them out.
+            # Evaluation takes prompts whole, however long; base policies refuse long ones always.
             long_prompts='drop',  # drop | truncate_left (keep the end, as released) | error
         ),
         model=c(  # of a base policy trained here; an imported checkpoint brings its own
@@ -147,8 +147,8 @@ class Hardware(NamedTuple):
     long_evaluation_batch: int
 
 
-# Each fits by `python -m spg_jax.plan` (docs/plan.md), with room left. More 'tensor' splits what a
-# layer needs, more 'fsdp' what stays; small meshes of small chips need some of both.
+# `python -m spg_jax.plan` says whether one fits. More 'tensor' splits what a layer needs,
+# more 'fsdp' what stays; small meshes of small chips need some of both.
 HARDWARE = {
     'llada_8b': Hardware('', (1, -1, 1), 48, 48, 64, 64),
     'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 48, 24, 64, 32),
@@ -175,7 +175,7 @@ def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> 
     config.task.format = 'published_train'
     config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model SPG trains
     config.model.remat = True
-    config.model.attention = 'einsum'  # what docs/plan.md compiled; 'auto' is the fused kernels
+    config.model.attention = 'einsum'  # what plan knows; 'auto' is the fused kernels
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
     config.rl.update(
         microbatch=hardware.long_microbatch if long else hardware.microbatch,

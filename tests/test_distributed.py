@@ -1,11 +1,8 @@
 """Several processes: they compute what one does, go on where they were cut, and end together."""
 
 import fcntl
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,40 +16,7 @@ from spg_jax import sharding
 from spg_jax.models.peft import WEIGHTS
 from tests import adapted
 from tests.across_devices import outcome
-
-REPOSITORY = Path(__file__).parent.parent
-TIMEOUT = 240
-
-
-def start_pair(*command: str) -> list[subprocess.Popen]:
-    """Two processes of 4 devices each that run a module."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    environment = dict(
-        os.environ,
-        PYTHONPATH=str(REPOSITORY),
-        XLA_FLAGS='--xla_force_host_platform_device_count=4',
-        JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-        JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
-        JAX_NUM_PROCESSES='2',
-    )
-    return [
-        subprocess.Popen(
-            [sys.executable, '-m', *command],
-            cwd=REPOSITORY,
-            env=environment | {'JAX_PROCESS_ID': str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-
-
-def finish(pair: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    ended = [process.communicate(timeout=TIMEOUT) for process in pair]
-    return [(process.returncode, *said) for process, said in zip(pair, ended, strict=True)]
+from tests.processes import TIMEOUT, finish, start_pair
 
 
 @pytest.fixture(scope='module')

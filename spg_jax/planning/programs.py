@@ -25,7 +25,6 @@ from spg_jax.config import (
     training_task,
 )
 from spg_jax.models import llada_config
-from spg_jax.models.attention import AUTO
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.rl.learner import make_update
@@ -82,12 +81,15 @@ def planned_policy(config: ml_collections.ConfigDict) -> Policy:
     A published checkpoint that is not there is taken to be LLaDA-8B-Instruct.
 
     Raises:
-      ValueError: for a checkpoint of another architecture.
+      ValueError: for a checkpoint of another architecture, or attention that is not planned for.
       FileNotFoundError: for a checkpoint directory without config.json.
     """
     execution = execution_of(config)
-    if execution['attention'] == AUTO:
-        execution['attention'] = 'einsum'  # presets for real machines name theirs
+    if execution['attention'] != 'einsum':
+        raise ValueError(
+            f'model.attention is {execution["attention"]!r}; the formulas know einsum only: '
+            'plan, and then train, with model.attention einsum'
+        )
     if not config.base.checkpoint:
         tokenizer = WordTokenizer(training_task(config).vocabulary)
         policy = checkpoints.make_policy(model_of(config, tokenizer.size, 'cpu'), tokenizer)

@@ -21,6 +21,21 @@ from spg_jax.tokenizers import Tokenizer
 Figures = dict[str, Any]  # JSON values; accuracies are fractions in [0, 1]
 
 
+class _Rows(NamedTuple):
+    """Completions that this process has looked at."""
+
+    total: int  # rows over all processes
+    rows: np.ndarray  # [n] their numbers, ascending
+    tokens: np.ndarray  # [n, C] int32
+
+    def complete(self, values: np.ndarray) -> np.ndarray:
+        """What all processes found: values [n, ...] of the own rows -> [total, ...]."""
+        every = np.zeros((self.total, *values.shape[1:]), values.dtype)
+        known = np.zeros(self.total, bool)
+        every[self.rows], known[self.rows] = values, True
+        return distributed.merge(every, known)
+
+
 class Evaluator:
     """Decodes and scores problems with a policy's current parameters; compiled once a length."""
 
@@ -83,7 +98,7 @@ class Evaluator:
         solved = [score.solved for score in self._scores(mine, examples, samples)]
         return float(np.reshape(solved, (-1, samples)).any(axis=1).mean())
 
-    def _scores(self, mine: '_Rows', examples: Sequence[Example], samples: int) -> list[Score]:
+    def _scores(self, mine: _Rows, examples: Sequence[Example], samples: int) -> list[Score]:
         """The verdict on every row, each process scoring its own."""
         # Published scorers look for the end of the turn in the text; published rewards do not.
         specials = self._task.scorer == 'published'
@@ -117,7 +132,7 @@ class Evaluator:
         steps: int,
         temperature: float,
         samples: int,
-    ) -> '_Rows':
+    ) -> _Rows:
         """Completions of N examples, N * samples rows of which each process gets its own."""
         program = (length, steps, temperature)
         if program not in self._programs:
@@ -160,21 +175,6 @@ class Evaluator:
         length = padded_length(longest, prompt_buckets(self._config))
         encoded = left_pad(rows, length, self._tokenizer.pad_id)
         return dict(zip(places.tolist(), zip(*encoded, strict=True), strict=True))
-
-
-class _Rows(NamedTuple):
-    """Completions that this process has looked at."""
-
-    total: int  # rows over all processes
-    rows: np.ndarray  # [n] their numbers, ascending
-    tokens: np.ndarray  # [n, C] int32
-
-    def complete(self, values: np.ndarray) -> np.ndarray:
-        """What all processes found: values [n, ...] of the own rows -> [total, ...]."""
-        every = np.zeros((self.total, *values.shape[1:]), values.dtype)
-        known = np.zeros(self.total, bool)
-        every[self.rows], known[self.rows] = values, True
-        return distributed.merge(every, known)
 
 
 def headline_length(config: ml_collections.ConfigDict) -> tuple[int, int]:

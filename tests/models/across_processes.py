@@ -1,6 +1,6 @@
 """One of two processes that together hold a checkpoint: reads it, looks at its own shards, writes.
 
-python -m tests.models.across_processes PORT PROCESS ROOT
+python -m tests.models.across_processes ROOT
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from numpy.testing import assert_array_equal
 
+from spg_jax import distributed
 from spg_jax.models.llada import load_checkpoint, save_checkpoint
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
@@ -42,21 +43,19 @@ def check_shards(found, expected):
             assert_array_equal(shard.data, whole[shard.index])
 
 
-def main(port: str, process: str, root: Path) -> None:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+def main(root: Path) -> None:
+    distributed.start()
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     _, _, params = load_checkpoint(TINY, mesh)
     check_shards(params, load_checkpoint(TINY)[2])
-    out = root / process  # only the first process is to write
+    out = root / str(jax.process_index())  # only the first process is to write
     save_checkpoint(out, params, TINY, shard_bytes=40_000)
     save_adapter(out / 'adapter', adapters_on(mesh), SIZES, 'base')
     config, _, again = load_checkpoint(root / '0', mesh)
     check_shards(again, load_checkpoint(TINY)[2])
     _, adapters = load_adapter(root / '0' / 'adapter', config, mesh)
     check_shards(adapters, load_adapter(root / '0' / 'adapter', config)[1])
-    jax.distributed.shutdown()
 
 
 if __name__ == '__main__':
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -1,12 +1,7 @@
 """Weights move one published tensor at a time, between files and the devices of many processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -21,8 +16,7 @@ from spg_jax.models.peft import load_adapter
 from spg_jax.models.tensor_files import open_tensors
 from spg_jax.sharding import AXES, make_mesh
 from tests.models.across_processes import SIZES, TINY, adapters_on
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.processes import finish, start_pair
 
 
 def mesh_of(*sizes):
@@ -75,24 +69,8 @@ def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
-    command = [sys.executable, '-m', 'tests.models.across_processes', str(port)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(process), str(tmp_path)],
-            cwd=REPOSITORY,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    for code, _, said in finish(start_pair('tests.models.across_processes', str(tmp_path))):
+        assert code == 0, said
     assert [path.name for path in tmp_path.iterdir()] == ['0']
     files = open_tensors(tmp_path / '0')
     original = load_file(TINY / 'model.safetensors')

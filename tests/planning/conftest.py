@@ -23,6 +23,7 @@ def config():
     config = countdown.get_config('tiny')
     config.model.update(width=256, layers=3, heads=2, kv_heads=2, mlp_width=768, remat=True)
     config.model.update(tie_embeddings=False, scan_unroll=1, dtype='bfloat16')
+    config.model.attention = 'einsum'
     config.lora.update(rank=8, dropout=0.0)
     config.sampling.update(prompt_length=16, length=128, steps=64, block_length=32)
     config.evaluation.update(lengths=(128,), steps=(64,), block_length=32, batch=64)

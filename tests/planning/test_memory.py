@@ -31,6 +31,11 @@ def test_llada_8b_has_its_published_size_without_its_checkpoint():
     assert {leaf.dtype.name for leaf in sizes} == {'bfloat16'}
 
 
+def test_attention_that_would_run_otherwise_than_planned_is_refused(plan_of):
+    with pytest.raises(ValueError, match="model.attention is 'auto'; .* know einsum only"):
+        plan_of({'model.attention': 'auto'})
+
+
 def test_a_mesh_that_does_not_divide_the_model_or_the_rows_is_one_line(plan_of):
     with pytest.raises(ValueError, match='mesh.tensor'):
         plan_of({'model.mlp_width': 771, 'mesh.tensor': 4, 'mesh.fsdp': 1})
