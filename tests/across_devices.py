@@ -42,6 +42,8 @@ def outcome(checkpoint: Path, mesh: Mesh) -> dict[str, np.ndarray]:
     with jax.set_mesh(mesh):
         policy, _, variables = checkpoints.load_policy(checkpoint, mesh)
         found = fetched(mesh, {'params': variables['params']})
+        known = np.isin(np.arange(ROWS), own)
+        found['merged'] = distributed.merge(np.where(known, np.arange(ROWS), -1), known)
         lora = LoRA(rank=4, alpha=8.0, dropout=0.1)
         policy, variables = with_adapters(policy, variables, lora, 0, mesh)
         variables['lora'] = jax.jit(_grown)(variables['lora'])

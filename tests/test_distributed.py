@@ -49,6 +49,7 @@ def test_nothing_depends_on_where_it_is_computed(root, alone, where):
     else:
         found = outcome(root[0] / 'published', mesh_of(where))
     assert set(found) == set(alone)
+    assert found['merged'].tolist() == list(range(8))  # what each process knew of its own rows
     for name, values in alone.items():
         if name.startswith(("['params']", "['tokens']")):
             assert_array_equal(found[name], values)

@@ -91,21 +91,21 @@ def test_metrics_are_what_counting_gives():
 
 
 class Odd:
-    """Rewards texts with an odd number of characters, and tells when."""
+    """Rewards texts of an odd number of characters, where the index is even; tells when."""
 
     def __init__(self, events):
         self.events = events
 
     def reward(self, text, example):
         self.events.append('reward')
-        return float(len(text) % 2)
+        return float((len(text) + example['index']) % 2)
 
 
 def rollout_of(policy, config, mesh, events, monkeypatch):
     """A rollout of two prompts; `events` gets 'start' at each batch of generation."""
     tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
     tokens, valid = left_pad(PROMPTS[:2], 4, pad_id=2)
-    prompts = PromptBatch(tokens, valid, np.array([5, 3], np.uint32), [{'index': 5}, {'index': 3}])
+    prompts = PromptBatch(tokens, valid, np.array([5, 4], np.uint32), [{'index': 5}, {'index': 4}])
     make = rollout.make_generate
 
     def telling(*arguments):
@@ -129,8 +129,9 @@ def test_generating_in_parts_changes_nothing_and_rewards_meanwhile(policy, confi
         found[parts] = rollout_of(policy, config, mesh_of(sizes), events[parts], monkeypatch)
         monkeypatch.undo()
     expected, texts = found.pop(0)
-    assert np.asarray(expected.example_id).tolist() == [20, 21, 22, 23, 12, 13, 14, 15]
-    reward = np.array([len(text) % 2 for text in texts])
+    assert np.asarray(expected.example_id).tolist() == [20, 21, 22, 23, 16, 17, 18, 19]
+    index = 4 * [5] + 4 * [4]
+    reward = np.array([(len(text) + i) % 2 for text, i in zip(texts, index, strict=True)])
     assert np.asarray(expected.reward).tolist() == reward.tolist()
     mean = np.repeat(reward.reshape(2, 4).mean(1), 4)
     np.testing.assert_allclose(expected.advantage, reward - mean)
