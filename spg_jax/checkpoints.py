@@ -218,12 +218,29 @@ def load_policy(
         variables = {'params': llada.load_checkpoint(directory, mesh)[2]}
     else:
         target = abstract_params(Transformer(config), mesh)
-        variables = {PARAMS: _restore(directory / PARAMS, lambda path: ocp.load(path, target))}
+        variables = {PARAMS: _restore_params(directory, target)}
     if adapter:
         lora, adapters = load_adapter(adapter, config, mesh)
         config = dataclasses.replace(config, lora=lora)
         variables[COLLECTION] = adapters
     return make_policy(config, tokenizer), tokenizer, variables
+
+
+def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
+    """Only the collection of a policy directory that training changes: what the base is, and where
+    it is already, a run knows.
+
+    Raises:
+      FileNotFoundError, ValueError: the parameters or adapters are not there or do not fit.
+    """
+    directory = _whole(directory)
+    if policy.config.lora:
+        return {COLLECTION: load_adapter(directory / ADAPTER, policy.config, mesh)[1]}
+    return {PARAMS: _restore_params(directory, abstract_params(policy.model, mesh))}
+
+
+def _restore_params(directory: Path, target: Any) -> Any:
+    return _restore(directory / PARAMS, lambda path: ocp.load(path, target))
 
 
 class RunCheckpoints:

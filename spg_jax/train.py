@@ -173,8 +173,8 @@ def train(
     interruption.release()
 
     # --- the policy that validated best, on problems nothing has seen -----------------------------
-    _, _, best = checkpoints.load_policy(workdir / 'best', mesh)
-    final = evaluator.report(best, test)
+    best = checkpoints.load_trained(workdir / 'best', policy, mesh)
+    final = evaluator.report(state.frozen | best, test)
     base_notes = checkpoints.policy_notes(base_directory)
     seconds = seconds_before + time.monotonic() - started
     result = summary(config, record, final, seconds, base_notes.get('seconds'))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from spg_jax import sharding
-from spg_jax.config import evaluation_lengths
+from spg_jax.config import evaluation_lengths, generation_batch
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan, evaluation_rows
 
@@ -95,16 +95,18 @@ def expected_received(plan: Plan, name: str) -> float:
 def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
     """Rows a pass over the layers, forwards or backwards; passes; positions of a row."""
     config = plan.config
-    prompt, batch = config.sampling.prompt_length, config.rl.prompts * config.rl.group_size
+    prompt = config.sampling.prompt_length
     guided = 2 if config.sampling.guidance else 1
     if name == 'rollout':
-        return batch, guided * config.sampling.steps, prompt + config.sampling.length
+        passes = guided * config.sampling.steps
+        return generation_batch(config), passes, prompt + config.sampling.length
     if name == 'evaluation':
         length, steps = max(evaluation_lengths(config))
         return evaluation_rows(plan), guided * steps, prompt + length
     draws = config.corruption.draws
     at_once = config.rl.draws_per_pass or draws
-    passes = batch // config.rl.microbatch * (draws // at_once)
+    batches = config.rl.prompts * config.rl.group_size // config.rl.microbatch
+    passes = batches * (draws // at_once)
     # Forwards, forwards again where layers are recomputed, backwards; before them, where draws are
     # taken some at a time, forwards for all log-probabilities.
     kinds = 2 + plan.policy.config.remat + (at_once < draws)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spg_jax import sharding
+from spg_jax.config import generation_batch
 from spg_jax.models.lora import COLLECTION
 from spg_jax.planning.programs import Plan, evaluation_rows
 from spg_jax.train_state import TrainState
@@ -72,7 +73,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
         rows = config.rl.microbatch * draws
         completion = unembedded = config.sampling.length
     elif name == 'rollout':
-        rows = config.rl.prompts * config.rl.group_size
+        rows = generation_batch(config)
         completion, unembedded = config.sampling.length, config.sampling.block_length
     else:
         rows = evaluation_rows(plan)

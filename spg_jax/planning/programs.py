@@ -19,6 +19,7 @@ from spg_jax.config import (
     evaluation_lengths,
     evaluation_sampling,
     execution_of,
+    generation_batch,
     lora_of,
     model_of,
     sampling_config,
@@ -115,7 +116,7 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
         update = make_update(policy, objective, optimizer, config, shardings_of(plan.state))
         return update, (plan.state, plan.rollout)
     if name == 'rollout':
-        rows, decoding = len(plan.rollout.prompt), sampling_config(config)
+        rows, decoding = generation_batch(config), sampling_config(config)
     else:
         rows = evaluation_rows(plan)
         decoding = evaluation_sampling(config, *max(evaluation_lengths(config)))

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 
 from spg_jax import sharding
+from spg_jax.config import generation_batch
 from spg_jax.planning import collectives, costs, memory
 from spg_jax.planning.machines import GIB, Chip, Machine
 from spg_jax.planning.programs import Plan, compile_program, lower_for_cuda, make_plan
@@ -169,7 +170,7 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
     if name == 'evaluation':
         change = f'evaluation.batch below {config.evaluation.batch}, or {wider}'
     elif name == 'rollout':
-        change = f'fewer rl.prompts than {config.rl.prompts}, or {wider}'
+        change = f'rl.generation_batch below {generation_batch(config)}, or {wider}'
     elif not config.model.remat:
         change = 'model.remat=True'
     elif config.rl.draws_per_pass != 1 < config.corruption.draws:
@@ -183,7 +184,8 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Of a recipe. Seconds of one program at the assumed efficiency, and hours of all."""
+    """Of a recipe at the assumed efficiency: seconds of a whole rollout, however many parts it is
+    generated in, and of an update; hours of all."""
 
     rollout: float
     update: float
@@ -200,8 +202,10 @@ def times(
     }
     steps = config.train.steps
     rollouts = -(-steps // config.rl.inner_updates)
-    total = rollouts * seconds['rollout'] + steps * seconds['update']
-    return Times(seconds['rollout'], seconds['update'], total / 3600)
+    parts = config.rl.prompts * config.rl.group_size // generation_batch(config)
+    rollout = parts * seconds['rollout']
+    total = rollouts * rollout + steps * seconds['update']
+    return Times(rollout, seconds['update'], total / 3600)
 
 
 def summary(

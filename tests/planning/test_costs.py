@@ -57,6 +57,9 @@ def test_a_rollout_is_a_forward_pass_for_every_step_and_twice_with_guidance(plan
     one = forward(plan.policy.config, 16 + 128, 32).total
     assert work(plan, 'rollout').flops == 64 * 64 * one
     assert work(plan_of({'sampling.guidance': 1.5}), 'rollout').flops == 2 * 64 * 64 * one
+    part = plan_of({'sampling.guidance': 0.0, 'rl.generation_batch': 16})
+    assert work(part, 'rollout').flops == 16 * 64 * one
+    assert program(part, 'rollout')[1][1].shape == (16, 16)
 
 
 def test_every_shard_of_rows_reads_the_kernels(plan_of):
