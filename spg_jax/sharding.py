@@ -5,6 +5,7 @@ and 'tensor' (heads, MLP and vocabulary split). Arrays handed around are plain p
 that carry logical axis names exist only inside this file.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,7 +132,7 @@ def abstract_params(
     Raises:
       ValueError: where the rules contradict each other or a mesh axis does not divide a dimension.
     """
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0), collection))
+    boxed = _boxed_shapes(model, collection)
 
     def describe(path, box):
         shape, dtype = box.value.shape, box.value.dtype
@@ -268,6 +269,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def _init(model: nn.Module, key: Array, collection: str) -> Any:
     """Boxed parameters of a collection; their shapes do not depend on those of the tokens."""
     return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))[collection]
+
+
+@functools.lru_cache(maxsize=8)  # a run asks a dozen times, and each is a trace of the model
+def _boxed_shapes(model: nn.Module, collection: str) -> Any:
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0), collection))
 
 
 def _is_box(x: Any) -> bool:
