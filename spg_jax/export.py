@@ -10,12 +10,11 @@ run that trained every parameter gives a whole checkpoint either way.
 import shutil
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from spg_jax import checkpoints, cli, sharding
 from spg_jax.models import llada
-from spg_jax.models.lora import COLLECTION, merge
+from spg_jax.models.lora import COLLECTION
 from spg_jax.runs import policy_of_run, run_config
 
 FLAGS = flags.FLAGS
@@ -42,11 +41,13 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     llada.read_config(source / 'config.json')  # says what is wrong before any long work
     mesh = sharding.make_mesh({'fsdp': -1})
     policy, _, variables = checkpoints.load_policy(directory, mesh)
-    params = variables['params']
-    if policy.config.lora:
-        together = jax.jit(merge, static_argnums=2, donate_argnums=0)
-        params = together(params, variables[COLLECTION], policy.config.lora)
-    llada.save_checkpoint(out, params, source)
+    llada.save_checkpoint(
+        out,
+        variables['params'],
+        source,
+        adapters=variables.get(COLLECTION),
+        lora=policy.config.lora,
+    )
 
 
 def main(_: list[str]) -> None:

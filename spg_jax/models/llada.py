@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 
 from spg_jax.models.llada_config import SpecialIds, read_config
+from spg_jax.models.lora import ADAPTER, LoRA
 from spg_jax.models.tensor_files import FLOATS, open_tensors, write_checkpoint
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
@@ -72,17 +73,25 @@ def load_checkpoint(
 
 
 def save_checkpoint(
-    directory: Path, params: Any, source: Path, shard_bytes: int = 5 * 10**9
+    directory: Path,
+    params: Any,
+    source: Path,
+    shard_bytes: int = 5 * 10**9,
+    adapters: Mapping[str, Any] | None = None,
+    lora: LoRA | None = None,
 ) -> None:
     """Writes parameters in the published layout, for anything that reads LLaDA checkpoints.
 
     Args:
       directory: made if need be.
-      params: plain parameter pytree, on any devices; one tensor at a time is fetched to the host.
-        Every process that holds a part of it has to call this, and the first one writes.
+      params: plain parameter pytree, on any devices; one published tensor at a time is put
+        together there and fetched to the host. Every process that holds a part of it has to call
+        this, and the first one writes.
       source: the checkpoint they came from, whose other files (configuration, tokenizer, model
         code) go along.
       shard_bytes: largest file, unless one tensor is larger.
+      adapters: the 'lora' collection, to merge into the kernels it adapts; None for none.
+      lora: their sizes.
     """
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +101,7 @@ def save_checkpoint(
                     shutil.copy(path, directory)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        tensors |= published_tensors(_source(path), leaf)
+        tensors |= published_tensors(_source(path), leaf, _factors(path, adapters), lora)
     write_checkpoint(directory, tensors, shard_bytes)
     multihost_utils.sync_global_devices('checkpoint written')
 
@@ -160,3 +169,13 @@ def _clue(name: str, config: TransformerConfig) -> str:
 
 def _source(path: tuple[Any, ...]) -> Source:
     return TABLE[tuple(key.key for key in path)]
+
+
+def _factors(
+    path: tuple[Any, ...], adapters: Mapping[str, Any] | None
+) -> Mapping[str, jax.Array] | None:
+    """'a' and 'b' of the adapter of a parameter; None if it has none."""
+    *above, name = (key.key for key in path)
+    if not adapters or name != 'kernel':
+        return None
+    return adapters['layers'].get(above[-1], {}).get(ADAPTER)

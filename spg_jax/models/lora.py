@@ -6,7 +6,6 @@ are two trees. B starts at zero: an adapted policy begins as exactly the policy 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,24 +99,19 @@ class Adapter(nn.Module):
         return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
 
-def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
-    """Plain parameters that act as the adapted ones do: each target's kernel + scale A B.
+def merged_kernel(kernel: Array, factors: Mapping[str, Array], lora: LoRA) -> Array:
+    """The kernel that acts as the adapted one does: kernel + scale A B.
 
     Args:
-      params: the frozen parameters.
-      adapters: the 'lora' collection; stacked over layers, as the parameters are.
+      kernel: [..., in, out], frozen; of one layer, or stacked over layers.
+      factors: 'a' [..., in, rank] and 'b' [..., rank, out] of its adapter, stacked as it is.
       lora: their sizes.
 
     Returns:
-      Parameters in the types of `params`; the sum is taken in float32.
+      [..., in, out] in the type of `kernel`; the sum is taken in float32.
     """
-    layers = dict(params['layers'])
-    for target in lora.targets:
-        factors, kernel = adapters['layers'][target][ADAPTER], layers[target]['kernel']
-        product = jnp.einsum('lir,lro->lio', factors['a'], factors['b'])
-        merged = kernel.astype(jnp.float32) + lora.scale * product
-        layers[target] = {'kernel': merged.astype(kernel.dtype)}
-    return {**params, 'layers': layers}
+    product = jnp.einsum('...ir,...ro->...io', factors['a'], factors['b'])
+    return (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

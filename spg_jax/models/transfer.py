@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 
+from spg_jax.models.lora import LoRA, merged_kernel
 from spg_jax.models.tensor_files import Tensor
 
 
@@ -75,15 +76,24 @@ def read_parameter(
     return stacked
 
 
-def published_tensors(source: Source, leaf: Array) -> dict[str, Tensor]:
-    """What a parameter is written as; a tensor is gathered when it is fetched.
+def published_tensors(
+    source: Source,
+    leaf: Array,
+    factors: Mapping[str, Array] | None = None,
+    lora: LoRA | None = None,
+) -> dict[str, Tensor]:
+    """What a parameter is written as; a tensor is gathered, and merged, when it is fetched.
 
     Args:
       source: the tensors it becomes.
       leaf: the parameter, on any devices of any processes.
+      factors: 'a' and 'b' of its adapter, to merge into it, on the same devices; None for none.
+      lora: their sizes.
     """
     return {
-        name: Tensor(shape, leaf.dtype, functools.partial(_gather, leaf, layer, source))
+        name: Tensor(
+            shape, leaf.dtype, functools.partial(_gather, leaf, factors, layer, source, lora)
+        )
         for layer, (name, shape) in enumerate(source.shapes(leaf.shape).items())
     }
 
@@ -104,9 +114,15 @@ def _read_tensor(
     return tensor.block_until_ready()  # what it was read into is free from here on
 
 
-def _gather(leaf: Array, layer: int, source: Source) -> np.ndarray:
+def _gather(
+    leaf: Array,
+    factors: Mapping[str, Array] | None,
+    layer: int,
+    source: Source,
+    lora: LoRA | None,
+) -> np.ndarray:
     """One published tensor, whole, in the memory of every process."""
-    tensor = jax.jit(_take, static_argnums=2)(leaf, layer, source)
+    tensor = jax.jit(_take, static_argnums=(3, 4))(leaf, factors, layer, source, lora)
     return multihost_utils.process_allgather(tensor, tiled=True)
 
 
@@ -119,6 +135,16 @@ def _place(stacked: Array, tensor: Array, layer: Array, transposed: bool) -> Arr
     return jax.lax.dynamic_update_index_in_dim(stacked, _own_order(tensor, transposed), layer, 0)
 
 
-def _take(leaf: Array, layer: Array, source: Source) -> Array:
-    one = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if source.stacked else leaf
+def _take(
+    leaf: Array,
+    factors: Mapping[str, Array] | None,
+    layer: Array,
+    source: Source,
+    lora: LoRA | None,
+) -> Array:
+    if source.stacked:  # first of all: merging a stack would take float32 copies of all its layers
+        leaf, factors = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, factors)
+        )
+    one = merged_kernel(leaf, factors, lora) if factors else leaf
     return _own_order(one, source.transposed)

@@ -22,9 +22,9 @@ TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'
 SIZES = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
 
 
-def adapters_on(mesh):
-    """Random adapters of the checkpoint, the same on every mesh."""
-    config = dataclasses.replace(load_checkpoint(TINY)[0], lora=SIZES)
+def adapters_on(mesh, config=None, lora=SIZES):
+    """Random adapters of a model, else of the checkpoint; the same on every mesh."""
+    config = dataclasses.replace(config or load_checkpoint(TINY)[0], lora=lora)
     rng = np.random.default_rng(0)
 
     def place(leaf):

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from spg_jax import sharding
 from spg_jax.models.layers import RMSNorm, rotary_table
-from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merge
+from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merged_kernel
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Block, TransformerConfig
 
@@ -73,8 +73,11 @@ def test_adapters_act_as_kernels_with_their_product_added(targets):
             summed['layers'][target]['kernel'][layer] += 6.0 / 4 * product
     expected = run(plain, {'params': summed})
     assert_allclose(run(policy, variables), expected, atol=2e-4)
-    merged = merge(variables['params'], variables[COLLECTION], policy.config.lora)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), merged, summed)
+    for target in targets:
+        kernel = variables['params']['layers'][target]['kernel']
+        factors = variables[COLLECTION]['layers'][target][ADAPTER]
+        merged = merged_kernel(kernel, factors, policy.config.lora)
+        assert_allclose(merged, summed['layers'][target]['kernel'], atol=1e-5)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():

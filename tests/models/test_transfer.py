@@ -2,14 +2,16 @@
 
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
+from spg_jax.models import lora, transfer
 from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.llada_config import read_config
 from spg_jax.models.peft import load_adapter
@@ -66,6 +68,43 @@ def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
         tracemalloc.stop()
     assert 0.1 * largest < reading < 2 * largest
     assert writing < 2 * largest
+
+
+def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeypatch):
+    """Devices never hold more beside the parameters than one tensor, nor add up more than one."""
+    directory, largest = proportioned
+    config, _, params = load_checkpoint(directory, mesh_of(2, 2, 2))
+    sizes = lora.LoRA(rank=8, alpha=4.0)
+    adapters = adapters_on(mesh_of(2, 2, 2), config, sizes)
+    added, held = [], []
+
+    def adding(kernel, *adapter):
+        added.append(kernel.shape)
+        return merged_kernel(kernel, *adapter)
+
+    def gathering(tensor, tiled):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return allgather(tensor, tiled=tiled)
+
+    merged_kernel, allgather = lora.merged_kernel, transfer.multihost_utils.process_allgather
+    monkeypatch.setattr(transfer, 'merged_kernel', adding)
+    monkeypatch.setattr(transfer, 'multihost_utils', SimpleNamespace(process_allgather=gathering))
+    before = sum(x.nbytes for x in jax.live_arrays())
+    save_checkpoint(tmp_path, params, directory, adapters=adapters, lora=sizes)
+    assert {len(shape) for shape in added} == {2}
+    assert len(held) == len(tensor_shapes(config)) and max(held) <= before + largest
+    monkeypatch.undo()
+
+    _, _, found = load_checkpoint(tmp_path)
+    for target in lora.TARGETS:
+        kernel = np.asarray(params['layers'][target]['kernel'], np.float32)
+        own = jax.device_get(adapters['layers'][target][lora.ADAPTER])
+        expected = kernel + sizes.scale * own['a'] @ own['b']
+        merged = found['layers'][target]['kernel']
+        assert merged.dtype == ml_dtypes.bfloat16
+        assert_allclose(merged.astype(np.float32), expected, rtol=2**-8)
+    for name in ('embedding', 'unembedding'):
+        assert_array_equal(found[name], params[name])
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):

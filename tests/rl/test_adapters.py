@@ -7,7 +7,7 @@ import numpy as np
 from numpy.testing import assert_allclose
 
 from spg_jax import optimizers, sharding
-from spg_jax.models.lora import COLLECTION, LoRA, merge
+from spg_jax.models.lora import ADAPTER, COLLECTION, LoRA, merged_kernel
 from spg_jax.models.policy import with_adapters
 from spg_jax.rl.learner import make_gradient, make_update
 from spg_jax.rl.objectives import REGISTRY
@@ -43,7 +43,10 @@ def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, con
     params, adapters = variables['params'], variables[COLLECTION]
 
     def loss_of(adapters):
-        return plain_loss(merge(params, adapters, lora), policy, config, rollout, draws)
+        layers = dict(params['layers'])
+        for target, own in adapters['layers'].items():
+            layers[target] = {'kernel': merged_kernel(layers[target]['kernel'], own[ADAPTER], lora)}
+        return plain_loss(params | {'layers': layers}, policy, config, rollout, draws)
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(adapters)
     pieces = make_gradient(adapted, REGISTRY['spg'](config), microbatch=4, draws_per_pass=1)
