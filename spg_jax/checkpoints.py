@@ -22,8 +22,9 @@ from spg_jax import distributed
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.attention import AUTO, resolve
-from spg_jax.models.lora import COLLECTION
-from spg_jax.models.peft import load_adapter, save_adapter
+from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
+from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
@@ -141,6 +142,12 @@ def _describe(directory: Path) -> _Description:
         config, ids, _ = llada.check_checkpoint(directory)
         return _Description(config, ids, directory, None, {})
     path = directory / DESCRIPTION
+    if not path.is_file() and (directory / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f'{directory} holds an adapter ({ADAPTER_CONFIG}), expected a policy directory or a '
+            'published checkpoint; give it as --adapter (in training --config.lora.adapter), and '
+            'here the checkpoint that it adapts'
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f'{directory} has no {DESCRIPTION} and no config.json; give a policy directory, such '
@@ -183,6 +190,27 @@ def _tokenizer(found: _Description) -> Tokenizer:
     return tokenizer
 
 
+def adapters_of(directory: Path, adapter: Path | None = None) -> LoRA | None:
+    """Sizes of the adapters that `load_policy` would give to the policy in `directory`, None for
+    none; raises as it does, but no weight is read."""
+    directory = _whole(directory)
+    found = _describe(directory)
+    chosen = _chosen_adapter(directory, found, adapter)
+    return check_adapter(chosen, found.config)[0] if chosen else None
+
+
+def _chosen_adapter(directory: Path, found: _Description, adapter: Path | None) -> Path | None:
+    """The policy's own or the one to add to it; raises if there are both, or it adapts nothing."""
+    if found.base and adapter:
+        raise ValueError(f'{directory} has adapters of its own; leave {adapter} out, or merge them')
+    if found.base and not found.base.is_dir():
+        raise FileNotFoundError(
+            f'{directory} adapts the policy {found.base}, which does not exist; put it back, '
+            f'or mend "base" in {directory / DESCRIPTION}'
+        )
+    return directory / ADAPTER if found.base else adapter
+
+
 def load_policy(
     directory: Path, mesh: Mesh, adapter: Path | None = None, **execution: Any
 ) -> tuple[Policy, Tokenizer, Variables]:
@@ -204,25 +232,19 @@ def load_policy(
     platform = mesh.devices.flat[0].platform
     chosen = resolve(execution.get('attention', AUTO), platform, found.config.dtype)
     config = dataclasses.replace(found.config, **execution | {'attention': chosen})
-    if found.base and adapter:
-        raise ValueError(f'{directory} has adapters of its own; leave {adapter} out, or merge them')
+    adapter = _chosen_adapter(directory, found, adapter)
+    # First, since the base is large: what is wrong with an adapter shows before that is read.
+    added = load_adapter(adapter, config, mesh) if adapter else None
     if found.base:
-        if not found.base.is_dir():
-            raise FileNotFoundError(
-                f'{directory} adapts the policy {found.base}, which does not exist; put it back, '
-                f'or mend "base" in {directory / DESCRIPTION}'
-            )
         _, _, variables = load_policy(found.base, mesh)
-        adapter = directory / ADAPTER
     elif _is_published(directory):
         variables = {'params': llada.load_checkpoint(directory, mesh)[2]}
     else:
         target = abstract_params(Transformer(config), mesh)
         variables = {PARAMS: _restore_params(directory, target)}
-    if adapter:
-        lora, adapters = load_adapter(adapter, config, mesh)
+    if added:
+        lora, variables[COLLECTION] = added
         config = dataclasses.replace(config, lora=lora)
-        variables[COLLECTION] = adapters
     return make_policy(config, tokenizer), tokenizer, variables
 
 

@@ -30,7 +30,9 @@ def main(_: list[str]) -> None:
     config, directory, adapter = chosen_policy(
         FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
     )
-    tokenizer = checkpoints.load_tokenizer(directory)  # says what is wrong before any work
+    # Both say what is wrong before any work.
+    tokenizer = checkpoints.load_tokenizer(directory)
+    checkpoints.adapters_of(directory, adapter)
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()

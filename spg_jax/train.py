@@ -30,7 +30,7 @@ from spg_jax.config import (
 )
 from spg_jax.interruption import Interruption
 from spg_jax.metrics import MetricsWriter, SampleWriter
-from spg_jax.models.policy import Variables, with_adapters
+from spg_jax.models.policy import Variables, check_adapters, with_adapters
 from spg_jax.pretrain import find_or_make_base
 from spg_jax.progress import track
 from spg_jax.random import check_range
@@ -65,14 +65,17 @@ def train(
         return False
     started = time.monotonic()
     tokenizer = checkpoints.load_tokenizer(base_directory)
-    # Every prompt is looked at before the parameters, which may be large, are read.
+    # Adapters and every prompt are looked at before the parameters, which may be large, are read.
+    adapter = adapter_of(config)
+    has = checkpoints.adapters_of(base_directory, adapter)
+    check_adapters(has, lora_of(config), where=adapter or base_directory)
     problems, said = data.fit_prompts(
         task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
     )
     if said:
         print(said, flush=True)
     policy, tokenizer, variables = checkpoints.load_policy(
-        base_directory, mesh, adapter_of(config), **execution_of(config)
+        base_directory, mesh, adapter, **execution_of(config)
     )
     policy, variables = with_adapters(policy, variables, lora_of(config), config.train.seed, mesh)
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from spg_jax import checkpoints, sharding
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
+from spg_jax.models import llada
 from spg_jax.pretrain import pretrain
 from spg_jax.train import train
 from tests import adapted
@@ -87,6 +88,28 @@ def test_what_is_exported_acts_as_what_was_trained(run):
     assert_allclose(logits(run / 'merged'), expected, atol=1e-5)
     with pytest.raises(ValueError, match='peft exists; give a new directory'):
         export(best, published, run / 'peft', whole=False)
+
+
+@pytest.mark.parametrize(
+    ('base', 'adapter', 'rank', 'said'),
+    [
+        ('published', 'run/best/adapter', 8, 'rank 4, .* asks for rank 8; set .*lora.rank=4, or'),
+        ('published', 'run/best/adapter', 0, 'rank 4, .* asks for none; set .*lora.rank=4 '),
+        ('run/best', '', 8, 'rank 4, .* asks for rank 8; set .*lora.rank=4, or'),
+    ],
+)
+def test_adapters_of_another_rank_are_refused_before_their_base_is_read(
+    run, tmp_path, monkeypatch, base, adapter, rank, said
+):
+    adapted.simplify(monkeypatch)
+    monkeypatch.setattr(llada, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
+    config = adapted.get_config()
+    config.base.checkpoint = str(run / base)
+    config.lora.update(rank=rank, adapter=str(run / adapter) if adapter else '')
+    with jax.set_mesh(mesh()), Interruption() as interruption:
+        with pytest.raises(ValueError, match=f'{run / (adapter or base)} has .*{said}') as error:
+            train(config, tmp_path, mesh(), interruption)
+    assert '\n' not in str(error.value)
 
 
 def test_fine_tuning_every_parameter_does_not_start_from_adapters(run):

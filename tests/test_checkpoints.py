@@ -11,6 +11,8 @@ from numpy.testing import assert_array_equal
 from spg_jax import checkpoints, sharding
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
+from spg_jax.models.lora import LoRA
+from spg_jax.models.policy import with_adapters
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.tokenizers import WordTokenizer
 from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
@@ -90,6 +92,38 @@ def test_what_is_no_policy_says_so(saved, tmp_path):
     with pytest.raises(ValueError, match='policy.json is not the description') as error:
         checkpoints.load_policy(directory, mesh((1, 1, 1)))
     assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def adapter(saved):
+    """What PEFT saves for the policy of `saved`."""
+    directory, variables = saved
+    policy, tokenizer, _ = checkpoints.load_policy(directory, mesh())
+    policy, variables = with_adapters(policy, variables, LoRA(rank=4, alpha=8.0), 0, mesh())
+    adapted = directory.with_name('adapted')
+    checkpoints.save_policy(adapted, variables, policy.config, tokenizer, {}, directory)
+    return adapted / 'adapter'
+
+
+def test_an_adapter_is_no_policy(adapter):
+    with pytest.raises(ValueError, match='adapter holds an adapter .*; give it as --adapter'):
+        checkpoints.load_policy(adapter, mesh())
+
+
+@pytest.mark.parametrize('own', [False, True])
+def test_an_adapter_is_looked_at_before_its_base_is_read(saved, adapter, own):
+    """The parameters are not even there."""
+    directory, _ = saved
+    shutil.rmtree(directory / 'params')
+    asked = (adapter.parent, None) if own else (directory, adapter)
+    assert checkpoints.adapters_of(*asked) == LoRA(rank=4, alpha=8.0)
+    path = adapter / 'adapter_config.json'
+    path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
+    where, added = asked
+    for look in (checkpoints.adapters_of, lambda *_: checkpoints.load_policy(where, mesh(), added)):
+        with pytest.raises(ValueError, match='expected .* for rank 8') as error:
+            look(*asked)
+        assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('damage', ['another width', 'a file cut short', 'a folder missing'])

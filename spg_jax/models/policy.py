@@ -1,6 +1,7 @@
 """A policy: the functions of parameters that sampling and objectives need, and its special ids."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,12 +84,8 @@ def with_adapters(
     Raises:
       ValueError: the policy has other adapters than those wanted.
     """
+    check_adapters(policy.config.lora, lora)
     if policy.config.lora:
-        if policy.config.lora != lora:
-            raise ValueError(
-                f'the policy has adapters {policy.config.lora}, the configuration asks for {lora}; '
-                'set the lora group to what the policy has, or merge the adapters first'
-            )
         return policy, variables
     if lora is None:
         return policy, variables
@@ -96,3 +93,31 @@ def with_adapters(
     key = jax.random.fold_in(jax.random.key(seed), Purpose.INIT)
     adapters = init_params(policy.model, key, mesh, collection=COLLECTION)
     return policy, variables | {COLLECTION: adapters}
+
+
+def check_adapters(
+    found: LoRA | None, wanted: LoRA | None, where: Path | str = 'the policy'
+) -> None:
+    """Raises ValueError if there are adapters, and others than those wanted.
+
+    Args:
+      found: those of a policy.
+      wanted: those that the configuration asks for; None for none.
+      where: what has them, for the message.
+    """
+    if found is None or found == wanted:
+        return
+    have, want = dataclasses.asdict(found), dataclasses.asdict(wanted) if wanted else {}
+    differing = {name: value for name, value in have.items() if want.get(name) != value}
+    has = ', '.join(f'{name} {value}' for name, value in differing.items())
+    asked = ', '.join(f'{name} {want[name]}' for name in differing) if want else 'none'
+    remedy = ' '.join(
+        f'--config.lora.{name}={value}'
+        if name != 'targets'
+        else f'--config.lora.{name}="{value}"'  # a shell would read the parentheses
+        for name, value in differing.items()
+    )
+    raise ValueError(
+        f'{where} has adapters of {has}, the configuration asks for {asked}; set {remedy}, or '
+        'merge them first'
+    )

@@ -162,15 +162,28 @@ def test_nothing_is_read_of_an_adapter_of_which_something_does_not_fit(saved, mo
         load_adapter(directory, config)
 
 
-@pytest.mark.parametrize('other', [{'rank': 8}, {'alpha': 4.0}, {'targets': ('query', 'up')}])
-def test_adapters_other_than_those_configured_are_refused(saved, other):
+@pytest.mark.parametrize(
+    ('other', 'said'),
+    [
+        ({'rank': 8}, 'rank 4, .* asks for rank 8; set --config.lora.rank=4, or'),
+        (
+            {'rank': 8, 'alpha': 4.0},
+            'rank 4, alpha 2.0, .* asks for rank 8, alpha 4.0; set --config.lora.rank=4 '
+            '--config.lora.alpha=2.0, or',
+        ),
+        (
+            {'targets': ('up',)},
+            r"set --config.lora.targets=\"\('query', 'attention_out', 'up'\)\",",
+        ),
+    ],
+)
+def test_adapters_other_than_those_configured_are_refused(saved, other, said):
     directory, config, _ = saved
     lora, adapters = load_adapter(directory, config)
     policy = Policy(
         dataclasses.replace(config, lora=lora), 250, 1, np.ones(config.vocab_size, bool)
     )
     wanted = dataclasses.replace(lora, **other)
-    said = r'has adapters LoRA\(rank=4, .* the configuration asks for LoRA.*; set the lora group'
     with pytest.raises(ValueError, match=said) as error:
         with_adapters(policy, {COLLECTION: adapters}, wanted, 0, mesh_of(1, 1, 1))
     assert '\n' not in str(error.value)
