@@ -4,7 +4,8 @@
     python -m spg_jax.export --workdir=DIR --out=OUT --merge   # a whole checkpoint
 
 DIR is a run of `spg_jax.train` that started from a published checkpoint, or a policy directory. A
-run that trained every parameter gives a whole checkpoint either way.
+run that trained every parameter gives a whole checkpoint either way. With --distributed every
+process of a job runs the command, and together they hold the parameters that --merge reads.
 """
 
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from spg_jax import checkpoints, cli, sharding
+from spg_jax import checkpoints, cli, distributed, sharding
 from spg_jax.models import llada
 from spg_jax.models.lora import COLLECTION
 from spg_jax.runs import policy_of_run, run_config
@@ -21,7 +22,7 @@ FLAGS = flags.FLAGS
 
 
 def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
-    """Writes the policy in `directory` to `out`.
+    """Writes the policy in `directory` to `out`; every process calls this, and the leader writes.
 
     Args:
       directory: a policy.
@@ -34,9 +35,12 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     """
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
+    distributed.barrier(f'room for {out}')  # else one would find what another has begun
     adapter = directory / checkpoints.ADAPTER
     if adapter.is_dir() and not whole:
-        shutil.copytree(adapter, out)
+        if distributed.is_leader():
+            shutil.copytree(adapter, out)
+        distributed.barrier(f'exported {out}')
         return
     llada.read_config(source / 'config.json')  # says what is wrong before any long work
     mesh = sharding.make_mesh({'fsdp': -1})
@@ -68,4 +72,5 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'A new directory.')
     flags.DEFINE_bool('merge', False, 'A whole checkpoint, with adapters merged into it.')
     flags.mark_flags_as_required(['workdir', 'out'])
+    cli.define_distributed_flag()
     cli.run(main)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.testing import assert_array_equal
 
 from spg_jax import distributed
+from spg_jax.export import export
 from spg_jax.models.llada import load_checkpoint, save_checkpoint
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
@@ -50,7 +51,11 @@ def main(root: Path) -> None:
     check_shards(params, load_checkpoint(TINY)[2])
     out = root / str(jax.process_index())  # only the first process is to write
     save_checkpoint(out, params, TINY, shard_bytes=40_000)
-    save_adapter(out / 'adapter', adapters_on(mesh), SIZES, 'base')
+    adapters = adapters_on(mesh)
+    save_adapter(out / 'adapter', adapters, SIZES, 'base')
+    merged = root / 'merged' / str(jax.process_index())
+    save_checkpoint(merged, params, TINY, adapters=adapters, lora=SIZES)
+    export(root / '0', TINY, root / 'exported', whole=False)  # the same place for both
     config, _, again = load_checkpoint(root / '0', mesh)
     check_shards(again, load_checkpoint(TINY)[2])
     _, adapters = load_adapter(root / '0' / 'adapter', config, mesh)

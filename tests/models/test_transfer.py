@@ -70,6 +70,21 @@ def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
     assert writing < 2 * largest
 
 
+def assert_merged(directory, params, adapters, sizes, rtol=1e-5):
+    """The checkpoint is what was read, but for kernels that have an adapter, in the same types."""
+    _, _, found = load_checkpoint(directory)
+    expected = jax.tree.map(lambda x: np.array(x, np.float32), params)
+    for target in sizes.targets:
+        own = jax.device_get(adapters['layers'][target][lora.ADAPTER])
+        expected['layers'][target]['kernel'] += sizes.scale * own['a'] @ own['b']
+
+    def same(found, params, expected):
+        assert found.dtype == params.dtype
+        assert_allclose(found.astype(np.float32), expected, rtol=rtol, atol=1e-6)
+
+    jax.tree.map(same, found, params, expected)
+
+
 def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeypatch):
     """Devices never hold more beside the parameters than one tensor, nor add up more than one."""
     directory, largest = proportioned
@@ -95,28 +110,22 @@ def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeyp
     assert len(held) == len(tensor_shapes(config)) and max(held) <= before + largest
     monkeypatch.undo()
 
-    _, _, found = load_checkpoint(tmp_path)
-    for target in lora.TARGETS:
-        kernel = np.asarray(params['layers'][target]['kernel'], np.float32)
-        own = jax.device_get(adapters['layers'][target][lora.ADAPTER])
-        expected = kernel + sizes.scale * own['a'] @ own['b']
-        merged = found['layers'][target]['kernel']
-        assert merged.dtype == ml_dtypes.bfloat16
-        assert_allclose(merged.astype(np.float32), expected, rtol=2**-8)
-    for name in ('embedding', 'unembedding'):
-        assert_array_equal(found[name], params[name])
+    assert_merged(tmp_path, params, adapters, sizes, rtol=2**-8)
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
     for code, _, said in finish(start_pair('tests.models.across_processes', str(tmp_path))):
         assert code == 0, said
-    assert [path.name for path in tmp_path.iterdir()] == ['0']
+    assert {path.name for path in tmp_path.iterdir()} == {'0', 'merged', 'exported'}
+    assert [path.name for path in (tmp_path / 'merged').iterdir()] == ['0']
     files = open_tensors(tmp_path / '0')
     original = load_file(TINY / 'model.safetensors')
     assert files.keys() == original.keys()
     for name, value in original.items():
         assert_array_equal(files[name].get_tensor(name), value)
     config, _, _ = load_checkpoint(TINY)
-    lora, adapters = load_adapter(tmp_path / '0' / 'adapter', config)
-    assert lora == SIZES
-    jax.tree.map(assert_array_equal, adapters, adapters_on(mesh_of(1, 1, 1)))
+    for written in (tmp_path / '0' / 'adapter', tmp_path / 'exported'):
+        sizes, adapters = load_adapter(written, config)
+        assert sizes == SIZES
+        jax.tree.map(assert_array_equal, adapters, adapters_on(mesh_of(1, 1, 1)))
+    assert_merged(tmp_path / 'merged' / '0', load_checkpoint(TINY)[2], adapters, SIZES)
