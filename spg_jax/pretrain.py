@@ -9,6 +9,7 @@ completion tokens is masked, EOS filling included, and their cross-entropy weigh
 are stratified over the batch, which lowers the variance. The parameters kept are the average.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def made_of(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     task = training_task(config)
     return {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
-        'model': config.model.to_dict(),
+        'model': {name: x for name, x in config.model.items() if name != 'quantize'},
         'base': {
             name: value
             for name, value in config.base.to_dict().items()
@@ -198,9 +199,11 @@ def _starting_point(
                 f'{start_from} has adapters, but every parameter is trained here; merge them with '
                 'spg_jax.export --merge and start from the result'
             )
-        return checkpoints.load_policy(start_from, mesh, **execution_of(config))
+        execution = execution_of(config) | {'quantize': ''}  # only what is frozen is quantised
+        return checkpoints.load_policy(start_from, mesh, **execution)
     tokenizer = WordTokenizer(task.vocabulary)
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
+    model = dataclasses.replace(model, quantize='')
     policy = checkpoints.make_policy(model, tokenizer)
     key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
     params = sharding.init_params(policy.model, key, mesh)

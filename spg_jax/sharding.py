@@ -32,6 +32,10 @@ RULES: Mapping[str, str | None] = {
     'layers': None,
     'norm': None,
     'rank': None,
+    # Of the scales of quantised kernels, which stay whole where a mesh would cut through a tile.
+    'embed_tiles': 'fsdp',
+    'heads_tiles': 'tensor',
+    'mlp_tiles': 'tensor',
 }
 
 
@@ -138,16 +142,19 @@ def abstract_params(
         shape, dtype = box.value.shape, box.value.dtype
         if mesh is None:
             return jax.ShapeDtypeStruct(shape, dtype)
-        name = '/'.join(key.key for key in path)
-        spec = partition_spec(name, box.names, rules)
-        for size, logical, axis in zip(shape, box.names, spec, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        spec = list(partition_spec(name, box.names, rules))
+        for i, (size, logical, axis) in enumerate(zip(shape, box.names, spec, strict=True)):
             if axis is not None and size % mesh.shape[axis]:
+                if logical.endswith('_tiles'):
+                    spec[i] = None
+                    continue
                 raise ValueError(
                     f'{name}: {logical} is {size}, not a multiple of mesh.{axis} '
                     f'{mesh.shape[axis]}; '
                     f'change the model or use a mesh.{axis} that divides it'
                 )
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     return jax.tree_util.tree_map_with_path(describe, boxed, is_leaf=_is_box)
 

@@ -73,6 +73,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     training_task(config)
     model_of(config, vocab_size=1, platform='cpu')
     lora_of(config)
+    if config.model.quantize and not config.lora.rank:
+        raise ValueError(
+            f'model.quantize is {config.model.quantize!r} with lora.rank 0, which trains every '
+            "parameter; a quantised base is frozen: use lora.rank 1 or more, or model.quantize ''"
+        )
     sampling_config(config)
     for length, steps in evaluation_lengths(config):
         evaluation_sampling(config, length, steps)

@@ -4,12 +4,14 @@ Shapes: `B` sequences, `L` length, `N` heads, `H` head dim.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from spg_jax.models import quantized
 from spg_jax.models.lora import ADAPTER, Adapter, LoRA
 
 
@@ -17,6 +19,7 @@ class Linear(nn.Module):
     """Product with a kernel [in, features], no bias; initial std gain / sqrt(in).
 
     With `lora`, and if the module's name is one of its targets, an adapter adds its own product.
+    With `quantize` the kernel is kept in that format.
     """
 
     features: int
@@ -25,18 +28,22 @@ class Linear(nn.Module):
     dtype: str = 'float32'
     param_dtype: str = 'float32'
     lora: LoRA | None = None
+    quantize: str = ''
 
     @nn.compact
     def __call__(self, x: Array, dropout: Array | None = None) -> Array:
         """[B, L, in] -> [B, L, features] in the compute dtype; `dropout` as in `Adapter`."""
         fan_in = x.shape[-1]
-        kernel = self.param(
-            'kernel',
-            normal(self.gain * fan_in**-0.5, *self.axes),
-            (fan_in, self.features),
-            self.param_dtype,
-        )
-        y = product(x, kernel.astype(self.dtype))
+        std = self.gain * fan_in**-0.5
+        if self.quantize:
+            init = quantized.initializer(std, self.axes, self.quantize)
+        else:
+            init = normal(std, *self.axes)
+        kernel = self.param('kernel', init, (fan_in, self.features), self.param_dtype)
+        if self.quantize:
+            y = quantized_product(x, kernel, self.dtype)
+        else:
+            y = product(x, kernel.astype(self.dtype))
         if self.lora is None or self.name not in self.lora.targets:
             return y
         adapter = Adapter(self.features, self.axes, self.lora, self.name, self.dtype, name=ADAPTER)
@@ -69,6 +76,13 @@ def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     """
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def quantized_product(x: Array, kernel: Any, dtype: str) -> Array:
+    """The product with a quantised kernel; the backward pass dequantises again, or the scan over
+    layers would keep every layer's kernel for it."""
+    return product(x, quantized.dequantize(kernel).astype(dtype))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

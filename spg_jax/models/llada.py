@@ -4,6 +4,7 @@ One table pairs every parameter with the published tensor it comes from. A check
 if the table uses each of its tensors exactly once and each has the shape that config.json implies.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from spg_jax.models.llada_config import SpecialIds, read_config
 from spg_jax.models.lora import ADAPTER, LoRA
+from spg_jax.models.quantized import is_quantized
 from spg_jax.models.tensor_files import FLOATS, open_tensors, write_checkpoint
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
@@ -53,10 +55,11 @@ def load_checkpoint(
       mesh: where to put the parameters, each process reading only its own shards of them; without
         it they are host arrays. One published tensor at a time is in host memory.
       overrides: fields of `TransformerConfig` that the checkpoint does not fix (remat, scan_unroll,
-        attention), or says otherwise (dtype and param_dtype are its torch_dtype).
+        attention, quantize), or says otherwise (dtype and param_dtype are its torch_dtype).
 
     Returns:
-      (configuration, special ids, plain parameter pytree in param_dtype).
+      (configuration, special ids, plain parameter pytree in param_dtype; kernels quantised if so
+      asked, each as soon as it is on its devices).
 
     Raises:
       FileNotFoundError: for a file that is not there.
@@ -65,9 +68,14 @@ def load_checkpoint(
     """
     directory = Path(directory)
     config, ids, files = check_checkpoint(directory, **overrides)
+    if config.quantize and mesh is None:
+        raise ValueError(
+            f'model.quantize is {config.quantize!r} without a mesh; give one, since kernels are '
+            'quantised on the devices they are for'
+        )
     target = abstract_params(Transformer(config), mesh)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(files, _source(path), leaf), target
+        lambda path, leaf: read_parameter(files, _source(path), leaf), target, is_leaf=is_quantized
     )
     return config, ids, params
 
@@ -120,7 +128,8 @@ def check_checkpoint(
 def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor a published checkpoint of this configuration holds."""
     shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(Transformer(config))):
+    plain = Transformer(dataclasses.replace(config, quantize=''))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(plain)):
         shapes |= _source(path).shapes(leaf.shape)
     return shapes
 

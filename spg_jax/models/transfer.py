@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 
 from spg_jax.models.lora import LoRA, merged_kernel
+from spg_jax.models.quantized import is_quantized, quantize
 from spg_jax.models.tensor_files import Tensor
 
 
@@ -40,39 +41,40 @@ class Source(NamedTuple):
         return {self.name.format(layer=layer): one for layer in range(layers)}
 
 
-def read_parameter(
-    files: Mapping[str, safe_open], source: Source, leaf: jax.ShapeDtypeStruct
-) -> Array | np.ndarray:
+def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) -> Any:
     """Reads a parameter; each process reads only what its devices hold.
 
     Args:
       files: tensor name -> the open file that holds it, in the shape that `leaf` implies.
       source: the tensors it comes from.
-      leaf: what it becomes, from `abstract_params`; without a sharding, a host array.
+      leaf: what it becomes, from `abstract_params`; without a sharding, a host array. A quantised
+        kernel is quantised tensor by tensor, on the devices, and has to have shardings.
 
     Returns:
       The parameter, bit for bit as stored unless `leaf` has another type.
     """
     shapes = source.shapes(leaf.shape)
-    if leaf.sharding is None:
+    # The codes of a quantised kernel lie as the kernel would.
+    sharding = leaf.qvalue.sharding if is_quantized(leaf) else leaf.sharding
+    if sharding is None:
         tensors = [files[name].get_tensor(name).astype(leaf.dtype) for name in shapes]
         tensors = [tensor.T if source.transposed else tensor for tensor in tensors]
         return np.stack(tensors) if source.stacked else tensors[0]
     # The tensor's own axes lie as those of the parameter do.
-    spec = leaf.sharding.spec[1:] if source.stacked else leaf.sharding.spec
-    spread = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
+    spec = sharding.spec[1:] if source.stacked else sharding.spec
+    spread = NamedSharding(sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
     tensors = (
         _read_tensor(files[name], name, shape, leaf.dtype, spread) for name, shape in shapes.items()
     )
     if not source.stacked:
-        own = jax.jit(_own_order, static_argnums=1, out_shardings=leaf.sharding)
+        own = jax.jit(_own_order, static_argnums=1, out_shardings=sharding)
         return own(next(tensors), source.transposed)
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=leaf.sharding)
-    stacked = zeros(leaf.shape, leaf.dtype)
-    place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=leaf.sharding)
+    where = jax.tree.map(lambda part: part.sharding, leaf)
+    stacked = jax.tree.map(_zeros, leaf)
+    place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=where)
     for layer, tensor in enumerate(tensors):
         stacked = place(stacked, tensor, layer, source.transposed)
-        stacked.block_until_ready()  # else reading runs ahead of it, and tensors pile up
+        jax.block_until_ready(stacked)  # else reading runs ahead of it, and tensors pile up
     return stacked
 
 
@@ -131,8 +133,17 @@ def _own_order(tensor: Array, transposed: bool) -> Array:
     return tensor.T if transposed else tensor
 
 
-def _place(stacked: Array, tensor: Array, layer: Array, transposed: bool) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, _own_order(tensor, transposed), layer, 0)
+def _zeros(leaf: jax.ShapeDtypeStruct) -> Array:
+    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=leaf.sharding)
+    return make(leaf.shape, leaf.dtype)
+
+
+def _place(stacked: Any, tensor: Array, layer: Array, transposed: bool) -> Any:
+    one = _own_order(tensor, transposed)
+    if is_quantized(stacked):
+        one = quantize(one, stacked.qtype)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+    return jax.tree.map(put, stacked, one)
 
 
 def _take(

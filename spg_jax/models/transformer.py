@@ -28,11 +28,12 @@ from spg_jax.models.layers import (
     swiglu,
 )
 from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.quantized import check_format
 from spg_jax.sharding import constrain
 
 DTYPES = ('float32', 'bfloat16')
 # Fields of `TransformerConfig` that say how to compute, not what; a policy is saved without them.
-EXECUTION = ('remat', 'scan_unroll', 'attention')
+EXECUTION = ('remat', 'scan_unroll', 'attention', 'quantize')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TransformerConfig:
     scan_unroll: int = 1  # layers per iteration of the scan; all of them is fastest on CPU
     attention: str = 'einsum'  # see models.attention
     lora: LoRA | None = None  # adapters beside frozen kernels
+    quantize: str = ''  # format of those kernels, see models.quantized; '' is param_dtype
 
     def __post_init__(self):
         for name in (
@@ -96,6 +98,7 @@ class TransformerConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f'model.{name} is {getattr(self, name)}; use a positive number')
         check_implementation(self.attention)
+        check_format(self.quantize)
 
     @property
     def head_dim(self) -> int:
@@ -184,7 +187,7 @@ class Block(nn.Module):
         B, L, D = x.shape
         N, K, H = config.heads, config.kv_heads, config.head_dim
         types = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
-        linear = functools.partial(Linear, **types, lora=config.lora)
+        linear = functools.partial(Linear, **types, lora=config.lora, quantize=config.quantize)
         norm = functools.partial(RMSNorm, config.norm_eps, **types)
         # Two additions a layer: with this the residual keeps its scale whatever the depth.
         residual_gain = (2 * config.layers) ** -0.5

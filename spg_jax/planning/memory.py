@@ -44,9 +44,14 @@ def resident(state: TrainState) -> Resident:
 def local_bytes(tree: Any) -> int:
     """Bytes of a chip's shards of abstract arrays."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _bits(dtype: jnp.dtype) -> int:
+    """Of an element in the memory of a chip, where two of four bits share a byte."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def estimate(plan: Plan, name: str) -> dict[str, float]:

@@ -1,0 +1,276 @@
+"""A quantised base is its dequantised kernels in an ordinary model, in fewer bytes, and frozen."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import norm
+
+from configs import countdown
+from spg_jax import checkpoints, sharding
+from spg_jax.config import training_task
+from spg_jax.models import llada
+from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
+from spg_jax.models.policy import Policy, with_adapters
+from spg_jax.models.quantized import FORMATS, check_format, dequantize
+from spg_jax.models.transformer import TransformerConfig
+from spg_jax.planning.memory import local_bytes
+from spg_jax.pretrain import _starting_point, base_directory
+from spg_jax.tokenizers import WordTokenizer
+from spg_jax.train_state import initial_state
+from spg_jax.validation import validate
+from tests.published import save_checkpoint
+
+SIZES = LoRA(rank=4, alpha=8.0)
+# Of one layer's kernels in the published checkpoint, and what its columns are cut into.
+SHAPES = [(64, 64), (64, 160), (160, 64)]
+BITS = {'int8': 8, 'int4': 4, 'nf4': 4}
+TILES = {'int8': (64, 160), 'int4': (64, 32), 'nf4': (64, 32)}  # of 64 inputs, and of 160
+
+
+def nf4_levels():
+    """Quantiles of a normal distribution, eight above 0 and seven below, over the largest: NF4 as
+    its authors make it (arXiv 2305.14314, section 3, and their code)."""
+    above = norm.ppf(np.linspace(0.9677083, 0.5, 9)[:-1])
+    below = -norm.ppf(np.linspace(0.9677083, 0.5, 8)[:-1])
+    return np.sort(np.concatenate([below, [0.0], above])) / above[0]
+
+
+def mesh_of(*sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('published')
+    save_checkpoint(directory)
+    return directory
+
+
+def load(directory, name, *sizes, lora=None):
+    """The policy and its collections, with new adapters if their sizes are given."""
+    mesh = mesh_of(*(sizes or (1, 1, 1)))
+    policy, _, variables = checkpoints.load_policy(directory, mesh, quantize=name)
+    return with_adapters(policy, variables, lora, 0, mesh)
+
+
+def inputs():
+    tokens = np.random.default_rng(1).integers(0, 200, (8, 9)).astype(np.int32)
+    valid = np.ones((8, 9), bool)
+    valid[1, :4] = False
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def logits(policy, variables, mesh=None):
+    def run(variables, tokens, valid):
+        return policy.unembed(variables, policy.hidden(variables, tokens, valid))
+
+    with jax.set_mesh(mesh or mesh_of(1, 1, 1)):
+        return np.asarray(jax.jit(run)(variables, *inputs()))
+
+
+def by_hand(kernel, name):
+    """Codes, scale and values [layers, in, out] of a stored kernel, in numpy."""
+    codes = np.asarray(kernel.qvalue).astype(np.int32)
+    tile = codes.shape[1] // kernel.scale.shape[1]
+    scale = np.repeat(np.asarray(kernel.scale), tile, axis=1)
+    return codes, scale, (nf4_levels()[codes] if name == 'nf4' else codes) * scale
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_kernels_and_nothing_else_are_within_half_a_step_of_what_was_published(published, name):
+    _, _, original = llada.load_checkpoint(published)
+    _, variables = load(published, name)
+    stored = variables['params']
+    for path, leaf in jax.tree_util.tree_leaves_with_path(original):
+        found = stored
+        for key in path:
+            found = found[key.key]
+        if path[-1].key != 'kernel':
+            assert_array_equal(found, leaf)
+            continue
+        codes, scale, values = by_hand(found, name)
+        tile = TILES[name][leaf.shape[1] == 160]
+        assert found.scale.shape == (2, leaf.shape[1] // tile, leaf.shape[2])
+        tiles = leaf.reshape(2, -1, tile, leaf.shape[2])
+        largest = np.repeat(np.abs(tiles).max(2), tile, axis=1)
+        assert_allclose(scale, largest / {'int8': 127.5, 'int4': 7.5, 'nf4': 1}[name], rtol=1e-6)
+        if name == 'nf4':
+            levels = nf4_levels()
+            above = np.clip(np.searchsorted(levels, leaf / scale), 1, 15)
+            step = levels[above] - levels[above - 1]
+        else:
+            step = 1
+        assert np.all(np.abs(values - leaf) <= (step / 2 + 1e-4) * scale)
+        # Every code is used: as many bits as its name says, and not fewer.
+        assert len(np.unique(codes)) > 0.9 * 2 ** BITS[name]
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_it_acts_as_its_dequantised_kernels_in_an_ordinary_model(published, name):
+    policy, variables = load(published, name)
+    plain, original = load(published, '')
+    params = dict(original['params'])
+    params['layers'] = dict(params['layers'])
+    for target in TARGETS:
+        values = by_hand(variables['params']['layers'][target]['kernel'], name)[2]
+        params['layers'][target] = {'kernel': jnp.asarray(values, jnp.float32)}
+    expected = logits(plain, {'params': params})
+    assert_allclose(logits(policy, variables), expected, atol=1e-5)
+    assert np.abs(expected - logits(plain, original)).max() > 1e-3
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_meshes_agree_and_every_device_has_its_share(published, name):
+    policy, variables = load(published, name, lora=SIZES)
+    mesh = mesh_of(2, 2, 2)
+    _, spread = load(published, name, 2, 2, 2, lora=SIZES)
+    jax.tree.map(assert_array_equal, jax.device_get(spread), jax.device_get(variables))
+    assert_allclose(logits(policy, spread, mesh), logits(policy, variables), atol=1e-5)
+    for target in TARGETS:
+        codes = spread['params']['layers'][target]['kernel'].qvalue
+        assert codes.addressable_shards[0].data.size == codes.size // 4
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_only_adapters_learn_and_they_start_from_the_base_itself(published, name):
+    base, variables = load(published, name)
+    policy, adapted = load(published, name, lora=SIZES)
+    assert_array_equal(logits(policy, adapted), logits(base, variables))
+    mesh = mesh_of(1, 1, 1)
+    state = initial_state(adapted, optax.sgd(1.0), policy, mesh, average=False)
+    assert set(state.trained) == {COLLECTION} and set(state.frozen) == {'params'}
+
+    def loss(trained, frozen, plain):
+        used = policy if plain is None else plain
+        return jnp.mean(jnp.sin(used.hidden(frozen | trained, *inputs())))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)(state.trained, state.frozen, None)
+    # The first step is B's alone; A's gradient is 0 as long as B is.
+    for target in TARGETS:
+        factors = gradient[COLLECTION]['layers'][target][ADAPTER]
+        assert np.any(np.asarray(factors['b']) != 0) and not np.any(np.asarray(factors['a']))
+    params = dict(variables['params'])
+    params['layers'] = {
+        layer: {'kernel': jax.vmap(dequantize)(value['kernel'])} if layer in TARGETS else value
+        for layer, value in params['layers'].items()
+    }
+    plain = dataclasses.replace(policy, config=dataclasses.replace(policy.config, quantize=''))
+    expected = jax.jit(jax.grad(loss), static_argnums=2)(state.trained, {'params': params}, plain)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), gradient, expected)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_the_backward_pass_keeps_no_dequantised_kernels(remat):
+    """What is saved between the passes: no float array has the shape of a layer's kernels."""
+    config = TransformerConfig(20, 24, 3, 6, 2, 40, quantize='int8', remat=remat, lora=SIZES)
+    policy = Policy(config, 0, 1, np.ones(20, bool))
+    mesh = mesh_of(1, 1, 1)
+    variables = {
+        name: sharding.init_params(policy.model, jax.random.key(0), mesh, collection=name)
+        for name in ('params', COLLECTION)
+    }
+
+    def forward(lora):
+        return policy.hidden(variables | {COLLECTION: lora}, *inputs())
+
+    _, pull_back = jax.vjp(forward, variables[COLLECTION])
+    saved = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull_back)}
+    kernels = {
+        kernel['kernel'].shape
+        for kernel in (variables['params']['layers'][target] for target in TARGETS)
+    }
+    assert not saved & {(shape, 'float32') for shape in kernels}
+    assert any(shape in kernels for shape, _ in saved)  # the codes, to dequantise again
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_a_base_takes_the_bytes_of_its_format(published, name):
+    """And for each tile of a column a scale in float32."""
+    _, variables = load(published, name)
+    kernels = {target: variables['params']['layers'][target]['kernel'] for target in TARGETS}
+    sizes = [(64, 64)] * 4 + [(64, 160)] * 2 + [(160, 64)]
+    weights = 2 * sum(rows * columns for rows, columns in sizes)
+    scales = 2 * sum(rows // TILES[name][rows == 160] * columns for rows, columns in sizes)
+    assert local_bytes(kernels) == weights * BITS[name] // 8 + 4 * scales
+    assert local_bytes(kernels) < 4 * weights * {'int8': 0.27, 'int4': 0.16, 'nf4': 0.16}[name]
+
+
+def test_a_policy_trained_here_is_quantised_when_it_is_read(tmp_path):
+    tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
+    config = TransformerConfig(tokenizer.size, 16, 2, 4, 2, 24)
+    policy = checkpoints.make_policy(config, tokenizer)
+    params = sharding.init_params(policy.model, jax.random.key(0), mesh_of(1, 1, 1))
+    checkpoints.save_policy(tmp_path / 'policy', {'params': params}, config, tokenizer, {})
+    policy, variables = load(tmp_path / 'policy', 'int4', 2, 2, 2)
+    kernel = variables['params']['layers']['gate']['kernel']
+    assert_allclose(jax.vmap(dequantize)(kernel), params['layers']['gate']['kernel'], atol=0.1)
+    assert_array_equal(variables['params']['embedding'], params['embedding'])
+    assert logits(policy, variables, mesh_of(2, 2, 2)).shape == (8, 9, tokenizer.size)
+
+
+def test_one_tensor_at_a_time_is_in_full_precision(published, monkeypatch):
+    """While a checkpoint is read no kernel but the one at hand is in floating point."""
+    at_hand = []
+    others = {id(x) for x in jax.live_arrays()}
+
+    def blocked(x):
+        kernels = [
+            x
+            for x in jax.live_arrays()
+            if id(x) not in others and x.dtype == np.float32 and x.shape[-2:] in SHAPES
+        ]
+        at_hand.append(len(kernels))
+        return waited(x)
+
+    waited = jax.block_until_ready
+    monkeypatch.setattr(jax, 'block_until_ready', blocked)
+    load(published, 'int8')
+    assert max(at_hand) == 1 and at_hand.count(1) == 2 * 7  # layers, kernels
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        ({'model.quantize': 'fp4'}, "model.quantize is 'fp4'; use one of int8, int4, nf4, or ''"),
+        (
+            {'model.quantize': 'nf4', 'lora.rank': 0},
+            "model.quantize is 'nf4' with lora.rank 0, which trains every parameter; .* use lora",
+        ),
+        ({'model.quantize': 'int4', 'lora.rank': 8}, None),
+    ],
+)
+def test_what_cannot_be_is_refused(change, said):
+    config = countdown.get_config('tiny')
+    config.update_from_flattened_dict(change)
+    if said is None:
+        validate(config)
+        return
+    with pytest.raises(ValueError, match=said) as error:
+        validate(config)
+    assert '\n' not in str(error.value)
+
+
+def test_without_qwix_the_package_to_install_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=r"qwix is not installed; pip install -e '.\[quantize\]'"):
+        check_format('int8')
+    check_format('')
+
+
+def test_pretraining_ignores_the_format_of_frozen_bases(tmp_path):
+    """The base of a task is one and the same, and in full precision, for every format."""
+    config = countdown.get_config('tiny')
+    config.base.cache = str(tmp_path)
+    plain = base_directory(config)
+    config.model.quantize = 'int8'
+    assert base_directory(config) == plain
+    policy, _, variables = _starting_point(config, training_task(config), mesh_of(1, 1, 1), None)
+    assert policy.config.quantize == ''
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {'float32'}
