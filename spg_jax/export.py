@@ -4,8 +4,9 @@
     python -m spg_jax.export --workdir=DIR --out=OUT --merge   # a whole checkpoint
 
 DIR is a run of `spg_jax.train` that started from a published checkpoint, or a policy directory. A
-run that trained every parameter gives a whole checkpoint either way. With --distributed every
-process of a job runs the command, and together they hold the parameters that --merge reads.
+run that trained every parameter gives a whole checkpoint either way. Adapters trained on a
+quantised base are merged into the checkpoint as it was published. With --distributed every process
+of a job runs the command, and together they hold the parameters that --merge reads.
 """
 
 import shutil

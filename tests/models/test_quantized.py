@@ -19,7 +19,7 @@ from spg_jax.models import llada
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.quantized import FORMATS, check_format, dequantize
-from spg_jax.models.transformer import TransformerConfig
+from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.planning.memory import local_bytes
 from spg_jax.pretrain import _starting_point, base_directory
 from spg_jax.tokenizers import WordTokenizer
@@ -136,9 +136,13 @@ def test_meshes_agree_and_every_device_has_its_share(published, name):
     _, spread = load(published, name, 2, 2, 2)
     jax.tree.map(assert_array_equal, jax.device_get(spread), jax.device_get(variables))
     assert_allclose(logits(policy, spread, mesh), logits(policy, variables), atol=1e-5)
+    plain = Transformer(dataclasses.replace(policy.config, quantize=''))
+    expected = sharding.param_shardings(plain, mesh)['layers']
     for target in TARGETS:
-        codes = spread['params']['layers'][target]['kernel'].qvalue
-        assert codes.addressable_shards[0].data.size == codes.size // 4
+        kernel, where = spread['params']['layers'][target]['kernel'], expected[target]['kernel']
+        assert kernel.qvalue.sharding == where
+        assert kernel.qvalue.addressable_shards[0].data.size == kernel.qvalue.size // 4
+        assert kernel.scale.sharding.spec[2] == where.spec[2]
 
 
 def test_only_adapters_learn_and_they_start_from_the_base_itself(published, name='nf4'):
