@@ -1,16 +1,16 @@
-"""docs/plan.md: the plan of every LLaDA-8B preset, four tasks on six machines, none of them here.
+"""The plan of every LLaDA-8B preset: four tasks on six machines, none of them here.
 
     python -m benchmarks.plan_tables [--topologies=v5e:4x4,h100:1]
 
-Tasks of the same shapes share what was compiled. A program takes minutes to compile, so what was
-found is kept in build/plan/ and read again; delete it after a change to the programs.
+Writes docs/plan.md. Tasks of the same shapes share what was compiled. A program takes minutes to
+compile, so what was found is kept in build/plan/ and read again; delete it after a change to the
+programs.
 """
 
 import dataclasses
 import importlib
 import io
 import json
-import resource
 from pathlib import Path
 
 import jax
@@ -18,10 +18,11 @@ import ml_collections
 from absl import app, flags
 from rich.console import Console
 
+from configs import gsm8k
 from spg_jax.config import HARDWARE, digest
 from spg_jax.planning import memory
-from spg_jax.planning.machines import LISTED, Machine, find_machine
-from spg_jax.planning.report import Program, Report, make_report
+from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
+from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.validation import validate
 
@@ -29,6 +30,30 @@ FLAGS = flags.FLAGS
 TASKS = ('countdown', 'gsm8k', 'math500', 'sudoku')
 STORE = Path('build/plan')
 EFFICIENCY = 0.4
+DRAWS_ON = 'v5e:4x4'
+INTRODUCTION = f"""# LLaDA-8B on machines that are not here
+
+    python -m benchmarks.plan_tables
+
+The recipe of SPG at its published sizes: adapters of rank 128, 96 completions a rollout, M = 2
+draws, 4 updates a rollout. TPU programs are those that a run would execute, compiled by the TPU
+compiler on a CPU; memory is that compiler's, and beside it stands how far the formula is off. For
+GPUs the same programs are lowered, not compiled, and memory is by the formula alone: an estimate.
+Times are of decoding every completion to its end, at {EFFICIENCY:.0%} of the published rates of the
+chip: an assumption, not a measurement. They leave out evaluations, rewards and input.
+
+Memory is in GiB a chip: what stays there (weights, adapters, optimiser), then the peak of each
+program."""
+COLUMNS = (
+    'machine',
+    'task',
+    'stays',
+    *('rollout', 'evaluation', 'update'),
+    'chip has',
+    'formula off',
+    *('s a rollout', 's an update', 'hours'),
+)
+SUMMARY = f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}'
 
 
 def preset_for(topology: str) -> str:
@@ -61,29 +86,63 @@ def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
 def main(_: list[str]) -> None:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', 8)  # stand in for GPUs, for which nothing is compiled
-    lines = [(__doc__ or '').splitlines()[0]]
+    rows, details = [], []
     for topology in FLAGS.topologies:
-        machine, preset = find_machine(topology), preset_for(topology)
         for task in TASKS:
-            config = importlib.import_module(f'configs.{task}').get_config(preset)
-            validate(config)
-            report = find_report(config, machine)
-            console = Console(width=250, file=io.StringIO())
-            console.print(table(report, machine, markdown=True))
-            lines += [
-                f'\n## {task}, {topology}\n',
-                f'    python -m spg_jax.plan --config=configs/{task}.py:{preset} '
-                f'--topology={topology}\n',
-                heading(report, config, machine),
-                '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines()),
-                verdict(report, config, machine, EFFICIENCY),
-            ]
-            print('\n'.join(lines[-3:]), flush=True)
-            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            took = {name: round(one.seconds) for name, one in report.programs.items()}
-            print(f'compiled in {took} s; host memory so far {host:.1f} GiB', flush=True)
+            row, detail = planned(task, topology)
+            rows.append(row)
+            details.append(detail)
+            print(detail, flush=True)
+    summary = '\n'.join([SUMMARY, *rows])
+    print(f'\n{summary}')
     if tuple(FLAGS.topologies) == LISTED:
-        Path('docs/plan.md').write_text('\n'.join(lines) + '\n')
+        page = [INTRODUCTION, summary, more_draws(), *details]
+        Path('docs/plan.md').write_text('\n\n'.join(page) + '\n')
+
+
+def planned(task: str, topology: str) -> tuple[str, str]:
+    """A task on a machine: its row of the summary, and its own section."""
+    machine, preset = find_machine(topology), preset_for(topology)
+    config = importlib.import_module(f'configs.{task}').get_config(preset)
+    validate(config)
+    report = find_report(config, machine)
+    chip = machine.chip
+    if not report.fits(chip):
+        raise RuntimeError(verdict(report, config, machine, EFFICIENCY))
+    off = [report.deviation(name) for name in report.programs]
+    time = times(report, config, chip, EFFICIENCY)
+    peaks = [report.peak(name) for name in ('rollout', 'evaluation', 'update')]
+    row = (
+        f'| {topology} | {task} | {report.resident.total / GIB:.1f} | '
+        + ' | '.join(f'{peak / GIB:.1f}' for peak in peaks)
+        + f' | {chip.memory / GIB:.1f} | '
+        + ('estimate' if None in off else f'{min(off):+.0%} … {max(off):+.0%}')
+        + f' | {time.rollout:.0f} | {time.update:.1f} | {time.hours:.0f} |'
+    )
+    console = Console(width=250, file=io.StringIO())
+    console.print(table(report, machine, markdown=True))
+    detail = [
+        f'## {task}, {topology}',
+        f'    python -m spg_jax.plan --config=configs/{task}.py:{preset} --topology={topology}',
+        heading(report, config, machine),
+        '\n'.join(line.rstrip() for line in console.file.getvalue().strip().splitlines()),
+        verdict(report, config, machine, EFFICIENCY),
+    ]
+    return row, '\n\n'.join(detail)
+
+
+def more_draws() -> str:
+    """What four times the Monte-Carlo draws need."""
+    peaks = []
+    for draws in (2, 8):
+        config = gsm8k.get_config(preset_for(DRAWS_ON))
+        config.corruption.draws = draws
+        report = find_report(config, find_machine(DRAWS_ON))
+        peaks.append(report.peak('update') / GIB)
+    return (
+        f'The update of GSM8K on {DRAWS_ON} peaks at {peaks[0]:.2f} GiB with M = 2 draws and at '
+        f'{peaks[1]:.2f} GiB with M = 8 (`--config.corruption.draws=8`).'
+    )
 
 
 if __name__ == '__main__':

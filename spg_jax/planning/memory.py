@@ -61,7 +61,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
     - tables: embedding and unembedding whole along 'embed', 2 V/t D, unless f is 1;
     - casts: the adapters in the type of products, which the compiler takes out of the loops;
-    - scores: of attention, r N/t L^2; float32, and backwards once more and in the compute type;
+    - scores: of attention, r N/t L^2; float32, and backwards in the compute type as well;
     - layer: what else a layer has at once, r L D twice, and backwards r L (4 D + 3 F/t);
     - logits: r V/t for every position unembedded at once, float32;
     - saved (update): the inputs of all layers, r L D each, kept for the backward pass;
@@ -92,7 +92,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     parts = {
         'tables': tables if plan.mesh.shape['fsdp'] > 1 else 0.0,
         'casts': local_bytes(plan.state.trained) * itemsize / 4 if model.lora else 0.0,
-        'scores': scores * (8 + itemsize if update else 4),
+        'scores': scores * (4 + itemsize if update else 4),
         'layer': widest if update else 2 * hidden,
         'logits': rows * unembedded * model.vocab_size / tensor * 4,
     }
