@@ -18,7 +18,7 @@ def start_pair(*command: str) -> list[subprocess.Popen]:
     environment = dict(
         os.environ,
         PYTHONPATH=str(REPOSITORY),
-        XLA_FLAGS='--xla_force_host_platform_device_count=4',
+        XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
         JAX_DISABLE_MOST_OPTIMIZATIONS='1',
         JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
         JAX_NUM_PROCESSES='2',

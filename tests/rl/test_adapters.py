@@ -76,27 +76,23 @@ def test_dropout_is_the_same_in_pieces(policy, config):
 
 
 def test_only_adapters_are_trained(policy, config):
-    """Frozen parameters keep every bit and have no state in the optimiser; on two meshes."""
-    found = []
-    for sizes in ((1, 1, 1), (2, 2, 2)):
-        mesh = mesh_of(sizes)
-        with jax.set_mesh(mesh):
-            adapted, variables = with_random_adapters(policy, mesh=mesh)
-            before = jax.device_get(variables)
-            optimizer = optimizers.for_rl(config.optimizer, 10)
-            state = initial_state(variables, optimizer, adapted, mesh, average=False)
-            update = make_update(
-                adapted, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
-            )
-            rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
-            for _ in range(2):
-                state, metrics = update(state, rollout)
-        after = jax.device_get(state.variables)
-        jax.tree.map(np.testing.assert_array_equal, after['params'], before['params'])
-        trained = sum(x.size for x in jax.tree.leaves(before[COLLECTION]))
-        moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
-        assert 2 * trained <= moments < 2 * trained + 10  # two moments each, and counters
-        moved = jax.tree.map(lambda a, b: np.any(a != b), after[COLLECTION], before[COLLECTION])
-        assert all(jax.tree.leaves(moved))
-        found.append((after[COLLECTION], jax.device_get(metrics)))
-    assert_trees_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    """Frozen parameters keep every bit and have no state in the optimiser."""
+    mesh = mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        adapted, variables = with_random_adapters(policy, mesh=mesh)
+        before = jax.device_get(variables)
+        optimizer = optimizers.for_rl(config.optimizer, 10)
+        state = initial_state(variables, optimizer, adapted, mesh, average=False)
+        update = make_update(
+            adapted, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
+        )
+        rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
+        for _ in range(2):
+            state, _ = update(state, rollout)
+    after = jax.device_get(state.variables)
+    jax.tree.map(np.testing.assert_array_equal, after['params'], before['params'])
+    trained = sum(x.size for x in jax.tree.leaves(before[COLLECTION]))
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
+    assert 2 * trained <= moments < 2 * trained + 10  # two moments each, and counters
+    moved = jax.tree.map(lambda a, b: np.any(a != b), after[COLLECTION], before[COLLECTION])
+    assert all(jax.tree.leaves(moved))
