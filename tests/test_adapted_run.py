@@ -37,12 +37,25 @@ class Cut(Interruption):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def reads():
+    """Directories that the trainings of `run` read parameters from, in turn."""
+    return []
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, reads):
     """Two updates, cut after the first and resumed."""
     root = tmp_path_factory.mktemp('adapted')
     config = config_in(root)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh()):
         adapted.simplify(patch)
+        load = llada.load_checkpoint
+
+        def noted(directory, *more, **fields):
+            reads.append(directory)
+            return load(directory, *more, **fields)
+
+        patch.setattr(llada, 'load_checkpoint', noted)
         with Interruption() as interruption:
             assert train(config, root / 'whole', mesh(), interruption)
         with Cut() as cut:
@@ -50,6 +63,11 @@ def run(tmp_path_factory):
         with Interruption() as interruption:
             assert train(config, root / 'run', mesh(), interruption)
     return root
+
+
+def test_every_start_reads_its_base_once(run, reads):
+    """At 8B a second copy on the devices, to evaluate the best policy, would not fit."""
+    assert reads == [run / 'published'] * 3
 
 
 def logits(directory, adapter=None):
