@@ -31,4 +31,5 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 def pytest_collection_modifyitems(items):
     """Whole runs first: they take longest, and last they would leave a worker idle."""
-    items.sort(key=lambda item: item.path.name != 'test_train.py')
+    long = ('test_train.py', 'test_distributed.py')
+    items.sort(key=lambda item: item.path.name not in long)
