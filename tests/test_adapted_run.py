@@ -10,17 +10,14 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from spg_jax import checkpoints, sharding
+from spg_jax import checkpoints
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.models import llada
 from spg_jax.pretrain import pretrain
 from spg_jax.train import train
 from tests import adapted
-
-
-def mesh():
-    return sharding.make_mesh({'data': 1}, jax.devices()[:1])
+from tests.meshes import mesh_of
 
 
 def config_in(root):
@@ -47,7 +44,7 @@ def run(tmp_path_factory, reads):
     """Two updates, cut after the first and resumed."""
     root = tmp_path_factory.mktemp('adapted')
     config = config_in(root)
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh()):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_of()):
         adapted.simplify(patch)
         load = llada.load_checkpoint
 
@@ -57,11 +54,11 @@ def run(tmp_path_factory, reads):
 
         patch.setattr(llada, 'load_checkpoint', noted)
         with Interruption() as interruption:
-            assert train(config, root / 'whole', mesh(), interruption)
+            assert train(config, root / 'whole', mesh_of(), interruption)
         with Cut() as cut:
-            assert not train(config, root / 'run', mesh(), cut)
+            assert not train(config, root / 'run', mesh_of(), cut)
         with Interruption() as interruption:
-            assert train(config, root / 'run', mesh(), interruption)
+            assert train(config, root / 'run', mesh_of(), interruption)
     return root
 
 
@@ -71,8 +68,8 @@ def test_every_start_reads_its_base_once(run, reads):
 
 
 def logits(directory, adapter=None):
-    with jax.set_mesh(mesh()):
-        policy, _, variables = checkpoints.load_policy(directory, mesh(), adapter)
+    with jax.set_mesh(mesh_of()):
+        policy, _, variables = checkpoints.load_policy(directory, mesh_of(), adapter)
         tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (8, 12)), jnp.int32)
         hidden = jax.jit(policy.hidden)(variables, tokens, jnp.ones((8, 12), bool))
         return np.asarray(jax.jit(policy.unembed)(variables, hidden))
@@ -124,16 +121,16 @@ def test_adapters_of_another_rank_are_refused_before_their_base_is_read(
     config = adapted.get_config()
     config.base.checkpoint = str(run / base)
     config.lora.update(rank=rank, adapter=str(run / adapter) if adapter else '')
-    with jax.set_mesh(mesh()), Interruption() as interruption:
+    with jax.set_mesh(mesh_of()), Interruption() as interruption:
         with pytest.raises(ValueError, match=f'{run / (adapter or base)} has .*{said}') as error:
-            train(config, tmp_path, mesh(), interruption)
+            train(config, tmp_path, mesh_of(), interruption)
     assert '\n' not in str(error.value)
 
 
 def test_fine_tuning_every_parameter_does_not_start_from_adapters(run):
     config = config_in(run)
     with Interruption() as interruption, pytest.raises(ValueError, match='best has adapters'):
-        pretrain(config, run / 'tuned', mesh(), interruption, run / 'run' / 'best')
+        pretrain(config, run / 'tuned', mesh_of(), interruption, run / 'run' / 'best')
 
 
 def test_a_base_that_is_gone_is_named(run):
@@ -142,6 +139,6 @@ def test_a_base_that_is_gone_is_named(run):
     description = (moved / 'policy.json').read_text()
     (moved / 'policy.json').write_text(description.replace('/published"', '/gone"'))
     with pytest.raises(FileNotFoundError, match='adapts the policy .*gone, which does not exist'):
-        checkpoints.load_policy(moved, mesh())
+        checkpoints.load_policy(moved, mesh_of())
     with pytest.raises(ValueError, match='has adapters of its own'):
-        checkpoints.load_policy(run / 'run' / 'best', mesh(), run / 'run' / 'best' / 'adapter')
+        checkpoints.load_policy(run / 'run' / 'best', mesh_of(), run / 'run' / 'best' / 'adapter')

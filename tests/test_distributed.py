@@ -6,16 +6,15 @@ import subprocess
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from spg_jax import sharding
 from spg_jax.models.peft import WEIGHTS
 from tests import adapted
 from tests.across_devices import outcome
+from tests.meshes import mesh_of
 from tests.processes import TIMEOUT, finish, start_pair
 
 
@@ -25,14 +24,9 @@ def root(tmp_path_factory):
     return root, adapted.prepare(root)
 
 
-def mesh_of(sizes):
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
-
-
 @pytest.fixture(scope='module')
 def alone(root):
-    return outcome(root[0] / 'published', mesh_of((1, 1, 1)))
+    return outcome(root[0] / 'published', mesh_of())
 
 
 @pytest.mark.parametrize('where', [(8, 1, 1), (1, 8, 1), (2, 2, 2), 'two processes'])
@@ -47,7 +41,7 @@ def test_nothing_depends_on_where_it_is_computed(root, alone, where):
             assert code == 0, error
         found = np.load(out)
     else:
-        found = outcome(root[0] / 'published', mesh_of(where))
+        found = outcome(root[0] / 'published', mesh_of(*where))
     assert set(found) == set(alone)
     assert found['merged'].tolist() == list(range(8))  # what each process knew of its own rows
     for name, values in alone.items():

@@ -16,6 +16,7 @@ from spg_jax.config import training_task
 from spg_jax.interruption import Interruption
 from spg_jax.models.number_features import PERIODS, with_number_features
 from spg_jax.tasks.countdown import Countdown
+from tests.meshes import mesh_of
 
 GOOD_LINE = json.dumps(
     {
@@ -53,13 +54,9 @@ def two_stages():
     return config
 
 
-def mesh():
-    return sharding.make_mesh({'data': 1}, jax.devices()[:1])
-
-
 def run(config, directory, *more):
     with Interruption() as interruption:
-        return pretrain.pretrain(config, directory, mesh(), interruption, *more)
+        return pretrain.pretrain(config, directory, mesh_of(), interruption, *more)
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +85,7 @@ def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cu
     assert run(config, tmp_path / 'cut')
     assert done == 20
     found, expected = (
-        checkpoints.load_policy(path, mesh())[2] for path in (tmp_path / 'cut', whole)
+        checkpoints.load_policy(path, mesh_of())[2] for path in (tmp_path / 'cut', whole)
     )
     jax.tree.map(assert_array_equal, jax.device_get(found), jax.device_get(expected))
 

@@ -14,10 +14,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from configs import countdown
-from spg_jax import checkpoints, sharding, tasks
+from spg_jax import checkpoints, tasks
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.train import train
+from tests.meshes import mesh_of
 from tests.published import END, MASK, save_tokenizer
 
 REAL = Path(__file__).parent / 'reference' / 'llada_8b'
@@ -102,13 +103,9 @@ def config_of(published: Path, name: str, wording: Path):
     return config
 
 
-def mesh():
-    return sharding.make_mesh({}, jax.devices()[:1])
-
-
 def logits(directory, adapter=None):
-    with jax.set_mesh(mesh()):
-        policy, _, variables = checkpoints.load_policy(directory, mesh(), adapter)
+    with jax.set_mesh(mesh_of()):
+        policy, _, variables = checkpoints.load_policy(directory, mesh_of(), adapter)
         tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (2, 6)), jnp.int32)
         return np.asarray(
             jax.jit(policy.completion_logits)(variables, tokens, jnp.ones((2, 6), bool), tokens)
@@ -150,8 +147,8 @@ def test_every_task_trains_on_the_published_names_and_exports(
     monkeypatch.setattr(task, 'score', lambda *given: score(*given)._replace(right=0, solved=False))
     (tmp_path / 'wording.txt').write_text(WORDINGS[name])
     config = config_of(published, name, tmp_path / 'wording.txt')
-    with jax.set_mesh(mesh()), Interruption() as interruption:
-        assert train(config, tmp_path / 'run', mesh(), interruption)
+    with jax.set_mesh(mesh_of()), Interruption() as interruption:
+        assert train(config, tmp_path / 'run', mesh_of(), interruption)
     export(tmp_path / 'run' / 'best', published, tmp_path / 'peft', whole=False)
 
     trained = logits(tmp_path / 'run' / 'best')

@@ -12,20 +12,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from spg_jax import sharding
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from tests.meshes import mesh_of
 
 CONFIG = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
-
-
-def mesh_of(shape):
-    return sharding.make_mesh(
-        dict(zip(sharding.AXES, shape, strict=True)), jax.devices()[: np.prod(shape)]
-    )
 
 
 @pytest.fixture(scope='module')
 def alone():
     """Parameters, gradient and logits on one device."""
-    return outcome(mesh_of((1, 1, 1)))
+    return outcome(mesh_of())
 
 
 def outcome(mesh):
@@ -45,7 +40,7 @@ def outcome(mesh):
 
 @pytest.fixture(scope='module')
 def spread():
-    return outcome(mesh_of((2, 2, 2)))
+    return outcome(mesh_of(2, 2, 2))
 
 
 def test_a_mesh_gives_the_same_numbers(spread, alone):
@@ -102,7 +97,7 @@ def test_contradicting_rules_name_the_tensor_and_both_axes():
     rules = dict(sharding.RULES, embed='tensor')
     message = "embedding: logical axes 'vocab' and 'embed' both map to mesh axis 'tensor'"
     with pytest.raises(ValueError, match=message):
-        sharding.param_shardings(Transformer(CONFIG), mesh_of((2, 2, 2)), rules)
+        sharding.param_shardings(Transformer(CONFIG), mesh_of(2, 2, 2), rules)
     with pytest.raises(ValueError, match="x: logical axis 'head' has no rule"):
         sharding.partition_spec('x', ('head',))
     assert sharding.partition_spec('x', ('embed', None, 'layers')) == P('fsdp', None, None)
@@ -111,11 +106,11 @@ def test_contradicting_rules_name_the_tensor_and_both_axes():
 def test_a_dimension_the_mesh_does_not_divide_is_named():
     config = dataclasses.replace(CONFIG, vocab_size=25)
     with pytest.raises(ValueError, match='embedding: vocab is 25, not a multiple of mesh.tensor 2'):
-        sharding.abstract_params(Transformer(config), mesh_of((2, 2, 2)))
+        sharding.abstract_params(Transformer(config), mesh_of(2, 2, 2))
 
 
 def test_batches_are_split_by_rows():
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of(2, 2, 2)
     batch = {'tokens': np.arange(24).reshape(8, 3), 'reward': np.arange(8.0)}
     placed = sharding.put_batch(mesh, batch)
     jax.tree.map(assert_array_equal, placed, batch)
@@ -128,7 +123,7 @@ def test_batches_are_split_by_rows():
 
 
 def test_rows_are_pinned_only_where_that_is_possible():
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of(2, 2, 2)
     pin = jax.jit(lambda x: sharding.constrain(x, 'rows', None))
     whole = jnp.zeros((8, 4))
     assert pin(whole).sharding.is_fully_replicated

@@ -85,7 +85,8 @@ def quantize_params(params: Any, target: Any) -> Any:
     """Parameters with kernels quantised where `target` has them so, placed as there.
 
     Args:
-      params: plain parameter pytree; given up, leaf by leaf.
+      params: plain parameter pytree. It stays whole beside the result, so this is for the small
+        policies trained here; published kernels are quantised one by one as they are read.
       target: from `abstract_params` of the quantised model.
     """
 

@@ -13,14 +13,10 @@ from spg_jax.models.layers import RMSNorm, rotary_table
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merged_kernel
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Block, TransformerConfig
+from tests.meshes import mesh_of
 
 CONFIG = TransformerConfig(vocab_size=20, width=24, layers=2, heads=6, kv_heads=2, mlp_width=40)
 SIZES = LoRA(rank=4, alpha=6.0)
-
-
-def mesh_of(sizes=(1, 1, 1)):
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
 
 
 def adapted(lora=SIZES, mesh=None):

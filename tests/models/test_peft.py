@@ -19,7 +19,8 @@ from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Transformer
-from spg_jax.sharding import AXES, abstract_params, make_mesh
+from spg_jax.sharding import abstract_params
+from tests.meshes import mesh_of
 
 TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'
 WEIGHTS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
@@ -32,17 +33,12 @@ def zeros_of(config, lora):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
 
 
-def mesh_of(*sizes):
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
-
-
 @pytest.fixture
 def saved(tmp_path):
     """A saved adapter of the tiny checkpoint: its directory, model configuration and values."""
     config, ids, params = load_checkpoint(TINY)
     policy = Policy(config, ids.mask, ids.eos, np.ones(config.vocab_size, bool))
-    _, variables = with_adapters(policy, {'params': params}, SIZES, 3, mesh_of(1, 1, 1))
+    _, variables = with_adapters(policy, {'params': params}, SIZES, 3, mesh_of())
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), variables[COLLECTION]
@@ -185,7 +181,7 @@ def test_adapters_other_than_those_configured_are_refused(saved, other, said):
     )
     wanted = dataclasses.replace(lora, **other)
     with pytest.raises(ValueError, match=said) as error:
-        with_adapters(policy, {COLLECTION: adapters}, wanted, 0, mesh_of(1, 1, 1))
+        with_adapters(policy, {COLLECTION: adapters}, wanted, 0, mesh_of())
     assert '\n' not in str(error.value)
 
 

@@ -25,6 +25,7 @@ from spg_jax.pretrain import _starting_point, base_directory
 from spg_jax.tokenizers import WordTokenizer
 from spg_jax.train_state import initial_state
 from spg_jax.validation import validate
+from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
 SIZES = LoRA(rank=4, alpha=8.0)
@@ -42,11 +43,6 @@ def nf4_levels():
     return np.sort(np.concatenate([below, [0.0], above])) / above[0]
 
 
-def mesh_of(*sizes):
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), devices)
-
-
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
     directory = tmp_path_factory.mktemp('published')
@@ -58,7 +54,7 @@ def published(tmp_path_factory):
 @functools.cache
 def load(directory, name, *sizes, lora=None):
     """The policy and its collections, with new adapters if their sizes are given."""
-    mesh = mesh_of(*(sizes or (1, 1, 1)))
+    mesh = mesh_of(*sizes)
     policy, _, variables = checkpoints.load_policy(directory, mesh, quantize=name)
     return with_adapters(policy, variables, lora, 0, mesh)
 
@@ -74,7 +70,7 @@ def logits(policy, variables, mesh=None):
     def run(variables, tokens, valid):
         return policy.unembed(variables, policy.hidden(variables, tokens, valid))
 
-    with jax.set_mesh(mesh or mesh_of(1, 1, 1)):
+    with jax.set_mesh(mesh or mesh_of()):
         return np.asarray(jax.jit(run)(variables, *inputs()))
 
 
@@ -145,11 +141,11 @@ def test_meshes_agree_and_every_device_has_its_share(published, name):
         assert kernel.scale.sharding.spec[2] == where.spec[2]
 
 
-def test_only_adapters_learn_and_they_start_from_the_base_itself(published, name='nf4'):
-    base, variables = load(published, name)
-    policy, adapted = load(published, name, lora=SIZES)
+def test_only_adapters_learn_and_they_start_from_the_base_itself(published):
+    base, variables = load(published, 'nf4')
+    policy, adapted = load(published, 'nf4', lora=SIZES)
     assert_array_equal(logits(policy, adapted), logits(base, variables))
-    mesh = mesh_of(1, 1, 1)
+    mesh = mesh_of()
     state = initial_state(adapted, optax.sgd(1.0), policy, mesh, average=False)
     assert set(state.trained) == {COLLECTION} and set(state.frozen) == {'params'}
 
@@ -211,7 +207,7 @@ def test_a_policy_trained_here_is_quantised_when_it_is_read(tmp_path):
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
     config = TransformerConfig(tokenizer.size, 16, 2, 4, 2, 24)
     policy = checkpoints.make_policy(config, tokenizer)
-    params = sharding.init_params(policy.model, jax.random.key(0), mesh_of(1, 1, 1))
+    params = sharding.init_params(policy.model, jax.random.key(0), mesh_of())
     checkpoints.save_policy(tmp_path / 'policy', {'params': params}, config, tokenizer, {})
     _, variables = load(tmp_path / 'policy', 'int4')
     kernel = variables['params']['layers']['gate']['kernel']
@@ -275,6 +271,6 @@ def test_pretraining_ignores_the_format_of_frozen_bases(tmp_path):
     plain = base_directory(config)
     config.model.quantize = 'int8'
     assert base_directory(config) == plain
-    policy, _, variables = _starting_point(config, training_task(config), mesh_of(1, 1, 1), None)
+    policy, _, variables = _starting_point(config, training_task(config), mesh_of(), None)
     assert policy.config.quantize == ''
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {'float32'}

@@ -16,14 +16,9 @@ from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.llada_config import read_config
 from spg_jax.models.peft import load_adapter
 from spg_jax.models.tensor_files import open_tensors
-from spg_jax.sharding import AXES, make_mesh
+from tests.meshes import mesh_of
 from tests.models.across_processes import SIZES, TINY, adapters_on
 from tests.processes import finish, start_pair
-
-
-def mesh_of(*sizes):
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
 
 
 @pytest.fixture(scope='module')
@@ -127,5 +122,5 @@ def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
     for written in (tmp_path / '0' / 'adapter', tmp_path / 'exported'):
         sizes, adapters = load_adapter(written, config)
         assert sizes == SIZES
-        jax.tree.map(assert_array_equal, adapters, adapters_on(mesh_of(1, 1, 1)))
+        jax.tree.map(assert_array_equal, adapters, adapters_on(mesh_of()))
     assert_merged(tmp_path / 'merged' / '0', load_checkpoint(TINY)[2], adapters, SIZES)

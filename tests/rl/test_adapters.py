@@ -12,11 +12,11 @@ from spg_jax.models.policy import with_adapters
 from spg_jax.rl.learner import make_gradient, make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.train_state import initial_state, shardings_of
+from tests.meshes import mesh_of
 from tests.rl.conftest import random_rollout
 from tests.rl.test_learner import (
     assert_trees_close,
     draws_of,
-    mesh_of,
     plain_loss,
     variables_of,
 )
@@ -25,7 +25,7 @@ LORA = LoRA(rank=3, alpha=5.0, dropout=0.25)
 
 
 def with_random_adapters(policy, lora=LORA, mesh=None):
-    mesh = mesh or mesh_of((1, 1, 1))
+    mesh = mesh or mesh_of()
     policy, variables = with_adapters(policy, variables_of(policy, mesh), lora, 1, mesh)
     rng = np.random.default_rng(4)
 
@@ -77,7 +77,7 @@ def test_dropout_is_the_same_in_pieces(policy, config):
 
 def test_only_adapters_are_trained(policy, config):
     """Frozen parameters keep every bit and have no state in the optimiser."""
-    mesh = mesh_of((2, 2, 2))
+    mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         adapted, variables = with_random_adapters(policy, mesh=mesh)
         before = jax.device_get(variables)

@@ -12,8 +12,8 @@ from spg_jax.random import Purpose, check_range, example_ids, example_keys
 from spg_jax.rl import rollout
 from spg_jax.rl.rollout import make_collect, make_generate, rollout_metrics
 from spg_jax.tokenizers import WordTokenizer
+from tests.meshes import mesh_of
 from tests.rl.conftest import EOS, random_rollout
-from tests.rl.test_learner import mesh_of
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [18, 19], [20]]
 
@@ -33,15 +33,13 @@ def completions(policy, config, mesh, prompts, ids, length=4):
 
 @pytest.fixture
 def expected(policy, config):
-    return completions(policy, config, mesh_of((1, 1, 1)), PROMPTS, range(8))
+    return completions(policy, config, mesh_of(), PROMPTS, range(8))
 
 
 def test_a_prompt_alone_or_padded_more_gets_what_it_gets_in_the_batch(policy, config, expected):
     for row in (0, 2, 7):
         for length in (4, 9):
-            found = completions(
-                policy, config, mesh_of((1, 1, 1)), [PROMPTS[row]], [row], length=length
-            )
+            found = completions(policy, config, mesh_of(), [PROMPTS[row]], [row], length=length)
             assert (found[0][0] == expected[0][row]).all()
 
 
@@ -126,7 +124,7 @@ def test_generating_in_parts_changes_nothing_and_rewards_meanwhile(policy, confi
     for parts, sizes in ((0, (1, 1, 1)), (2, (1, 1, 1)), (4, (4, 1, 1))):
         config.rl.generation_batch = parts
         events[parts] = []
-        found[parts] = rollout_of(policy, config, mesh_of(sizes), events[parts], monkeypatch)
+        found[parts] = rollout_of(policy, config, mesh_of(*sizes), events[parts], monkeypatch)
         monkeypatch.undo()
     expected, texts = found.pop(0)
     assert np.asarray(expected.example_id).tolist() == [20, 21, 22, 23, 16, 17, 18, 19]
