@@ -1,6 +1,7 @@
 """Adapters on a published checkpoint through a whole run and out again: train, save, resume,
 export, load."""
 
+import itertools
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.models import llada
 from spg_jax.pretrain import pretrain
+from spg_jax.rl.evaluator import Evaluator
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
@@ -65,6 +67,26 @@ def run(tmp_path_factory, reads):
 def test_every_start_reads_its_base_once(run, reads):
     """At 8B a second copy on the devices, to evaluate the best policy, would not fit."""
     assert reads == [run / 'published'] * 3
+
+
+def test_what_is_reported_is_the_policy_that_validated_best(run, tmp_path, monkeypatch):
+    """Here the base, whose new adapters change nothing: the others are worth less."""
+    config, reported = config_in(run), []
+    worth = itertools.count(0, -1)
+
+    def report(self, variables, problems):
+        reported.append(jax.device_get(variables['lora']))
+        return {'accuracy': 0.0, 'reward': 0.0, 'pass_at_1': 0.0, 'scorer': 'none'}
+
+    adapted.simplify(monkeypatch)
+    monkeypatch.setattr(
+        Evaluator, 'validate', lambda *_: {'accuracy': float(next(worth)), 'reward': 0.0}
+    )
+    monkeypatch.setattr(Evaluator, 'report', report)
+    with jax.set_mesh(mesh_of()), Interruption() as interruption:
+        assert train(config, tmp_path / 'run', mesh_of(), interruption)
+    base, best = reported
+    jax.tree.map(assert_array_equal, best, base)
 
 
 def logits(directory, adapter=None):

@@ -31,6 +31,13 @@ def test_llada_8b_has_its_published_size_without_its_checkpoint():
     assert {leaf.dtype.name for leaf in sizes} == {'bfloat16'}
 
 
+def test_a_rollout_in_parts_needs_the_memory_of_one(plan_of):
+    whole = memory.estimate(plan_of(), 'rollout')
+    part = memory.estimate(plan_of({'rl.generation_batch': 16}), 'rollout')
+    for name in ('scores', 'layer', 'logits'):
+        assert part[name] == whole[name] / 4  # of 64 rows
+
+
 def test_attention_that_would_run_otherwise_than_planned_is_refused(plan_of):
     with pytest.raises(ValueError, match="model.attention is 'auto'; .* know einsum only"):
         plan_of({'model.attention': 'auto'})
