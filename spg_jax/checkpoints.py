@@ -27,7 +27,12 @@ from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.quantized import quantize_params
-from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig
+from spg_jax.models.transformer import (
+    EXECUTION,
+    Transformer,
+    TransformerConfig,
+    check_heads,
+)
 from spg_jax.sharding import abstract_params
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
@@ -191,11 +196,16 @@ def _tokenizer(found: _Description) -> Tokenizer:
     return tokenizer
 
 
-def adapters_of(directory: Path, adapter: Path | None = None) -> LoRA | None:
-    """Sizes of the adapters that `load_policy` would give to the policy in `directory`, None for
-    none; raises as it does, but no weight is read."""
+def check_policy(directory: Path, mesh: Mesh, adapter: Path | None = None) -> LoRA | None:
+    """Raises what `load_policy` would, but reads no weight.
+
+    Returns:
+      Sizes of the adapters that the policy would have, None for none.
+    """
     directory = _whole(directory)
     found = _describe(directory)
+    check_heads(found.config, mesh)
+    abstract_params(Transformer(found.config), mesh)
     chosen = _chosen_adapter(directory, found, adapter)
     return check_adapter(chosen, found.config)[0] if chosen else None
 
@@ -233,6 +243,7 @@ def load_policy(
     platform = mesh.devices.flat[0].platform
     chosen = resolve(execution.get('attention', AUTO), platform, found.config.dtype)
     config = dataclasses.replace(found.config, **execution | {'attention': chosen})
+    check_heads(config, mesh)
     adapter = _chosen_adapter(directory, found, adapter)
     # First, since the base is large: what is wrong with an adapter shows before that is read.
     added = load_adapter(adapter, config, mesh) if adapter else None

@@ -30,14 +30,14 @@ def main(_: list[str]) -> None:
     config, directory, adapter = chosen_policy(
         FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
     )
+    mesh = cli.chosen_mesh(config)
     # Both say what is wrong before any work.
     tokenizer = checkpoints.load_tokenizer(directory)
-    checkpoints.adapters_of(directory, adapter)
+    checkpoints.check_policy(directory, mesh, adapter)
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()
     started = time.monotonic()
-    mesh = cli.chosen_mesh(config)
     task = evaluation_task(config)
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)

@@ -51,11 +51,11 @@ def main(_: list[str]) -> None:
     config, directory, adapter = chosen_policy(
         FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
     )
+    mesh = cli.chosen_mesh(config)
     # Both say what is wrong before any work.
     tokenizer = checkpoints.load_tokenizer(directory)
-    checkpoints.adapters_of(directory, adapter)
+    checkpoints.check_policy(directory, mesh, adapter)
     cli.compile_cache()
-    mesh = cli.chosen_mesh(config)
     task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
     row = tokenizer.encode_prompt(prompt, task.prefill)

@@ -65,9 +65,9 @@ def train(
         return False
     started = time.monotonic()
     tokenizer = checkpoints.load_tokenizer(base_directory)
-    # Adapters and every prompt are looked at before the parameters, which may be large, are read.
+    # All is looked at, every prompt too, before the parameters, which may be large, are read.
     adapter = adapter_of(config)
-    has = checkpoints.adapters_of(base_directory, adapter)
+    has = checkpoints.check_policy(base_directory, mesh, adapter)
     check_adapters(has, lora_of(config), where=adapter or base_directory)
     problems, said = data.fit_prompts(
         task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts

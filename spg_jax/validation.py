@@ -23,6 +23,7 @@ from spg_jax.config import (
 )
 from spg_jax.data import LONG_PROMPTS
 from spg_jax.diffusion import bounds
+from spg_jax.models.transformer import check_heads
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.sharding import own_rows, row_shards
 
@@ -96,11 +97,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def check_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Refuses batches whose rows do not split evenly over the devices.
+    """Refuses rows, and heads of a model made here, that do not split evenly over the devices.
 
     Raises:
       ValueError: one line naming the key.
     """
+    if not config.base.checkpoint:
+        check_heads(model_of(config, vocab_size=1, platform='cpu'), mesh)
     shards = row_shards(mesh)
     for key in ('rl.microbatch', 'rl.generation_batch', 'base.batch_size'):
         rows = _get(config, key)

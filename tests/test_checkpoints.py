@@ -112,17 +112,26 @@ def test_an_adapter_is_looked_at_before_its_base_is_read(saved, adapter, own):
     directory, _ = saved
     shutil.rmtree(directory / 'params')
     asked = (adapter.parent, None) if own else (directory, adapter)
-    assert checkpoints.adapters_of(*asked) == LoRA(rank=4, alpha=8.0)
+
+    def check(where, added):
+        return checkpoints.check_policy(where, mesh_of(), added)
+
+    assert check(*asked) == LoRA(rank=4, alpha=8.0)
     path = adapter / 'adapter_config.json'
     path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
-    where, added = asked
-    for look in (
-        checkpoints.adapters_of,
-        lambda *_: checkpoints.load_policy(where, mesh_of(), added),
-    ):
+    for look in (check, lambda where, added: checkpoints.load_policy(where, mesh_of(), added)):
         with pytest.raises(ValueError, match='expected .* for rank 8') as error:
             look(*asked)
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('look', [checkpoints.check_policy, checkpoints.load_policy])
+def test_a_mesh_that_would_cut_heads_is_refused_before_anything_is_read(saved, look):
+    """4 heads, of which 2 share a key: 4 devices could each have a head, and then half a key."""
+    directory, _ = saved
+    shutil.rmtree(directory / 'params')
+    with pytest.raises(ValueError, match='mesh.tensor is 4, .* divide the 2 model.kv_heads; use'):
+        look(directory, mesh_of(2, 1, 4))
 
 
 @pytest.mark.parametrize('damage', ['another width', 'a file cut short', 'a folder missing'])

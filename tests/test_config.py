@@ -193,6 +193,12 @@ def test_groups_do_not_straddle_processes(monkeypatch):
             check_mesh(config, mesh)
 
 
+def test_a_mesh_that_would_cut_heads_is_refused():
+    config = default_config()
+    with pytest.raises(ValueError, match='mesh.tensor is 8, which does not divide the 4 model.hea'):
+        check_mesh(config, sharding.make_mesh({'tensor': 8}))
+
+
 @pytest.mark.parametrize('key', ['rl.microbatch', 'rl.generation_batch', 'base.batch_size'])
 def test_rows_that_do_not_split_over_the_devices_are_refused(key):
     config = default_config()

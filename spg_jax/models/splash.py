@@ -25,21 +25,11 @@ def splash_attention(q: Array, k: Array, v: Array, valid: Array, interpret: bool
     Args:
       q, k, v, valid: as in `attention`; any head dim, float32 or bfloat16.
       interpret: run the kernel's program op by op, which works on any platform, slowly.
-
-    Raises:
-      ValueError: under a mesh whose 'tensor' axis does not divide the heads.
     """
     local = functools.partial(_on_one_device, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or set(AXES) - set(mesh.shape) or AxisType.Manual in mesh.axis_types:
         return local(q, k, v, valid)
-    for name, x in (('heads', q), ('kv_heads', k)):
-        if x.shape[2] % mesh.shape['tensor']:
-            raise ValueError(
-                f"model.attention 'splash' splits model.{name} {x.shape[2]} over mesh.tensor "
-                f'{mesh.shape["tensor"]}, which does not divide it; use a mesh.tensor that does, '
-                'or model.attention einsum'
-            )
     # As in `sharding.constrain`, rows that do not split stay whole: parameters are made on one row.
     rows = ROWS if len(q) % row_shards(mesh) == 0 else None
     heads = P(rows, None, 'tensor')

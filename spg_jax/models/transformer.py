@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from spg_jax.models.attention import attention, check_implementation
 from spg_jax.models.layers import (
@@ -103,6 +104,18 @@ class TransformerConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+
+def check_heads(config: TransformerConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless every device of the mesh gets whole heads."""
+    tensor = mesh.shape['tensor']
+    for name in ('heads', 'kv_heads'):
+        heads = getattr(config, name)
+        if heads % tensor:
+            raise ValueError(
+                f'mesh.tensor is {tensor}, which does not divide the {heads} model.{name}; use one '
+                'that does, and more of mesh.fsdp or mesh.data'
+            )
 
 
 class Transformer(nn.Module):
