@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from spg_jax import distributed, sharding
+from spg_jax import distributed, libtpu, sharding
 
 # What a user can mend: a wrong value, file or machine. Anything else is a bug, with its traceback.
 MENDABLE = (ValueError, OSError, FloatingPointError)
@@ -74,6 +74,8 @@ def chosen_mesh(config: ml_collections.ConfigDict) -> Mesh:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses the flags and runs `main`; what the user can mend is one line and exit status 1."""
+    if libtpu.is_installed() and libtpu.surely_absent():
+        libtpu.work_without_a_tpu()  # it writes lines of errors where JAX merely looks for a TPU
     app.run(_one_line_errors(main), flags_parser=_parse)
 
 

@@ -5,12 +5,12 @@ of H100 SXM and A100 80 GB SXM. A link's published bandwidth counts both directi
 carries what a chip receives.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+
+from spg_jax import libtpu
 
 GIB = 2**30
 
@@ -34,15 +34,6 @@ CHIPS = {
     'v6e': Chip('TPU v6e', 'tpu', 31.24 * GIB, 918e12, 1638e9, 400e9),
     'h100': Chip('H100 80 GB SXM', 'cuda', 0.92 * 80e9, 989e12, 3350e9, 450e9),
     'a100': Chip('A100 80 GB SXM', 'cuda', 0.92 * 80e9, 312e12, 2039e9, 300e9),
-}
-# What libtpu would ask a TPU's machine, or complain about where there is none, and leave to compile
-# to several processes at once.
-_WITHOUT_A_TPU = {
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: the topology is given by name
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_WORKER_ID': '0',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
 # The machines whose tables are published, in their order.
 LISTED = ('v5e:2x4', 'v5e:4x4', 'v6e:2x4', 'v5p:2x2x1', 'h100:1', 'a100:8')
@@ -81,10 +72,9 @@ def find_machine(topology: str) -> Machine:
 
 def _tpu_devices(topology: str) -> Sequence[jax.Device]:
     """Devices that only the compiler sees."""
-    if not importlib.util.find_spec('libtpu'):
+    if not libtpu.is_installed():
         raise ValueError("libtpu, which compiles for TPUs, is not installed; pip install '.[plan]'")
-    for name, value in _WITHOUT_A_TPU.items():
-        os.environ.setdefault(name, value)
+    libtpu.work_without_a_tpu()
     from jax.experimental import topologies
 
     try:
