@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}', re.S | re.M)
+# The settings of a kernel have lines of their own, so that not every brace ends a computation.
+_COMPUTATION = re.compile(
+    r'^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}(?=$|, execution_thread=)', re.S | re.M
+)
 _INSTRUCTION = re.compile(r'^\s*(ROOT )?%([\w.\-]+) = (.*)$', re.M)
 _OPERATION = re.compile(r'\s([a-z][a-z\-]*)\(')
 _CALLED = re.compile(r'(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)')

@@ -50,7 +50,7 @@ HloModule spread
 %piece (p: f32[2]) -> f32[8] {
   %p = f32[2]{0} parameter(0)
   ROOT %g = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
-}
+}, execution_thread="sparsecore"
 
 %condition (c: (s32[], f32[2])) -> pred[] {
   %c = (s32[], f32[2]) parameter(0)
@@ -66,6 +66,9 @@ HloModule spread
   %next = s32[] add(%j, %two)
   %x = f32[2]{0} get-tuple-element(%b), index=1
   %more = f32[8]{0} fusion(%x), kind=kCustom, calls=%piece
+  %kernel = f32[2]{0} custom-call(%x), custom_call_target="tpu", frontend_attributes={metadata={
+"block_q": 512
+}}, backend_config={}
   %sent = f32[2]{0} collective-permute(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
   ROOT %out = (s32[], f32[2]) tuple(%next, %sent)
 }
