@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spg_jax import checkpoints, cli, sharding
+from spg_jax import cli, policies, sharding
 from spg_jax.config import execution_of, training_task
 from spg_jax.pretrain import base_directory
 from spg_jax.rl.evaluator import Evaluator
@@ -36,7 +36,7 @@ def main(_: Sequence[str]) -> None:
     group_size = config.rl.group_size
     kept, sampled, deadline = [], 0, time.monotonic() + FLAGS.seconds
     with jax.set_mesh(mesh):
-        policy, tokenizer, variables = checkpoints.load_policy(base, mesh, **execution_of(config))
+        policy, tokenizer, variables = policies.load_policy(base, mesh, **execution_of(config))
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)
         while time.monotonic() < deadline and sampled + PROMPTS_AT_ONCE <= len(problems):
             some = problems[sampled : sampled + PROMPTS_AT_ONCE]

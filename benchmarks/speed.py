@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, optimizers, sharding
+from spg_jax import optimizers, policies, sharding
 from spg_jax.config import model_of, sampling_config, training_task
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
@@ -58,7 +58,7 @@ class Bench:
         self.mesh = sharding.make_mesh(config.mesh)
         tokenizer = WordTokenizer(training_task(config).vocabulary)
         model = model_of(config, tokenizer.size, self.mesh.devices.flat[0].platform)
-        self.policy = checkpoints.make_policy(model, tokenizer)
+        self.policy = policies.make_policy(model, tokenizer)
         params = sharding.init_params(self.policy.model, jax.random.key(0), self.mesh)
         self.variables = {'params': params}
         self.size = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import checkpoints, cli, distributed
+from spg_jax import cli, distributed, policies
 from spg_jax.config import evaluation_lengths, evaluation_task, execution_of
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import chosen_policy
@@ -32,8 +32,8 @@ def main(_: list[str]) -> None:
     )
     mesh = cli.chosen_mesh(config)
     # Both say what is wrong before any work.
-    tokenizer = checkpoints.load_tokenizer(directory)
-    checkpoints.check_policy(directory, mesh, adapter)
+    tokenizer = policies.load_tokenizer(directory)
+    policies.check_policy(directory, mesh, adapter)
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
     cli.compile_cache()
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
             source = task.source(FLAGS.split, config.task.data_dir)
         examples = list(source)
     with jax.set_mesh(mesh):
-        policy, _, variables = checkpoints.load_policy(
+        policy, _, variables = policies.load_policy(
             directory, mesh, adapter, **execution_of(config)
         )
         evaluator = Evaluator(policy, task, tokenizer, config, mesh)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from spg_jax import checkpoints, cli, distributed, sharding
+from spg_jax import cli, distributed, policies, sharding
 from spg_jax.models import llada
 from spg_jax.models.lora import COLLECTION
 from spg_jax.runs import policy_of_run, run_config
@@ -37,7 +37,7 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
     distributed.barrier(f'room for {out}')  # else one would find what another has begun
-    adapter = directory / checkpoints.ADAPTER
+    adapter = directory / policies.ADAPTER
     if adapter.is_dir() and not whole:
         if distributed.is_leader():
             shutil.copytree(adapter, out)
@@ -45,7 +45,7 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
         return
     llada.read_config(source / 'config.json')  # says what is wrong before any long work
     mesh = sharding.make_mesh({'fsdp': -1})
-    policy, _, variables = checkpoints.load_policy(directory, mesh)
+    policy, _, variables = policies.load_policy(directory, mesh)
     llada.save_checkpoint(
         out,
         variables['params'],
@@ -63,7 +63,7 @@ def main(_: list[str]) -> None:
             f'{workdir} did not start from a published checkpoint, and others cannot read its '
             f'model; use {policy_of_run(workdir)} as it is'
         )
-    source = checkpoints.base_of(Path(given))
+    source = policies.base_of(Path(given))
     export(policy_of_run(workdir), source, Path(FLAGS.out), FLAGS.merge)
     print(f'exported  {FLAGS.out}')
 

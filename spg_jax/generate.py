@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spg_jax import checkpoints, cli
+from spg_jax import cli, policies
 from spg_jax.config import evaluation_sampling, evaluation_task, execution_of, prompt_buckets
 from spg_jax.data import left_pad, padded_length
 from spg_jax.diffusion.sampling import Completion
@@ -53,8 +53,8 @@ def main(_: list[str]) -> None:
     )
     mesh = cli.chosen_mesh(config)
     # Both say what is wrong before any work.
-    tokenizer = checkpoints.load_tokenizer(directory)
-    checkpoints.check_policy(directory, mesh, adapter)
+    tokenizer = policies.load_tokenizer(directory)
+    policies.check_policy(directory, mesh, adapter)
     cli.compile_cache()
     task = evaluation_task(config)
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
     length = padded_length(len(row), prompt_buckets(config))
     tokens, valid = left_pad([row], length, tokenizer.pad_id)
     with jax.set_mesh(mesh):
-        policy, _, variables = checkpoints.load_policy(
+        policy, _, variables = policies.load_policy(
             directory, mesh, adapter, **execution_of(config)
         )
         length, steps = headline_length(config)

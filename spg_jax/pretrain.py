@@ -22,7 +22,7 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, distributed, optimizers, sharding
+from spg_jax import checkpoints, cli, data, distributed, optimizers, policies, sharding
 from spg_jax.config import digest, execution_of, model_of, training_task
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.interruption import Interruption
@@ -79,7 +79,7 @@ def find_or_make_base(
     if config.base.checkpoint:
         return policy_of_run(Path(config.base.checkpoint))
     directory = base_directory(config)
-    if not checkpoints.is_policy(directory):
+    if not policies.is_policy(directory):
         print(f'base policy: training {directory}', flush=True)
         if not pretrain(config, directory, mesh, interruption):
             return None
@@ -114,7 +114,7 @@ def pretrain(
     """
     training = directory.with_name(directory.name + '.training')
     given = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
-    finished = checkpoints.is_policy(directory)
+    finished = policies.is_policy(directory)
     with claimed(training, made_of(config) | {'given': given}, finished):
         if finished:
             return True
@@ -181,7 +181,7 @@ def _pretrain(
     run.close()
     seconds = seconds_before + time.monotonic() - started
     notes = {'seconds': seconds, 'config': config.to_dict()}
-    checkpoints.save_policy(directory, state.average, policy.config, tokenizer, notes)
+    policies.save_policy(directory, state.average, policy.config, tokenizer, notes)
     return True
 
 
@@ -194,17 +194,17 @@ def _starting_point(
       ValueError: the policy has adapters: here every parameter is trained.
     """
     if start_from:
-        if checkpoints.base_of(start_from) != start_from:
+        if policies.base_of(start_from) != start_from:
             raise ValueError(
                 f'{start_from} has adapters, but every parameter is trained here; merge them with '
                 'spg_jax.export --merge and start from the result'
             )
         execution = execution_of(config) | {'quantize': ''}  # only what is frozen is quantised
-        return checkpoints.load_policy(start_from, mesh, **execution)
+        return policies.load_policy(start_from, mesh, **execution)
     tokenizer = WordTokenizer(task.vocabulary)
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
     model = dataclasses.replace(model, quantize='')
-    policy = checkpoints.make_policy(model, tokenizer)
+    policy = policies.make_policy(model, tokenizer)
     key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
     params = sharding.init_params(policy.model, key, mesh)
     if config.base.number_features:

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from spg_jax import checkpoints, distributed
+from spg_jax import distributed, policies
 from spg_jax.config import default_config, digest
 from spg_jax.validation import validate
 
@@ -22,10 +22,10 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
     Raises:
       FileNotFoundError, ValueError: no run there, or a damaged one.
     """
-    if checkpoints.is_policy(workdir):
-        notes = checkpoints.policy_notes(workdir)
+    if policies.is_policy(workdir):
+        notes = policies.policy_notes(workdir)
         if 'config' in notes:
-            return _complete(notes['config'], workdir / checkpoints.DESCRIPTION)
+            return _complete(notes['config'], workdir / policies.DESCRIPTION)
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
@@ -97,7 +97,7 @@ def policy_of_run(workdir: Path) -> Path:
       FileNotFoundError: the run has not saved a policy yet.
     """
     best = workdir / 'best'
-    if checkpoints.is_policy(best):
+    if policies.is_policy(best):
         return best
     if (workdir / 'checkpoints').is_dir():
         raise FileNotFoundError(f'{best} does not exist yet; wait for the first validation')

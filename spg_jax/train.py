@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, distributed, optimizers, plots, sharding
+from spg_jax import checkpoints, cli, data, distributed, optimizers, plots, policies, sharding
 from spg_jax.config import (
     adapter_of,
     evaluation_task,
@@ -64,17 +64,17 @@ def train(
     if base_directory is None:
         return False
     started = time.monotonic()
-    tokenizer = checkpoints.load_tokenizer(base_directory)
+    tokenizer = policies.load_tokenizer(base_directory)
     # All is looked at, every prompt too, before the parameters, which may be large, are read.
     adapter = adapter_of(config)
-    has = checkpoints.check_policy(base_directory, mesh, adapter)
+    has = policies.check_policy(base_directory, mesh, adapter)
     check_adapters(has, lora_of(config), where=adapter or base_directory)
     problems, said = data.fit_prompts(
         task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
     )
     if said:
         print(said, flush=True)
-    policy, tokenizer, variables = checkpoints.load_policy(
+    policy, tokenizer, variables = policies.load_policy(
         base_directory, mesh, adapter, **execution_of(config)
     )
     policy, variables = with_adapters(policy, variables, lora_of(config), config.train.seed, mesh)
@@ -103,8 +103,8 @@ def train(
 
     def save_best(variables: Variables) -> None:
         notes = {'best': record['best'], 'config': config.to_dict()}
-        base = checkpoints.base_of(base_directory)
-        checkpoints.save_policy(workdir / 'best', variables, policy.config, tokenizer, notes, base)
+        base = policies.base_of(base_directory)
+        policies.save_policy(workdir / 'best', variables, policy.config, tokenizer, notes, base)
 
     if run.latest_step is not None:
         frozen, record = state.frozen, run.record()
@@ -176,9 +176,9 @@ def train(
     interruption.release()
 
     # --- the policy that validated best, on problems nothing has seen -----------------------------
-    best = checkpoints.load_trained(workdir / 'best', policy, mesh)
+    best = policies.load_trained(workdir / 'best', policy, mesh)
     final = evaluator.report(state.frozen | best, test)
-    base_notes = checkpoints.policy_notes(base_directory)
+    base_notes = policies.policy_notes(base_directory)
     seconds = seconds_before + time.monotonic() - started
     result = summary(config, record, final, seconds, base_notes.get('seconds'))
     if distributed.is_leader():

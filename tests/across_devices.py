@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, distributed, optimizers, sharding
+from spg_jax import distributed, optimizers, policies, sharding
 from spg_jax.config import default_config, sampling_config
 from spg_jax.models.lora import LoRA
 from spg_jax.models.policy import with_adapters
@@ -40,7 +40,7 @@ def outcome(checkpoint: Path, mesh: Mesh) -> dict[str, np.ndarray]:
     own = sharding.own_rows(mesh, ROWS)
     rows = jax.tree.map(lambda x: np.asarray(x)[own], random_rollout(ROWS, PROMPT, 12))
     with jax.set_mesh(mesh):
-        policy, _, variables = checkpoints.load_policy(checkpoint, mesh)
+        policy, _, variables = policies.load_policy(checkpoint, mesh)
         found = fetched(mesh, {'params': variables['params']})
         known = np.isin(np.arange(ROWS), own)
         found['merged'] = distributed.merge(np.where(known, np.arange(ROWS), -1), known)

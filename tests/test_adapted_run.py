@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from spg_jax import checkpoints
+from spg_jax import policies
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.models import llada
@@ -91,7 +91,7 @@ def test_what_is_reported_is_the_policy_that_validated_best(run, tmp_path, monke
 
 def logits(directory, adapter=None):
     with jax.set_mesh(mesh_of()):
-        policy, _, variables = checkpoints.load_policy(directory, mesh_of(), adapter)
+        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
         tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (8, 12)), jnp.int32)
         hidden = jax.jit(policy.hidden)(variables, tokens, jnp.ones((8, 12), bool))
         return np.asarray(jax.jit(policy.unembed)(variables, hidden))
@@ -161,6 +161,6 @@ def test_a_base_that_is_gone_is_named(run):
     description = (moved / 'policy.json').read_text()
     (moved / 'policy.json').write_text(description.replace('/published"', '/gone"'))
     with pytest.raises(FileNotFoundError, match='adapts the policy .*gone, which does not exist'):
-        checkpoints.load_policy(moved, mesh_of())
+        policies.load_policy(moved, mesh_of())
     with pytest.raises(ValueError, match='has adapters of its own'):
-        checkpoints.load_policy(run / 'run' / 'best', mesh_of(), run / 'run' / 'best' / 'adapter')
+        policies.load_policy(run / 'run' / 'best', mesh_of(), run / 'run' / 'best' / 'adapter')

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
-from spg_jax import checkpoints, data, pretrain, sharding
+from spg_jax import data, policies, pretrain, sharding
 from spg_jax.config import training_task
 from spg_jax.interruption import Interruption
 from spg_jax.models.number_features import PERIODS, with_number_features
@@ -81,11 +81,11 @@ def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cu
 
     monkeypatch.setattr(sharding, 'put_batch', interrupting)
     assert not run(config, tmp_path / 'cut')
-    assert not checkpoints.is_policy(tmp_path / 'cut')
+    assert not policies.is_policy(tmp_path / 'cut')
     assert run(config, tmp_path / 'cut')
     assert done == 20
     found, expected = (
-        checkpoints.load_policy(path, mesh_of())[2] for path in (tmp_path / 'cut', whole)
+        policies.load_policy(path, mesh_of())[2] for path in (tmp_path / 'cut', whole)
     )
     jax.tree.map(assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
@@ -141,7 +141,7 @@ def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path)
     config.base.learning_rate, config.train.max_skipped = float('inf'), 3
     with pytest.raises(FloatingPointError, match='3 non-finite steps in a row'):
         run(config, tmp_path / 'base')
-    assert not checkpoints.is_policy(tmp_path / 'base')
+    assert not policies.is_policy(tmp_path / 'base')
     assert any((tmp_path / 'base.training' / 'checkpoints').iterdir())
 
 

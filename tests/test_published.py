@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import countdown
-from spg_jax import checkpoints, data
+from spg_jax import data, policies
 from spg_jax.config import evaluation_task
 from spg_jax.models import llada
 from spg_jax.models.transformer import Transformer
@@ -47,7 +47,7 @@ def test_prompts_of_a_task_are_padded_on_the_left_and_end_with_the_prefill(publi
         {'numbers': [3, 44, 7], 'target': 26, 'index': 0},
         {'numbers': [10, 20, 30], 'target': 100, 'index': 5},
     ]
-    tokenizer = checkpoints.load_tokenizer(published)
+    tokenizer = policies.load_tokenizer(published)
     rows = [asked(byte_pairs(), task.prompt(one), '<reasoning>') for one in examples]
     length = max(map(len, rows)) + 2
     batch = data.encode_prompts(task, tokenizer, examples, length)
@@ -57,7 +57,7 @@ def test_prompts_of_a_task_are_padded_on_the_left_and_end_with_the_prefill(publi
 
 
 def test_scorers_see_the_end_of_the_turn_and_rewards_do_not(published):
-    tokenizer = checkpoints.load_tokenizer(published)
+    tokenizer = policies.load_tokenizer(published)
     answer, rest = byte_pairs().encode_batch(['12', '34'], add_special_tokens=False)
     rows = np.array([[*answer.ids, TURN_END, *rest.ids, END, *rest.ids]])
     assert decode(tokenizer, rows) == ['1234']

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from configs import countdown
-from spg_jax import checkpoints, tasks
+from spg_jax import policies, tasks
 from spg_jax.export import export
 from spg_jax.interruption import Interruption
 from spg_jax.train import train
@@ -105,7 +105,7 @@ def config_of(published: Path, name: str, wording: Path):
 
 def logits(directory, adapter=None):
     with jax.set_mesh(mesh_of()):
-        policy, _, variables = checkpoints.load_policy(directory, mesh_of(), adapter)
+        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
         tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (2, 6)), jnp.int32)
         return np.asarray(
             jax.jit(policy.completion_logits)(variables, tokens, jnp.ones((2, 6), bool), tokens)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from spg_jax import checkpoints
+from spg_jax import policies
 from tests.meshes import mesh_of
 
 REPOSITORY = Path(__file__).parent.parent
@@ -225,10 +225,10 @@ def test_what_cannot_work_stops_at_once_with_one_line(
 def test_a_run_that_only_skips_stops_with_its_state_saved(shared, uninterrupted, tmp_path):
     """From a policy with NaN in its embedding no update is finite."""
     base = next((shared / 'base').glob('*/policy.json')).parent
-    policy, tokenizer, variables = checkpoints.load_policy(base, mesh_of())
+    policy, tokenizer, variables = policies.load_policy(base, mesh_of())
     params = variables['params']
     damaged = {'params': params | {'embedding': params['embedding'] * jnp.nan}}
-    checkpoints.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
+    policies.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
     process = training(
         shared,
         tmp_path / 'run',

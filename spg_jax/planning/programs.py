@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, optimizers, sharding
+from spg_jax import optimizers, policies, sharding
 from spg_jax.config import (
     evaluation_lengths,
     evaluation_sampling,
@@ -93,7 +93,7 @@ def planned_policy(config: ml_collections.ConfigDict) -> Policy:
         )
     if not config.base.checkpoint:
         tokenizer = WordTokenizer(training_task(config).vocabulary)
-        policy = checkpoints.make_policy(model_of(config, tokenizer.size, 'cpu'), tokenizer)
+        policy = policies.make_policy(model_of(config, tokenizer.size, 'cpu'), tokenizer)
         model = dataclasses.replace(policy.config, **execution, lora=lora_of(config))
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from configs import countdown
-from spg_jax import checkpoints, sharding
+from spg_jax import policies, sharding
 from spg_jax.config import training_task
 from spg_jax.models import llada
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
@@ -55,7 +55,7 @@ def published(tmp_path_factory):
 def load(directory, name, *sizes, lora=None):
     """The policy and its collections, with new adapters if their sizes are given."""
     mesh = mesh_of(*sizes)
-    policy, _, variables = checkpoints.load_policy(directory, mesh, quantize=name)
+    policy, _, variables = policies.load_policy(directory, mesh, quantize=name)
     return with_adapters(policy, variables, lora, 0, mesh)
 
 
@@ -206,9 +206,9 @@ def test_a_base_takes_the_bytes_of_its_format(published, name):
 def test_a_policy_trained_here_is_quantised_when_it_is_read(tmp_path):
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
     config = TransformerConfig(tokenizer.size, 16, 2, 4, 2, 24)
-    policy = checkpoints.make_policy(config, tokenizer)
+    policy = policies.make_policy(config, tokenizer)
     params = sharding.init_params(policy.model, jax.random.key(0), mesh_of())
-    checkpoints.save_policy(tmp_path / 'policy', {'params': params}, config, tokenizer, {})
+    policies.save_policy(tmp_path / 'policy', {'params': params}, config, tokenizer, {})
     _, variables = load(tmp_path / 'policy', 'int4')
     kernel = variables['params']['layers']['gate']['kernel']
     assert_allclose(jax.vmap(dequantize)(kernel), params['layers']['gate']['kernel'], atol=0.1)

@@ -1,4 +1,4 @@
-"""Policies and runs on disk: they come back as they were, or say in one line why not."""
+"""Policies on disk: they come back as they were, or say in one line why not."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from spg_jax import checkpoints, sharding
+from spg_jax import policies, sharding
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.lora import LoRA
@@ -27,10 +27,10 @@ def saved(tmp_path):
     config = TransformerConfig(
         vocab_size=tokenizer.size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
     )
-    policy = checkpoints.make_policy(config, tokenizer)
+    policy = policies.make_policy(config, tokenizer)
     variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh_of())}
     directory = tmp_path / 'policy'
-    checkpoints.save_policy(directory, variables, config, tokenizer, {'made': 'here'})
+    policies.save_policy(directory, variables, config, tokenizer, {'made': 'here'})
     return directory, variables
 
 
@@ -44,11 +44,11 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
 def test_a_policy_comes_back_on_any_mesh(saved, sizes):
     directory, variables = saved
-    policy, tokenizer, found = checkpoints.load_policy(directory, mesh_of(*sizes))
+    policy, tokenizer, found = policies.load_policy(directory, mesh_of(*sizes))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(variables))
     assert tokenizer.decode(tokenizer.encode('1 + 2 :')) == '1 + 2 :'
     assert not policy.allowed[policy.mask_id] and policy.allowed[policy.eos_id]
-    assert checkpoints.policy_notes(directory) == {'made': 'here'}
+    assert policies.policy_notes(directory) == {'made': 'here'}
 
 
 def test_a_policy_computes_as_suits_the_devices_it_is_loaded_on(saved):
@@ -59,20 +59,20 @@ def test_a_policy_computes_as_suits_the_devices_it_is_loaded_on(saved):
     assert not {'attention', 'remat', 'scan_unroll'} & set(description['model'])
     description['model'] |= {'attention': 'xla', 'remat': True, 'scan_unroll': 2}
     path.write_text(json.dumps(description))
-    policy, _, _ = checkpoints.load_policy(directory, mesh_of())
+    policy, _, _ = policies.load_policy(directory, mesh_of())
     assert (policy.config.attention, policy.config.remat) == ('folded', False)  # a CPU
     chosen = {'attention': 'einsum', 'remat': True, 'scan_unroll': 1}
-    policy, _, _ = checkpoints.load_policy(directory, mesh_of(), **chosen)
+    policy, _, _ = policies.load_policy(directory, mesh_of(), **chosen)
     assert (policy.config.attention, policy.config.remat) == ('einsum', True)
 
 
 def test_saving_again_replaces_the_policy(saved):
     directory, variables = saved
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
-    policy, _, _ = checkpoints.load_policy(directory, mesh_of())
+    policy, _, _ = policies.load_policy(directory, mesh_of())
     doubled = jax.tree.map(lambda x: 2 * x, variables)
-    checkpoints.save_policy(directory, doubled, policy.config, tokenizer, {})
-    _, _, found = checkpoints.load_policy(directory, mesh_of())
+    policies.save_policy(directory, doubled, policy.config, tokenizer, {})
+    _, _, found = policies.load_policy(directory, mesh_of())
     np.testing.assert_array_equal(found['params']['embedding'], doubled['params']['embedding'])
     assert [path.name for path in directory.parent.iterdir()] == ['policy']
 
@@ -80,13 +80,13 @@ def test_saving_again_replaces_the_policy(saved):
 def test_what_is_no_policy_says_so(saved, tmp_path):
     directory, _ = saved
     with pytest.raises(FileNotFoundError, match='nowhere does not exist'):
-        checkpoints.load_policy(tmp_path / 'nowhere', mesh_of())
+        policies.load_policy(tmp_path / 'nowhere', mesh_of())
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='policy.json'):
-        checkpoints.load_policy(tmp_path / 'empty', mesh_of())
+        policies.load_policy(tmp_path / 'empty', mesh_of())
     (directory / 'policy.json').write_text('{"model": {}}')
     with pytest.raises(ValueError, match='policy.json is not the description') as error:
-        checkpoints.load_policy(directory, mesh_of())
+        policies.load_policy(directory, mesh_of())
     assert '\n' not in str(error.value)
 
 
@@ -94,16 +94,16 @@ def test_what_is_no_policy_says_so(saved, tmp_path):
 def adapter(saved):
     """What PEFT saves for the policy of `saved`."""
     directory, variables = saved
-    policy, tokenizer, _ = checkpoints.load_policy(directory, mesh_of())
+    policy, tokenizer, _ = policies.load_policy(directory, mesh_of())
     policy, variables = with_adapters(policy, variables, LoRA(rank=4, alpha=8.0), 0, mesh_of())
     adapted = directory.with_name('adapted')
-    checkpoints.save_policy(adapted, variables, policy.config, tokenizer, {}, directory)
+    policies.save_policy(adapted, variables, policy.config, tokenizer, {}, directory)
     return adapted / 'adapter'
 
 
 def test_an_adapter_is_no_policy(adapter):
     with pytest.raises(ValueError, match='adapter holds an adapter .*; give it as --adapter'):
-        checkpoints.load_policy(adapter, mesh_of())
+        policies.load_policy(adapter, mesh_of())
 
 
 @pytest.mark.parametrize('own', [False, True])
@@ -114,18 +114,18 @@ def test_an_adapter_is_looked_at_before_its_base_is_read(saved, adapter, own):
     asked = (adapter.parent, None) if own else (directory, adapter)
 
     def check(where, added):
-        return checkpoints.check_policy(where, mesh_of(), added)
+        return policies.check_policy(where, mesh_of(), added)
 
     assert check(*asked) == LoRA(rank=4, alpha=8.0)
     path = adapter / 'adapter_config.json'
     path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
-    for look in (check, lambda where, added: checkpoints.load_policy(where, mesh_of(), added)):
+    for look in (check, lambda where, added: policies.load_policy(where, mesh_of(), added)):
         with pytest.raises(ValueError, match='expected .* for rank 8') as error:
             look(*asked)
         assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('look', [checkpoints.check_policy, checkpoints.load_policy])
+@pytest.mark.parametrize('look', [policies.check_policy, policies.load_policy])
 def test_a_mesh_that_would_cut_heads_is_refused_before_anything_is_read(saved, look):
     """4 heads, of which 2 share a key: 4 devices could each have a head, and then half a key."""
     directory, _ = saved
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
     else:
         (directory / 'params').rename(directory / 'other')
     with pytest.raises(ValueError, match='params cannot be restored') as error:
-        checkpoints.load_policy(directory, mesh_of())
+        policies.load_policy(directory, mesh_of())
     assert '\n' not in str(error.value)
 
 
@@ -157,23 +157,23 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
 def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_saved(
     published, tmp_path, sizes
 ):
-    policy, tokenizer, variables = checkpoints.load_policy(published, mesh_of(*sizes))
+    policy, tokenizer, variables = policies.load_policy(published, mesh_of(*sizes))
     assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
     assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
     config, _, weights = llada.load_checkpoint(published, attention='folded')
     assert policy.config == config
     jax.tree.map(assert_array_equal, jax.device_get(variables), {'params': weights})
-    assert checkpoints.policy_notes(published) == {}
+    assert policies.policy_notes(published) == {}
 
-    checkpoints.save_policy(tmp_path / 'best', variables, config, tokenizer, {'made': 'here'})
-    again, found, restored = checkpoints.load_policy(tmp_path / 'best', mesh_of(*sizes))
+    policies.save_policy(tmp_path / 'best', variables, config, tokenizer, {'made': 'here'})
+    again, found, restored = policies.load_policy(tmp_path / 'best', mesh_of(*sizes))
     assert again.config == config and isinstance(found, HFTokenizer)
     jax.tree.map(assert_array_equal, jax.device_get(restored), {'params': weights})
     assert found.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
-    assert checkpoints.policy_notes(tmp_path / 'best') == {'made': 'here'}
+    assert policies.policy_notes(tmp_path / 'best') == {'made': 'here'}
     # Saving in the place a policy was read from must not lose its tokenizer.
-    checkpoints.save_policy(tmp_path / 'best', restored, config, found, {})
-    assert checkpoints.load_tokenizer(tmp_path / 'best').encode_prompt(QUESTION)
+    policies.save_policy(tmp_path / 'best', restored, config, found, {})
+    assert policies.load_tokenizer(tmp_path / 'best').encode_prompt(QUESTION)
 
 
 def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, monkeypatch):
@@ -181,23 +181,23 @@ def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, m
     monkeypatch.setattr(llada, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
     (tmp_path / 'tokenizer.json').unlink()
     with pytest.raises(ValueError, match='the tokenizer cannot be read'):
-        checkpoints.load_policy(tmp_path, mesh_of())
+        policies.load_policy(tmp_path, mesh_of())
     (tmp_path / 'tokenizer_config.json').unlink()
     with pytest.raises(ValueError, match='tokenizer_config.json does not exist'):
-        checkpoints.load_tokenizer(tmp_path)
+        policies.load_tokenizer(tmp_path)
 
 
 def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
-    _, tokenizer, variables = checkpoints.load_policy(published, mesh_of())
+    _, tokenizer, variables = policies.load_policy(published, mesh_of())
     config, _ = llada.read_config(published / 'config.json')
-    checkpoints.save_policy(tmp_path / 'best', variables, config, tokenizer, {})
+    policies.save_policy(tmp_path / 'best', variables, config, tokenizer, {})
     shutil.rmtree(tmp_path / 'best' / 'tokenizer')
     with pytest.raises(ValueError, match='best/tokenizer/tokenizer_config.json does not exist'):
-        checkpoints.load_policy(tmp_path / 'best', mesh_of())
+        policies.load_policy(tmp_path / 'best', mesh_of())
     path = tmp_path / 'best' / 'policy.json'
     path.write_text(path.read_text().replace('"eos_id"', '"end"'))
     with pytest.raises(ValueError, match="policy.json is not the description .*'eos_id'"):
-        checkpoints.load_policy(tmp_path / 'best', mesh_of())
+        policies.load_policy(tmp_path / 'best', mesh_of())
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
@@ -206,6 +206,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     backend.add_special_tokens([f'<extra {number}>' for number in range(20)])
     save_tokenizer(tmp_path, backend=backend)
     said = 'has ids up to 259, the embedding of the model has 256 rows'
-    for load in (checkpoints.load_tokenizer, lambda path: checkpoints.load_policy(path, mesh_of())):
+    for load in (policies.load_tokenizer, lambda path: policies.load_policy(path, mesh_of())):
         with pytest.raises(ValueError, match=said):
             load(tmp_path)
