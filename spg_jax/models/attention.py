@@ -18,6 +18,7 @@ from spg_jax.models.splash import splash_attention
 # key or more, exp(MASKED - max) is exactly 0 in float32.
 MASKED = -1e30
 
+FUSED = ('splash', 'cudnn')  # no scores in memory
 AUTO = 'auto'
 # JAX calls the platform of a CUDA device 'gpu', and that of a program compiled for one 'cuda'.
 _FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
@@ -89,7 +90,7 @@ def cudnn_attention(
       implementation: of `jax.nn.dot_product_attention`; 'xla' takes the same arguments anywhere.
 
     Raises:
-      ValueError: for float32, in which cuDNN does not compute.
+      ValueError: for float32, in which cuDNN does not compute; where there is no cuDNN.
     """
     if q.dtype != jnp.bfloat16:
         raise ValueError(
@@ -102,7 +103,12 @@ def cudnn_attention(
     q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
     valid = jnp.pad(valid, fill[:2])
     mask = jnp.broadcast_to(valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1]))
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    try:
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.attention 'cudnn': {error} Install it, or use model.attention einsum"
+        ) from None
     return mixed[:, :L]
 
 

@@ -170,3 +170,13 @@ def test_what_cannot_be_says_what_to_use():
         resolve('flash', 'cpu')
     with pytest.raises(ValueError, match='bfloat16, not float32; use model.attention einsum'):
         attention(*inputs(4, 2, 2), 'cudnn')
+
+
+def test_without_cudnn_the_message_says_what_to_use(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError('cuDNN is not detected.')
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', refuse)
+    q, k, v, valid = inputs(4, 2, 2)
+    with pytest.raises(ValueError, match='cuDNN is not detected. .* use model.attention einsum'):
+        attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), valid, 'cudnn')
