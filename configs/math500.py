@@ -24,5 +24,5 @@ def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
     config = default_config()
     config.task.name = 'math500'
     on_llada_8b(config, preset)
-    config.train.steps = 4000  # SPG, appendix, steps of each task; the others' are the defaults
+    config.train.steps = 4000  # [E], see default_config; all else is the default
     return config

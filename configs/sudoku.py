@@ -21,12 +21,12 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     config = default_config()
     config.task.name = 'sudoku'
     if preset in HARDWARE:
-        # SPG, appendix and released code, where they say otherwise than for the other tasks.
-        config.task.shots = 3  # released prompts
-        config.sampling.prompt_length = 1500  # which are that long
-        config.sampling.temperature = 0.3  # appendix, sampling
-        config.rl.beta = 1.0  # appendix, Sudoku
-        config.train.steps = 2500  # appendix, steps of each task
+        # Where the publication says otherwise than for other tasks; sources as in default_config.
+        config.task.shots = 3  # [S]
+        config.sampling.prompt_length = 1500  # [S]
+        config.sampling.temperature = 0.3  # [S]
+        config.rl.beta = 1.0  # [S]
+        config.train.steps = 2500  # [E]
         on_llada_8b(config, preset)
         return config
     if preset not in PRESETS:

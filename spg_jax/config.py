@@ -21,7 +21,12 @@ from spg_jax.models.transformer import EXECUTION, TransformerConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The published recipe, without a task or a size of model."""
+    """The published recipe, without a task or a size of model.
+
+    The comment on a published number ends in its source: the appendix of the paper [A]; in the
+    released code the scripts of spg/slurm_scripts/spg_mix, for 8 GPUs [S], spg/diffu_grpo_config.py
+    [C] and eval/ [E]. Other numbers are ours.
+    """
     c = config_dict.create
 
     return c(
@@ -65,50 +70,50 @@ def default_config() -> ml_collections.ConfigDict:
             seed=0,  # of parameters, data order and masks
         ),
         lora=c(  # adapters, in RL
-            rank=128,  # with them nothing else is trained; 0 trains every parameter
-            alpha=64.0,  # an adapter's product is scaled by alpha / rank
-            dropout=0.05,  # share of an adapter's inputs dropped in updates
-            targets=TARGETS,  # products that have one
+            rank=128,  # with them nothing else is trained; 0 trains every parameter [A]
+            alpha=64.0,  # an adapter's product is scaled by alpha / rank [A]
+            dropout=0.05,  # share of an adapter's inputs dropped in updates [A]
+            targets=TARGETS,  # products that have one [A]
             adapter='',  # what PEFT saved, to start from; '' starts from new ones
         ),
         sampling=c(
-            prompt_length=200,  # P; training prompts are left-padded to it
+            prompt_length=200,  # P; training prompts are left-padded to it [A]
             prompt_buckets=(),  # or to the shortest of these with room for the batch's longest
-            length=256,  # C, completion tokens
-            steps=128,  # denoising steps for the whole completion
-            block_length=32,  # positions finished before the next ones start
-            temperature=0.9,  # of the Gumbel-max choice of tokens
-            commit='low_confidence',  # which to fix: low_confidence | random | entropy | margin
-            guidance=0.0,  # classifier-free guidance scale
+            length=256,  # C, completion tokens [A]
+            steps=128,  # denoising steps for the whole completion [A]
+            block_length=32,  # positions finished before the next ones start [A]
+            temperature=0.9,  # of the Gumbel-max choice of tokens [C]
+            commit='low_confidence',  # which to fix: low_confidence | random | entropy | margin [C]
+            guidance=0.0,  # classifier-free guidance scale [C]
             stop_early=True,  # stop once every row has ended; False decodes the rest as released
         ),
         corruption=c(
-            kind='block',  # full | uniform | block | block_full
-            draws=2,  # M, Monte-Carlo draws a sequence
-            prompt_rate=0.15,  # perturbation of the prompt and, under block, of earlier blocks
+            kind='block',  # full | uniform | block | block_full [S]
+            draws=2,  # M, Monte-Carlo draws a sequence [S]
+            prompt_rate=0.15,  # perturbation of the prompt and, under block, of earlier blocks [A]
             block_draw='balanced',  # balanced | released
         ),
         rl=c(
             objective='spg',  # a name in spg_jax.rl.objectives.REGISTRY
-            negative='mixture',  # for worse completions: mixture | eubo | elbo | none
+            negative='mixture',  # for worse completions: mixture | eubo | elbo | none [S]
             estimator='released',  # released | paper (uniform) | block (block corruption)
             bound='plain',  # plain | strict | loose: which upper bound
-            beta=1.5,  # Renyi order of the EUBO
-            omega=0.5,  # share of the EUBO in the mixture
-            group_size=6,  # G, completions a prompt
-            prompts=16,  # prompts a rollout batch
+            beta=1.5,  # Renyi order of the EUBO [S]
+            omega=0.5,  # share of the EUBO in the mixture [S]
+            group_size=6,  # G, completions a prompt [S]
+            prompts=16,  # prompts a rollout batch [S]
             generation_batch=0,  # completions generated at once, while others are scored; 0 is all
-            inner_updates=4,  # gradient steps a rollout batch
+            inner_updates=4,  # gradient steps a rollout batch [S]
             microbatch=48,  # rows differentiated at once, over all devices: 6 on each of 8
             draws_per_pass=0,  # draws differentiated at once; 0 is all, 1 keeps memory flat in M
         ),
         optimizer=c(
-            learning_rate=3e-6,  # constant after the warm-up
-            warmup_fraction=1e-4,  # of the steps
-            b1=0.9,  # AdamW's decay of the mean gradient
-            b2=0.99,  # AdamW's decay of the mean square
-            weight_decay=0.1,  # of everything but norms
-            grad_clip=0.2,  # largest gradient norm
+            learning_rate=3e-6,  # constant after the warm-up [A]
+            warmup_fraction=1e-4,  # of the steps [A]
+            b1=0.9,  # AdamW's decay of the mean gradient [A]
+            b2=0.99,  # AdamW's decay of the mean square [A]
+            weight_decay=0.1,  # of everything but norms [A]
+            grad_clip=0.2,  # largest gradient norm [A]
         ),
         mesh=c(
             data=-1,  # devices along rows; -1 is all that are left
@@ -116,15 +121,15 @@ def default_config() -> ml_collections.ConfigDict:
             tensor=1,  # devices along heads, MLP and vocabulary
         ),
         train=c(
-            steps=6000,  # updates
+            steps=6000,  # updates [E]
             seed=0,  # of prompts, sampling and corruption
             max_skipped=20,  # non-finite updates in a row before the run stops
             wandb='',  # project to log to as well (extra 'wandb'); '' does not
         ),
         evaluation=c(
-            lengths=(128, 256, 512),  # completion lengths, each reported
-            steps=(64, 128, 256),  # denoising steps for each length
-            block_length=32,  # positions finished before the next ones start
+            lengths=(128, 256, 512),  # completion lengths, each reported [E]
+            steps=(64, 128, 256),  # denoising steps for each length [E]
+            block_length=32,  # positions finished before the next ones start [E]
             every=100,  # updates between validations
             problems=256,  # validation problems
             batch=64,  # rows generated at once
@@ -142,22 +147,19 @@ class Hardware(NamedTuple):
 
     topology: str  # as `spg_jax.plan` names it; '' is whatever there is
     mesh: tuple[int, int, int]  # data, fsdp, tensor
-    microbatch: int  # rows of 456 tokens differentiated at once, over all chips
-    long_microbatch: int  # rows of Sudoku, 1756 tokens
-    evaluation_batch: int  # rows generated at once when accuracy is measured
-    long_evaluation_batch: int
+    long_microbatch: int  # rows of Sudoku, 1756 tokens, differentiated at once over all chips
 
 
 # `python -m spg_jax.plan` says whether one fits. More 'tensor' splits what a layer needs,
 # more 'fsdp' what stays; small meshes of small chips need some of both.
 HARDWARE = {
-    'llada_8b': Hardware('', (1, -1, 1), 48, 48, 64, 64),
-    'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 48, 24, 64, 32),
-    'llada_8b_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48, 48, 64, 64),
-    'llada_8b_v6e8': Hardware('v6e:2x4', (1, 4, 2), 48, 48, 64, 64),
-    'llada_8b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48, 48, 64, 64),
-    'llada_8b_h100': Hardware('h100:1', (1, 1, 1), 48, 12, 64, 32),
-    'llada_8b_a100x8': Hardware('a100:8', (1, 8, 1), 48, 48, 64, 64),
+    'llada_8b': Hardware('', (1, -1, 1), 48),
+    'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 24),
+    'llada_8b_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48),
+    'llada_8b_v6e8': Hardware('v6e:2x4', (1, 4, 2), 48),
+    'llada_8b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48),
+    'llada_8b_h100': Hardware('h100:1', (1, 1, 1), 24),
+    'llada_8b_a100x8': Hardware('a100:8', (1, 8, 1), 48),
 }
 
 
@@ -165,24 +167,20 @@ def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> 
     """Completes the published recipe, which the defaults are, with the model and a machine.
 
     Microbatches and passes over draws are ours: the gradient does not depend on them. The released
-    code differentiates 6 rows (Sudoku 3) on each of 8 GPUs at once.
+    code differentiates 6 rows (Sudoku 3) on each of 8 GPUs at once [S].
 
     Args:
       config: changed in place; after the length of its prompts is set.
       preset: a name in HARDWARE.
     """
     hardware = HARDWARE[preset]
-    long = config.sampling.prompt_length > 1000
     config.task.format = 'published_train'
     config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model SPG trains
     config.model.remat = True
-    config.model.attention = 'einsum'  # what plan knows; 'auto' is the fused kernels
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
-    config.rl.update(
-        microbatch=hardware.long_microbatch if long else hardware.microbatch,
-        draws_per_pass=1,  # memory flat in M
-    )
-    config.evaluation.batch = hardware.long_evaluation_batch if long else hardware.evaluation_batch
+    config.rl.draws_per_pass = 1  # memory flat in M
+    if config.sampling.prompt_length > 1000:
+        config.rl.microbatch = hardware.long_microbatch
 
 
 def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:

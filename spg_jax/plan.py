@@ -8,6 +8,8 @@ Exits with status 1 and says what to change if the run does not fit.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import jax
 from absl import flags
@@ -27,6 +29,9 @@ def main(_: list[str]) -> None:
         raise ValueError(f'--efficiency is {FLAGS.efficiency}; use a share within (0, 1]')
     config = FLAGS.config
     validate(config)
+    checkpoint = config.base.checkpoint
+    if checkpoint and not Path(checkpoint).is_dir():
+        print(f'{checkpoint} is not here: planned with the sizes of LLaDA-8B', file=sys.stderr)
     # The parameters stay shapes: what little is computed, this machine's CPU does.
     jax.config.update('jax_platforms', 'cpu')
     machine = find_machine(FLAGS.topology)

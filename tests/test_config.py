@@ -104,7 +104,9 @@ def test_the_published_recipe(preset):
         config = importlib.import_module(f'configs.{task}').get_config(preset)
         assert config.optimizer.learning_rate == 3e-6 and config.optimizer.grad_clip == 0.2
         assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.99)
-        assert config.optimizer.weight_decay == 0.1
+        assert (config.optimizer.weight_decay, config.optimizer.warmup_fraction) == (0.1, 1e-4)
+        assert (config.corruption.kind, config.rl.negative) == ('block', 'mixture')
+        assert (config.sampling.commit, config.sampling.guidance) == ('low_confidence', 0)
         assert (config.rl.group_size, config.rl.inner_updates, config.corruption.draws) == (6, 4, 2)
         assert config.rl.prompts * config.rl.group_size == 96
         assert config.sampling.length == 256 and config.sampling.steps == 128
@@ -116,7 +118,9 @@ def test_the_published_recipe(preset):
         assert (config.task.shots, config.task.rules) == (shots, 'released')
         assert tuple(config.evaluation.lengths) == (128, 256, 512)
         assert tuple(config.evaluation.steps) == (64, 128, 256)
+        assert config.evaluation.block_length == 32
         assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (128, 64, 0.05)
+        assert config.lora.targets == lora.TARGETS and len(lora.TARGETS) == 7
 
 
 @pytest.mark.parametrize(

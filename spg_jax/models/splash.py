@@ -41,8 +41,7 @@ def splash_attention(q: Array, k: Array, v: Array, valid: Array, interpret: bool
 
 def _on_one_device(q: Array, k: Array, v: Array, valid: Array, interpret: bool) -> Array:
     L, N, H = q.shape[1:]
-    blocks = -(-L // LARGEST_BLOCK)
-    block = -(-L // (blocks * LANES)) * LANES
+    blocks, block = _blocks(L)
     pad = blocks * block - L
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # the kernel does not scale
     queries, keys, values = (
@@ -62,3 +61,15 @@ def _on_one_device(q: Array, k: Array, v: Array, valid: Array, interpret: bool) 
     )
     mixed = jax.vmap(kernel)(queries, keys, values, segments)
     return mixed[:, :, :L].swapaxes(1, 2)
+
+
+def padded_length(length: int) -> int:
+    """What the kernel pads a length to."""
+    blocks, block = _blocks(length)
+    return blocks * block
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """How many blocks, of how many positions: as few as may be, and then as short as may be."""
+    blocks = -(-length // LARGEST_BLOCK)
+    return blocks, -(-length // (blocks * LANES)) * LANES

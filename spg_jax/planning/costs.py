@@ -6,8 +6,8 @@ A product [n, i] x [i, o] costs 2 n i o FLOPs. What a row of length L costs is t
     attention   4 L^2 D: scores, and the mix of values, in each layer
     unembedding 2 D V for each position unembedded
 
-forwards. Backwards, attention costs twice that; a product as much again for its input, and again
-for its kernel where that is trained. Norms, softmax and the like are left out.
+forwards. Backwards, attention costs a multiple of that; a product as much again for its input, and
+again for its kernel where that is trained. Norms, softmax and the like are left out.
 """
 
 import math
@@ -17,8 +17,13 @@ import jax.numpy as jnp
 
 from spg_jax import sharding
 from spg_jax.config import evaluation_lengths, generation_batch
+from spg_jax.models.attention import FUSED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan, evaluation_rows
+
+# Cost of attention backwards in units of forwards, which is two products. Fused kernels compute the
+# scores again; splash does in two kernels what cuDNN does in one.
+_ATTENTION_BACKWARDS = {'einsum': 2.0, 'folded': 2.0, 'cudnn': 2.5, 'splash': 3.5}
 
 
 class Work(NamedTuple):
@@ -127,7 +132,8 @@ def _update_flops(plan: Plan) -> float:
     twice = 0 < config.rl.draws_per_pass < draws
     again = model.remat * (one.total - one.unembedding - one.last)
     trained = one.adapters if model.lora else one.kernels + one.unembedding
-    backwards = one.total + one.attention + trained
+    scores = _ATTENTION_BACKWARDS[plan.attention] * one.attention
+    backwards = one.total - one.attention + scores + trained
     return rows * ((1 + twice) * one.total + again + backwards)
 
 
@@ -135,8 +141,8 @@ def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:
     """Bytes of a forward pass: every product reads its operands and writes its result once.
 
     A pass backwards moves about as much, as long as kernels are frozen. Every chip reads the
-    kernels of its 'tensor' shard, whatever 'fsdp' is, for its own rows. Attention reads and writes
-    its scores once in float32.
+    kernels of its 'tensor' shard, whatever 'fsdp' is, for its own rows. Attention that is not fused
+    reads and writes its scores once in float32.
     """
     model = plan.policy.config
     itemsize = jnp.dtype(model.dtype).itemsize
@@ -145,6 +151,8 @@ def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:
     parameters += model.width * model.vocab_size
     products = rows * length * model.layers * sum(i + o for i, o in kernels.values()) * itemsize
     scores = rows * model.layers * model.heads * length**2 * 4 * 2
+    if plan.attention in FUSED:
+        scores = 0
     logits = rows * unembedded * model.vocab_size * 4 * 2
     return sharding.row_shards(plan.mesh) * parameters * itemsize + products + scores + logits
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from spg_jax import sharding
 from spg_jax.config import generation_batch
 from spg_jax.models.lora import COLLECTION
+from spg_jax.models.splash import padded_length
 from spg_jax.planning.programs import Plan, evaluation_rows
 from spg_jax.train_state import TrainState
 
@@ -61,7 +62,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
     - tables: embedding and unembedding whole along 'embed', 2 V/t D, unless f is 1;
     - casts: the adapters in the type of products, which the compiler takes out of the loops;
-    - scores: of attention, r N/t L^2; float32, and backwards in the compute type as well;
+    - attention: scores, r N/t L^2, float32, and backwards in the compute type as well; or, where a
+      kernel holds none, copies of queries, keys, values and results;
     - layer: what else a layer has at once, r L D twice, and backwards r L (4 D + 3 F/t);
     - logits: r V/t for every position unembedded at once, float32;
     - saved (update): the inputs of all layers, r L D each, kept for the backward pass;
@@ -87,17 +89,30 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     length = config.sampling.prompt_length + completion
     hidden = rows * length * model.width * itemsize
     widest = 4 * hidden + 3 * rows * length * model.mlp_width / tensor * itemsize
-    scores = rows * model.heads / tensor * length**2
+    attention = _attention(plan, rows, length, backwards=update)
     tables = 2 * model.vocab_size / tensor * model.width * itemsize
     parts = {
         'tables': tables if plan.mesh.shape['fsdp'] > 1 else 0.0,
         'casts': local_bytes(plan.state.trained) * itemsize / 4 if model.lora else 0.0,
-        'scores': scores * (4 + itemsize if update else 4),
+        'attention': attention,
         'layer': widest if update else 2 * hidden,
         'logits': rows * unembedded * model.vocab_size / tensor * 4,
     }
     if update:
-        kept = hidden if model.remat else 2 * widest + scores * (4 + itemsize)
+        kept = hidden if model.remat else 2 * widest + attention
         parts['saved'] = model.layers * kept
         parts['gradients'] = 2 * local_bytes(plan.state.trained)
     return parts
+
+
+def _attention(plan: Plan, rows: float, length: int, backwards: bool) -> float:
+    """Bytes of a chip that attention of one layer has at once, on `rows` of them."""
+    model, tensor = plan.policy.config, plan.mesh.shape['tensor']
+    itemsize = jnp.dtype(model.dtype).itemsize
+    heads = rows * model.width / tensor * itemsize
+    match plan.attention:
+        case 'splash':
+            return 10 * heads * padded_length(length)
+        case 'cudnn':  # which makes a bias of the mask
+            return 4 * heads * length + rows * length**2 * (1 + itemsize)
+    return rows * model.heads / tensor * length**2 * (4 + itemsize if backwards else 4)

@@ -26,8 +26,10 @@ from spg_jax.config import (
     training_task,
 )
 from spg_jax.models import llada_config
+from spg_jax.models.attention import resolve
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
+from spg_jax.models.transformer import check_heads
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout, make_generate
@@ -44,18 +46,24 @@ class Plan:
 
     config: ml_collections.ConfigDict
     mesh: Mesh
+    attention: str  # as the chips compute it
     policy: Policy
     state: TrainState
     rollout: Rollout
 
 
-def make_plan(config: ml_collections.ConfigDict, mesh: Mesh) -> Plan:
-    """The abstract state and rollout of a configuration on a mesh.
+def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> Plan:
+    """The abstract state and rollout of a configuration on a mesh of chips of a platform.
 
     Raises:
       ValueError: where the mesh does not divide the model or the rows.
     """
-    policy = planned_policy(config)
+    policy = planned_policy(config, platform)
+    check_heads(policy.config, mesh)
+    attention = policy.config.attention
+    if attention == 'cudnn':  # which JAX traces only where it finds it
+        stand_in = dataclasses.replace(policy.config, attention='einsum')
+        policy = dataclasses.replace(policy, config=stand_in)
     variables = {
         name: sharding.abstract_params(policy.model, mesh, collection=name)
         for name in ('params', *([COLLECTION] if policy.config.lora else []))
@@ -73,33 +81,29 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh) -> Plan:
         average=None,
         skipped=counter,
     )
-    return Plan(config, mesh, policy, state, _abstract_rollout(config, mesh))
+    return Plan(config, mesh, attention, policy, state, _abstract_rollout(config, mesh))
 
 
-def planned_policy(config: ml_collections.ConfigDict) -> Policy:
-    """The policy that RL would start from, by sizes alone.
+def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
+    """The policy that RL would start from on chips of a platform, by sizes alone.
 
     A published checkpoint that is not there is taken to be LLaDA-8B-Instruct.
 
     Raises:
-      ValueError: for a checkpoint of another architecture, or attention that is not planned for.
+      ValueError: for a checkpoint of another architecture.
       FileNotFoundError: for a checkpoint directory without config.json.
     """
-    execution = execution_of(config)
-    if execution['attention'] != 'einsum':
-        raise ValueError(
-            f'model.attention is {execution["attention"]!r}; the formulas know einsum only: '
-            'plan, and then train, with model.attention einsum'
-        )
     if not config.base.checkpoint:
         tokenizer = WordTokenizer(training_task(config).vocabulary)
-        policy = policies.make_policy(model_of(config, tokenizer.size, 'cpu'), tokenizer)
-        model = dataclasses.replace(policy.config, **execution, lora=lora_of(config))
+        policy = policies.make_policy(model_of(config, tokenizer.size, platform), tokenizer)
+        model = dataclasses.replace(policy.config, lora=lora_of(config))
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)
     path = directory / 'config.json' if directory.is_dir() else PUBLISHED
-    model, ids = llada_config.read_config(path, **execution)
-    model = dataclasses.replace(model, lora=lora_of(config))
+    model, ids = llada_config.read_config(path)
+    execution = execution_of(config)
+    execution['attention'] = resolve(execution['attention'], platform, model.dtype)
+    model = dataclasses.replace(model, **execution, lora=lora_of(config))
     allowed = jnp.arange(model.vocab_size) != ids.mask  # which ids are words does not matter here
     return Policy(model, ids.mask, ids.eos, jax.device_get(allowed))
 

@@ -60,6 +60,7 @@ class Report:
 
     topology: str
     mesh: dict[str, int]
+    attention: str  # how the chips compute it
     resident: memory.Resident
     programs: dict[str, Program]
 
@@ -95,11 +96,12 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
     devices = machine.devices or jax.devices('cpu')[: machine.count]
     mesh = sharding.make_mesh(config.mesh, devices)
     check_mesh(config, mesh)
-    plan = make_plan(config, mesh)
+    plan = make_plan(config, mesh, machine.chip.platform)
     measure = _compiled if machine.chip.platform == 'tpu' else _lowered
     return Report(
         topology=machine.topology,
         mesh=dict(mesh.shape),
+        attention=plan.attention,
         resident=memory.resident(plan.state),
         programs={name: measure(plan, name) for name in PROGRAMS},
     )
@@ -166,7 +168,7 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
             'mesh.fsdp or mesh.tensor, or more chips'
         )
     largest = max(parts, key=parts.get)
-    wider = 'a larger mesh.tensor' if largest in ('tables', 'scores', 'logits') else 'more chips'
+    wider = 'a larger mesh.tensor' if largest in ('tables', 'attention', 'logits') else 'more chips'
     if name == 'evaluation':
         change = f'evaluation.batch below {config.evaluation.batch}, or {wider}'
     elif name == 'rollout':

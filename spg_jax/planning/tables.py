@@ -59,7 +59,8 @@ def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine)
     return (
         f'{config.task.name} on {machine.topology}: {machine.count} x {chip.name}, '
         f'{chip.memory / GIB:.1f} GiB each; mesh {mesh}, microbatch {config.rl.microbatch} of '
-        f'{config.rl.prompts * config.rl.group_size} rows. On each chip all the time: weights '
+        f'{config.rl.prompts * config.rl.group_size} rows, {report.attention} attention. On each '
+        'chip all the time: weights '
         f'{resident.weights / GIB:.2f} GiB, adapters {resident.adapters / GIB:.2f}, optimiser '
         f'{resident.optimizer / GIB:.2f}.'
     )

@@ -39,7 +39,8 @@ def plan_of(config, slice_of_four):
 
     def plan(changes=None, devices=slice_of_four.devices):
         config.update_from_flattened_dict(changes or {})
-        return make_plan(config, sharding.make_mesh(config.mesh, devices))
+        mesh = sharding.make_mesh(config.mesh, devices)
+        return make_plan(config, mesh, devices[0].platform)
 
     return plan
 

@@ -25,7 +25,7 @@ def test_what_stays_is_what_the_mesh_leaves_on_each_chip(plan_of):
 def test_llada_8b_has_its_published_size_without_its_checkpoint():
     """32 layers of width 4096 and MLP 12288, two tables of 126,464 rows: 8.0 billion, bfloat16."""
     layer = 4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096
-    policy = planned_policy(gsm8k.get_config('llada_8b'))
+    policy = planned_policy(gsm8k.get_config('llada_8b'), 'tpu')
     sizes = jax.tree.leaves(sharding.abstract_params(policy.model))
     assert sum(leaf.size for leaf in sizes) == 32 * layer + 2 * 126_464 * 4096 + 4096
     assert {leaf.dtype.name for leaf in sizes} == {'bfloat16'}
@@ -34,16 +34,19 @@ def test_llada_8b_has_its_published_size_without_its_checkpoint():
 def test_a_rollout_in_parts_needs_the_memory_of_one(plan_of):
     whole = memory.estimate(plan_of(), 'rollout')
     part = memory.estimate(plan_of({'rl.generation_batch': 16}), 'rollout')
-    for name in ('scores', 'layer', 'logits'):
+    for name in ('attention', 'layer', 'logits'):
         assert part[name] == whole[name] / 4  # of 64 rows
 
 
-def test_attention_that_would_run_otherwise_than_planned_is_refused(plan_of):
-    with pytest.raises(ValueError, match="model.attention is 'auto'; .* know einsum only"):
-        plan_of({'model.attention': 'auto'})
+@pytest.mark.parametrize(('platform', 'runs'), [('tpu', 'splash'), ('cuda', 'cudnn')])
+def test_attention_is_planned_as_it_would_run(platform, runs):
+    policy = planned_policy(gsm8k.get_config('llada_8b'), platform)
+    assert policy.config.attention == runs
 
 
 def test_a_mesh_that_does_not_divide_the_model_or_the_rows_is_one_line(plan_of):
+    with pytest.raises(ValueError, match='mesh.tensor is 4, which does not divide the 2 .*heads'):
+        plan_of({'mesh.tensor': 4, 'mesh.fsdp': 1})
     with pytest.raises(ValueError, match='mesh.tensor'):
         plan_of({'model.mlp_width': 771, 'mesh.tensor': 4, 'mesh.fsdp': 1})
     with pytest.raises(ValueError, match='30 rows.*do not split over 4 shards'):

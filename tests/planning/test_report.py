@@ -11,6 +11,7 @@ import pytest
 from configs import gsm8k, sudoku
 from spg_jax import sharding
 from spg_jax.planning import report as reports
+from spg_jax.planning.collectives import read_traffic
 from spg_jax.planning.machines import find_machine
 from spg_jax.planning.programs import compile_program, lower_for_cuda, make_plan, program
 from spg_jax.planning.report import PROGRAMS, make_report, remedy, summary, times
@@ -114,7 +115,7 @@ def test_logits_are_of_the_scored_positions_of_a_microbatch_and_no_more(report, 
 def test_so_are_those_of_llada_8b(task):
     """Traced, not compiled: shapes of all devices together, one draw a pass."""
     config = task.get_config('llada_8b_v5e8')
-    plan = make_plan(config, sharding.make_mesh(config.mesh))
+    plan = make_plan(config, sharding.make_mesh(config.mesh), 'tpu')
     run, arguments = program(plan, 'update')
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
         shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', str(run.trace(*arguments).jaxpr))
@@ -132,10 +133,23 @@ def largest_logits(shapes, vocabulary, widths):
     return max(sizes)
 
 
+def test_on_tpus_no_scores_of_attention_are_in_memory(plan_of, compiled, report):
+    """The rollout by default, compiled with the kernel; L is 144, and the kernel pads it to 256."""
+    plan = plan_of(MESH | {'model.attention': 'auto'})
+    program = compile_program(plan, 'rollout')
+    assert 'tpu_custom_call' in program.text and read_traffic(program.text)
+    scores = re.compile(r'\[(\d+,)*(144,144|256,256)\]')
+    assert not scores.search(program.text)
+    assert scores.search(compiled['rollout'].text)  # by einsum
+
+
 def test_for_cuda_programs_are_lowered_and_memory_is_an_estimate(plan_of, config):
-    machine = find_machine('a100:4')
+    """Of cuDNN's attention, too, which JAX would refuse to trace here."""
+    config.model.attention = 'auto'
+    config.mesh.update(data=1, fsdp=4, tensor=1)
+    report = make_report(config, find_machine('a100:4'))
+    assert report.attention == 'cudnn'
+    assert all(report.deviation(name) is None for name in PROGRAMS)
+    assert 'an estimate' in verdict(report, config, find_machine('a100:4'), 0.4)
     plan = plan_of(MESH, jax.devices()[:4])
     assert lower_for_cuda(plan, 'update') > 10_000
-    report = make_report(config, machine)
-    assert all(report.deviation(name) is None for name in PROGRAMS)
-    assert 'an estimate' in verdict(report, config, machine, 0.4)
