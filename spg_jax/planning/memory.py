@@ -6,7 +6,7 @@ takes no time and serves every chip; `plan` prints how far it is from the compil
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,59 +60,97 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
     With r rows of length L on a chip, 'fsdp' of size f and 'tensor' of size t:
 
-    - tables: embedding and unembedding whole along 'embed', 2 V/t D, unless f is 1;
     - casts: the adapters in the type of products, which the compiler takes out of the loops;
-    - attention: scores, r N/t L^2, float32, and backwards in the compute type as well; or, where a
-      kernel holds none, copies of queries, keys, values and results;
-    - layer: what else a layer has at once, r L D twice, and backwards r L (4 D + 3 F/t);
+    - tables: embedding and unembedding whole along 'embed', 2 V/t D, unless f is 1;
     - logits: r V/t for every position unembedded at once, float32;
+    - attention: as `_attention` says;
+    - layer: the inputs and results of products: decoding, r L D four times in a layer and twice
+      while unembedding; updating, r L (4 D + 3 F/t);
     - saved (update): the inputs of all layers, r L D each, kept for the backward pass;
     - gradients (update): of what is trained, the sum so far and the next term.
 
-    The factors are what the compiler for TPUs was seen to need.
+    Decoding peaks in a layer or while unembedding; an update has all at once. The factors are what
+    the compiler for TPUs was seen to need.
     """
-    config, model = plan.config, plan.policy.config
-    tensor = plan.mesh.shape['tensor']
-    itemsize = jnp.dtype(model.dtype).itemsize
-    update = name == 'update'
-    if update:
-        draws = config.rl.draws_per_pass or config.corruption.draws
-        rows = config.rl.microbatch * draws
-        completion = unembedded = config.sampling.length
-    elif name == 'rollout':
-        rows = generation_batch(config)
-        completion, unembedded = config.sampling.length, config.sampling.block_length
+    if name == 'update':
+        return _updating(plan)
+    config = plan.config
+    if name == 'rollout':
+        decoding, rows, length = config.sampling, generation_batch(config), config.sampling.length
     else:
-        rows = evaluation_rows(plan)
-        completion, unembedded = max(config.evaluation.lengths), config.evaluation.block_length
-    rows /= sharding.row_shards(plan.mesh)
-    length = config.sampling.prompt_length + completion
-    hidden = rows * length * model.width * itemsize
-    widest = 4 * hidden + 3 * rows * length * model.mlp_width / tensor * itemsize
-    attention = _attention(plan, rows, length, backwards=update)
-    tables = 2 * model.vocab_size / tensor * model.width * itemsize
-    parts = {
-        'tables': tables if plan.mesh.shape['fsdp'] > 1 else 0.0,
-        'casts': local_bytes(plan.state.trained) * itemsize / 4 if model.lora else 0.0,
-        'attention': attention,
-        'layer': widest if update else 2 * hidden,
-        'logits': rows * unembedded * model.vocab_size / tensor * 4,
+        decoding, rows = config.evaluation, evaluation_rows(plan)
+        length = max(config.evaluation.lengths)
+    sizes = _sizes(plan, rows, length, decoding.block_length)
+    in_a_layer = {
+        'attention': _attention(plan, sizes, backwards=False),
+        'layer': 4 * sizes.hidden,
     }
-    if update:
-        kept = hidden if model.remat else 2 * widest + attention
-        parts['saved'] = model.layers * kept
-        parts['gradients'] = 2 * local_bytes(plan.state.trained)
-    return parts
+    unembedding = {
+        'tables': sizes.tables,
+        'logits': sizes.logits,
+        'layer': 2 * sizes.hidden,
+    }
+    largest = max(in_a_layer, unembedding, key=lambda parts: sum(parts.values()))
+    return {'casts': sizes.casts} | largest
 
 
-def _attention(plan: Plan, rows: float, length: int, backwards: bool) -> float:
-    """Bytes of a chip that attention of one layer has at once, on `rows` of them."""
+def _updating(plan: Plan) -> dict[str, float]:
+    config, model = plan.config, plan.policy.config
+    draws = config.rl.draws_per_pass or config.corruption.draws
+    length = config.sampling.length
+    sizes = _sizes(plan, config.rl.microbatch * draws, length, length)
+    attention = _attention(plan, sizes, backwards=True)
+    layer = (4 + 3 * model.mlp_width / plan.mesh.shape['tensor'] / model.width) * sizes.hidden
+    kept = sizes.hidden if model.remat else 2 * layer + attention
+    return {
+        'casts': sizes.casts,
+        'tables': sizes.tables,
+        'logits': sizes.logits,
+        'attention': attention,
+        'layer': layer,
+        'saved': model.layers * kept,
+        'gradients': 2 * local_bytes(plan.state.trained),
+    }
+
+
+class _Sizes(NamedTuple):
+    """On a chip; bytes but for the first two."""
+
+    rows: float  # r
+    length: int  # L
+    hidden: float  # [r, L, D]
+    casts: float
+    tables: float
+    logits: float
+
+
+def _sizes(plan: Plan, rows: int, completion: int, unembedded: int) -> _Sizes:
+    """Args: rows over all chips; completion tokens, and those unembedded at once."""
     model, tensor = plan.policy.config, plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
-    heads = rows * model.width / tensor * itemsize
+    rows /= sharding.row_shards(plan.mesh)
+    length = plan.config.sampling.prompt_length + completion
+    tables = 2 * model.vocab_size / tensor * model.width * itemsize
+    return _Sizes(
+        rows=rows,
+        length=length,
+        hidden=rows * length * model.width * itemsize,
+        casts=local_bytes(plan.state.trained) * itemsize / 4 if model.lora else 0.0,
+        tables=tables if plan.mesh.shape['fsdp'] > 1 else 0.0,
+        logits=rows * unembedded * model.vocab_size / tensor * 4,
+    )
+
+
+def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:
+    """Of one layer: copies of queries, keys, values and results, r L D/t each and padded by splash;
+    scores, r N/t L^2, float32 and backwards in the compute type as well; cuDNN's bias, r L^2."""
+    model, tensor = plan.policy.config, plan.mesh.shape['tensor']
+    itemsize = jnp.dtype(model.dtype).itemsize
+    rows, length, heads = sizes.rows, sizes.length, sizes.hidden / tensor
     match plan.attention:
         case 'splash':
-            return 10 * heads * padded_length(length)
-        case 'cudnn':  # which makes a bias of the mask
-            return 4 * heads * length + rows * length**2 * (1 + itemsize)
-    return rows * model.heads / tensor * length**2 * (4 + itemsize if backwards else 4)
+            return (10 if backwards else 16) * heads * padded_length(length) / length
+        case 'cudnn':  # the mask, and the bias made of it
+            return 6 * heads + rows * length**2 * (1 + itemsize)
+    scores = rows * model.heads / tensor * length**2
+    return scores * (4 + itemsize) if backwards else scores * 4 + 6 * heads

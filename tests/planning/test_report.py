@@ -43,11 +43,6 @@ def smaller(machine, memory):
     return machine._replace(chip=machine.chip._replace(memory=memory))
 
 
-def test_the_formula_is_within_15_percent_of_the_compiler(report):
-    for name in PROGRAMS:
-        assert abs(report.deviation(name)) < 0.15, (name, report.programs[name])
-
-
 def test_what_fits_and_what_does_not(report, config, slice_of_four):
     """A chip with a byte less than the largest peak does not do; the message says what does."""
     peak = report.peak(report.largest)
