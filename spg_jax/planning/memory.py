@@ -149,7 +149,9 @@ def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:
     rows, length, heads = sizes.rows, sizes.length, sizes.hidden / tensor
     match plan.attention:
         case 'splash':
-            return (10 if backwards else 16) * heads * padded_length(length) / length
+            # Where heads are split, products overlap with the sums over them, a piece at a time.
+            copies = 10 if backwards else 7 if tensor == 1 else 16
+            return copies * heads * padded_length(length) / length
         case 'cudnn':  # the mask, and the bias made of it
             return 6 * heads + rows * length**2 * (1 + itemsize)
     scores = rows * model.heads / tensor * length**2
