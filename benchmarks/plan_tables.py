@@ -3,8 +3,8 @@
     python -m benchmarks.plan_tables [--topologies=v5e:4x4,h100:1]
 
 Writes docs/plan.md. Tasks of the same shapes share what was compiled. A program takes minutes to
-compile, so what was found is kept in build/plan/ and read again; delete it after a change to the
-programs.
+compile, the updates for v6e half an hour, so what was found is kept in build/plan/ and read again;
+delete it after a change to the programs.
 """
 
 import dataclasses
