@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from spg_jax.tasks.source import one_line
+
 
 class RunCheckpoints:
     """The checkpoints of one run, newest last."""
@@ -72,8 +74,3 @@ def restored(path: Path, load: Callable[[Path], Any]) -> Any:
             f'{path} cannot be restored ({one_line(error)[:300]}); the checkpoint is damaged or of '
             'another configuration: use another one, or delete it and run again'
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """An error of a library, by its type and message."""
-    return ' '.join(f'{type(error).__name__}: {error}'.split())

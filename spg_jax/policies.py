@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax import distributed
-from spg_jax.checkpoints import one_line, restored
+from spg_jax.checkpoints import restored
 from spg_jax.hf_tokenizer import HFTokenizer
 from spg_jax.models import llada
 from spg_jax.models.attention import AUTO, resolve
@@ -32,6 +32,7 @@ from spg_jax.models.transformer import (
     check_heads,
 )
 from spg_jax.sharding import abstract_params
+from spg_jax.tasks.source import one_line
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
 DESCRIPTION = 'policy.json'

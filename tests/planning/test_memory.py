@@ -9,6 +9,7 @@ import pytest
 from benchmarks.plan_tables import preset_for
 from configs import gsm8k, sudoku
 from spg_jax import sharding
+from spg_jax.models.lora import TARGETS
 from spg_jax.planning import memory
 from spg_jax.planning.machines import GIB, LISTED, find_machine
 from spg_jax.planning.programs import make_plan, planned_policy
@@ -17,7 +18,7 @@ from spg_jax.planning.report import PROGRAMS
 
 def test_what_stays_is_what_the_mesh_leaves_on_each_chip(plan_of):
     """Mesh fsdp=2 x tensor=2: kernels in quarters, factors of adapters in halves, norms whole."""
-    plan = plan_of()
+    plan = plan_of({'lora.targets': TARGETS})
     vocabulary, width, mlp, layers, rank = plan.policy.config.vocab_size, 256, 768, 3, 8
     kernels = layers * (4 * width * width + 3 * width * mlp) + 2 * vocabulary * width
     norms = (2 * layers + 1) * width

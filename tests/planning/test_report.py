@@ -31,6 +31,7 @@ def report(plan_of, compiled, config, slice_of_four, monkeypatch):
     plan = plan_of(MESH)
 
     def once(_, name):
+        name = 'rollout' if name == 'evaluation' else name  # of the same shapes, here
         if name not in compiled:
             compiled[name] = compile_program(plan, name)
         return compiled[name]
