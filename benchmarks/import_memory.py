@@ -27,11 +27,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import sharding
+from spg_jax import cli, sharding
 from spg_jax.models import llada
 from spg_jax.models.llada_config import ARCHITECTURE, read_config
 from spg_jax.models.tensor_files import Tensor, write_checkpoint
@@ -170,4 +170,4 @@ def main(_: Sequence[str]) -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', '', "A published checkpoint; '' makes a random one.")
     flags.DEFINE_string('move', '', 'Import this and export it again: the process being measured.')
-    app.run(main)
+    cli.run(main)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from absl import app, flags
+from absl import flags
 
 from benchmarks import runs
+from spg_jax import cli
 from spg_jax.metrics import read_rows
 from spg_jax.pretrain import base_directory
 from spg_jax.runs import run_config
@@ -259,4 +260,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('jobs', 2, 'Runs at a time.', lower_bound=1)
     flags.DEFINE_string('workdir', 'runs/learning', 'Where the runs live.')
     flags.mark_flags_as_required(TASKS)
-    app.run(main)
+    cli.run(main)

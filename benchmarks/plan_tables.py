@@ -15,10 +15,11 @@ from pathlib import Path
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from configs import gsm8k
+from spg_jax import cli
 from spg_jax.config import HARDWARE, digest
 from spg_jax.planning import memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
@@ -151,4 +152,4 @@ def more_draws() -> str:
 
 if __name__ == '__main__':
     flags.DEFINE_list('topologies', list(LISTED), 'Of the machines; docs/plan.md needs all.')
-    app.run(main)
+    cli.run(main)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import runs
+from spg_jax import cli
 
 Figures = dict[str, Any]
 
@@ -85,4 +86,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', 'runs/side_by_side', 'Where the runs live.')
     flags.DEFINE_integer('updates', 100, 'Updates a run.', lower_bound=1)
     flags.DEFINE_integer('jobs', 2, 'Runs at a time.', lower_bound=1)
-    app.run(main)
+    cli.run(main)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import optimizers, policies, sharding
+from spg_jax import cli, optimizers, policies, sharding
 from spg_jax.config import model_of, sampling_config, training_task
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
@@ -149,4 +149,4 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', 'configs/sudoku.py', 'configs/TASK.py[:PRESET].')
-    app.run(main)
+    cli.run(main)
