@@ -67,3 +67,13 @@ def test_every_shard_of_rows_reads_the_kernels(plan_of):
     four = work(plan_of({'mesh.tensor': 1, 'mesh.fsdp': 4}), 'rollout').bytes
     kernels = 3 * (4 * 512 * 512 + 3 * 512 * 1536) + 512 * plan_of().policy.config.vocab_size
     assert four - two == 64 * 2 * kernels * 2  # 64 steps, bfloat16
+
+
+def test_fused_attention_moves_no_scores_and_computes_them_again(plan_of):
+    """64 rows of 144 tokens, 3 layers of 2 heads, width 256, 2 draws; backwards splash takes seven
+    products of the size of scores, einsum four."""
+    einsum, splash = (plan_of({'model.attention': name}) for name in ('einsum', 'splash'))
+    saved = work(einsum, 'rollout').bytes - work(splash, 'rollout').bytes
+    assert saved == 64 * 64 * 3 * 2 * 144**2 * 2 * 4  # steps; written and read, float32
+    more = work(splash, 'update').flops - work(einsum, 'update').flops
+    assert more == 64 * 2 * 3 * (3 * 2 * 144**2 * 256)
