@@ -17,7 +17,7 @@ from rich.console import Console
 
 from spg_jax import cli
 from spg_jax.planning.machines import LISTED, find_machine
-from spg_jax.planning.report import make_report, remedy, summary
+from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.validation import validate
 
@@ -43,9 +43,11 @@ def main(_: list[str]) -> None:
     else:
         print(heading(report, config, machine))
         Console(width=200).print(table(report, machine))
-        print(verdict(report, config, machine, FLAGS.efficiency))
+    found = verdict(report, config, machine, FLAGS.efficiency)
     if not report.fits(machine.chip):
-        raise ValueError(f'does not fit: {remedy(report, config, machine.chip)}')
+        raise ValueError(found)
+    if not FLAGS.json:
+        print(found)
 
 
 if __name__ == '__main__':
