@@ -53,22 +53,22 @@ def train(
     Raises:
       FloatingPointError: `train.max_skipped` updates in a row were not finite; the state is saved.
     """
-    # --- task and base policy -------------------------------------------------------------------
+    # --- base policy and task -------------------------------------------------------------------
+    base_directory = find_or_make_base(config, mesh, interruption)
+    if base_directory is None:
+        return False
+    started = time.monotonic()
+    # All is looked at, every prompt too, before the parameters, which may be large, are read.
+    adapter = adapter_of(config)
+    has = policies.check_policy(base_directory, mesh, adapter)
+    check_adapters(has, lora_of(config), where=adapter or base_directory)
+    tokenizer = policies.load_tokenizer(base_directory)
     task = training_task(config)
     with distributed.leader_first('problems'):
         source = task.source('train', config.task.data_dir)
     check_range(len(source), config.rl.group_size)
     validation = task.source('validation', config.task.data_dir)[: config.evaluation.problems]
     test = list(task.source('test', config.task.data_dir))
-    base_directory = find_or_make_base(config, mesh, interruption)
-    if base_directory is None:
-        return False
-    started = time.monotonic()
-    tokenizer = policies.load_tokenizer(base_directory)
-    # All is looked at, every prompt too, before the parameters, which may be large, are read.
-    adapter = adapter_of(config)
-    has = policies.check_policy(base_directory, mesh, adapter)
-    check_adapters(has, lora_of(config), where=adapter or base_directory)
     problems, said = data.fit_prompts(
         task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
     )
