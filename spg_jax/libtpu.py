@@ -21,7 +21,7 @@ def is_installed() -> bool:
 
 
 def work_without_a_tpu() -> None:
-    """Lets libtpu compile, or be looked for devices, here; before JAX loads it."""
+    """Lets libtpu compile, and find no chips without complaint; to call before JAX loads it."""
     for name, value in _WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
 

@@ -25,12 +25,7 @@ from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.quantized import quantize_params
-from spg_jax.models.transformer import (
-    EXECUTION,
-    Transformer,
-    TransformerConfig,
-    check_heads,
-)
+from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
 from spg_jax.sharding import abstract_params
 from spg_jax.tasks.source import one_line
 from spg_jax.tokenizers import Tokenizer, WordTokenizer
