@@ -31,10 +31,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import cli, sharding
-from spg_jax.models import llada
-from spg_jax.models.llada_config import ARCHITECTURE, read_config
+from spg_jax import sharding
+from spg_jax.models.llada import weights
+from spg_jax.models.llada.configuration import ARCHITECTURE, read_config
 from spg_jax.models.tensor_files import Tensor, write_checkpoint
+from spg_jax.process import cli
 
 FLAGS = flags.FLAGS
 LIMIT = 2.0  # largest tensors that an import may hold beside the parameters
@@ -70,7 +71,7 @@ def make_random(directory: Path) -> None:
 
         return Tensor(shape, np.dtype(ml_dtypes.bfloat16), values)
 
-    tensors = {name: tensor(shape) for name, shape in llada.tensor_shapes(config).items()}
+    tensors = {name: tensor(shape) for name, shape in weights.tensor_shapes(config).items()}
     write_checkpoint(directory, tensors, SHARD_BYTES)
 
 
@@ -94,11 +95,11 @@ def move(checkpoint: Path) -> None:
         marks.append({'time': time.monotonic(), 'bytes': anonymous_bytes(os.getpid())})
 
     mark()
-    _, _, params = llada.load_checkpoint(checkpoint, mesh)
+    _, _, params = weights.load_checkpoint(checkpoint, mesh)
     jax.block_until_ready(params)
     mark()
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as out:
-        llada.save_checkpoint(Path(out), params, checkpoint)
+        weights.save_checkpoint(Path(out), params, checkpoint)
         mark()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(json.dumps({'size': size, 'marks': marks}))
@@ -140,9 +141,9 @@ def main(_: Sequence[str]) -> None:
         checkpoint = Path(FLAGS.checkpoint or made)
         if not FLAGS.checkpoint:
             make_random(checkpoint)
-        config, _, _ = llada.check_checkpoint(checkpoint)
+        config, _, _ = weights.check_checkpoint(checkpoint)
         itemsize = np.dtype(config.param_dtype).itemsize
-        largest = itemsize * max(map(np.prod, llada.tensor_shapes(config).values()))
+        largest = itemsize * max(map(np.prod, weights.tensor_shapes(config).values()))
         for devices in (8, 1):
             said, samples = watch(checkpoint, devices)
             before, imported, exported = said['marks']

@@ -23,10 +23,10 @@ import matplotlib.pyplot as plt
 from absl import flags
 
 from benchmarks import runs
-from spg_jax import cli
-from spg_jax.metrics import read_rows
 from spg_jax.pretrain import base_directory
-from spg_jax.runs import run_config
+from spg_jax.process import cli
+from spg_jax.runs.directory import run_config
+from spg_jax.runs.metrics import read_rows
 
 TASKS = ('sudoku', 'countdown')  # the longer first, so that no core is idle at the end
 RATES = (3e-4, 1e-3)

@@ -19,12 +19,12 @@ from absl import flags
 from rich.console import Console
 
 from configs import gsm8k
-from spg_jax import cli
 from spg_jax.config import HARDWARE, digest
 from spg_jax.planning import memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
 from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
+from spg_jax.process import cli
 from spg_jax.validation import validate
 
 FLAGS = flags.FLAGS

@@ -15,11 +15,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from spg_jax import cli, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import execution_of, training_task
 from spg_jax.pretrain import base_directory
+from spg_jax.process import cli
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.runs import policy_of_run, run_config
+from spg_jax.runs import policies
+from spg_jax.runs.directory import policy_of_run, run_config
 
 PROMPTS_AT_ONCE = 256
 FLAGS = flags.FLAGS

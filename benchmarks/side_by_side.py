@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import runs
-from spg_jax import cli
+from spg_jax.process import cli
 
 Figures = dict[str, Any]
 

@@ -18,14 +18,17 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import cli, optimizers, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import model_of, sampling_config, training_task
+from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.process import cli
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout, empty_rollout, make_generate
-from spg_jax.tokenizers import WordTokenizer
-from spg_jax.train_state import initial_state, shardings_of
+from spg_jax.runs import policies
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 
 FLAGS = flags.FLAGS
 REPEATS = 5

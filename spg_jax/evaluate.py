@@ -17,10 +17,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax import cli, distributed, policies
 from spg_jax.config import evaluation_lengths, evaluation_task, execution_of
+from spg_jax.process import cli, distributed
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.runs import chosen_policy
+from spg_jax.runs import policies
+from spg_jax.runs.directory import chosen_policy
 from spg_jax.tasks.source import SPLITS
 
 FLAGS = flags.FLAGS

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from absl import flags
 
-from spg_jax import cli, distributed, policies, sharding
-from spg_jax.models import llada
+from spg_jax import sharding
+from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION
-from spg_jax.runs import policy_of_run, run_config
+from spg_jax.process import cli, distributed
+from spg_jax.runs import policies
+from spg_jax.runs.directory import policy_of_run, run_config
 
 FLAGS = flags.FLAGS
 
@@ -43,10 +45,10 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
             shutil.copytree(adapter, out)
         distributed.barrier(f'exported {out}')
         return
-    llada.read_config(source / 'config.json')  # says what is wrong before any long work
+    weights.read_config(source / 'config.json')  # says what is wrong before any long work
     mesh = sharding.make_mesh({'fsdp': -1})
     policy, _, variables = policies.load_policy(directory, mesh)
-    llada.save_checkpoint(
+    weights.save_checkpoint(
         out,
         variables['params'],
         source,

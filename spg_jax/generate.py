@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spg_jax import cli, policies
 from spg_jax.config import evaluation_sampling, evaluation_task, execution_of, prompt_buckets
-from spg_jax.data import left_pad, padded_length
+from spg_jax.data.batches import left_pad, padded_length
+from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion.sampling import Completion
+from spg_jax.process import cli
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.evaluator import headline_length
 from spg_jax.rl.rollout import make_generate
-from spg_jax.runs import chosen_policy
-from spg_jax.tokenizers import Tokenizer
+from spg_jax.runs import policies
+from spg_jax.runs.directory import chosen_policy
 
 FLAGS = flags.FLAGS
 

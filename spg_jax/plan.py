@@ -15,10 +15,10 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from spg_jax import cli
 from spg_jax.planning.machines import LISTED, find_machine
 from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
+from spg_jax.process import cli
 from spg_jax.validation import validate
 
 FLAGS = flags.FLAGS

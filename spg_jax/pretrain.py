@@ -22,19 +22,23 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, distributed, optimizers, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import digest, execution_of, model_of, training_task
+from spg_jax.data import batches
+from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
-from spg_jax.interruption import Interruption
-from spg_jax.metrics import MetricsWriter
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
-from spg_jax.progress import track
+from spg_jax.process import cli, distributed
+from spg_jax.process.interruption import Interruption
+from spg_jax.process.progress import track
 from spg_jax.random import Purpose, example_keys, step_key
-from spg_jax.runs import claimed, policy_of_run
+from spg_jax.runs import checkpoints, policies
+from spg_jax.runs.directory import claimed, policy_of_run
+from spg_jax.runs.metrics import MetricsWriter
 from spg_jax.tasks.task import Example, Task
-from spg_jax.tokenizers import SPECIALS, Tokenizer, WordTokenizer
-from spg_jax.train_state import (
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import (
     Metrics,
     TrainState,
     apply_gradient,
@@ -92,7 +96,7 @@ def pretrain(
     mesh: Mesh,
     interruption: Interruption,
     start_from: Path | None = None,
-    records: list[data.Record] | None = None,
+    records: list[batches.Record] | None = None,
 ) -> bool:
     """Trains through `base.stages` and writes a policy directory, unless it is there already; goes
     on where a call was cut.
@@ -128,7 +132,7 @@ def _pretrain(
     mesh: Mesh,
     interruption: Interruption,
     start_from: Path | None,
-    records: list[data.Record] | None,
+    records: list[batches.Record] | None,
 ) -> bool:
     started = time.monotonic()
     task = training_task(config)
@@ -150,17 +154,19 @@ def _pretrain(
     def save() -> None:
         writer.flush()
         seconds = seconds_before + time.monotonic() - started
-        saved = {'stage': stage, 'iterator': batches.get_state(), 'seconds': seconds}
+        saved = {'stage': stage, 'iterator': demonstrations.get_state(), 'seconds': seconds}
         run.save(done, state, saved | {'last_row': writer.last_row})
 
     for stage, (steps, right_share) in enumerate(config.base.stages):
         first = sum(steps for steps, _ in config.base.stages[:stage])
-        batches = _batches(config, mesh, task, tokenizer, problems, records, right_share, stage)
+        demonstrations = _demonstrations(
+            config, mesh, task, tokenizer, problems, records, right_share, stage
+        )
         if record['stage'] == stage:
-            batches.set_state(record['iterator'])
+            demonstrations.set_state(record['iterator'])
         what = 'fine-tuning' if records else f'base policy, {right_share:.0%} right answers'
         for step in track(range(done - first, steps), what, lambda: _figures(writer)):
-            state, metrics = train_step(state, sharding.put_batch(mesh, next(batches)))
+            state, metrics = train_step(state, sharding.put_batch(mesh, next(demonstrations)))
             done = first + step + 1
             writer.push(done, metrics)
             if done == total:
@@ -218,14 +224,15 @@ def _check_fit(
     task: Task,
     tokenizer: Tokenizer,
     problems: list[Example] | None,
-    records: list[data.Record] | None,
+    records: list[batches.Record] | None,
 ) -> None:
-    """Finds what has no room now, and not when its batch comes; raises as `data.encode_pairs`."""
+    """Finds what has no room now, and not when its batch comes; raises as
+    `batches.encode_pairs`."""
     prompt_length, length = config.sampling.prompt_length, config.sampling.length
     if records:
-        data.encode_pairs(task, tokenizer, records, prompt_length, length)
+        batches.encode_pairs(task, tokenizer, records, prompt_length, length)
     else:
-        data.encode_prompts(task, tokenizer, problems, prompt_length)
+        batches.encode_prompts(task, tokenizer, problems, prompt_length)
 
 
 def make_step(
@@ -236,7 +243,7 @@ def make_step(
 ):
     """A compiled (state, Demonstrations) -> (state, metrics); the old state is given up."""
 
-    def step(state: TrainState, batch: data.Demonstrations) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: batches.Demonstrations) -> tuple[TrainState, Metrics]:
         seed, purpose = config.base.seed, Purpose.CORRUPT
         row_keys = example_keys(seed, purpose, state.step, batch.index)
         masked = stratified_masks(
@@ -256,13 +263,13 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _batches(
+def _demonstrations(
     config: ml_collections.ConfigDict,
     mesh: Mesh,
     task: Task,
     tokenizer: Tokenizer,
     problems: list[Example] | None,
-    records: list[data.Record] | None,
+    records: list[batches.Record] | None,
     right_share: float,
     stage: int,
 ) -> grain.DatasetIterator:
@@ -274,8 +281,8 @@ def _batches(
         own=sharding.own_rows(mesh, config.base.batch_size),
     )
     if records is not None:
-        return data.recorded_demonstrations(task, tokenizer, records, **sizes)
-    return data.demonstrations(task, tokenizer, problems, right_share=right_share, **sizes)
+        return batches.recorded_demonstrations(task, tokenizer, records, **sizes)
+    return batches.demonstrations(task, tokenizer, problems, right_share=right_share, **sizes)
 
 
 def _figures(writer: MetricsWriter) -> str:
@@ -296,7 +303,7 @@ def main(_: list[str]) -> None:
     check_mesh(config, mesh)
     records = None
     if FLAGS.demonstrations:
-        records = data.read_demonstrations(FLAGS.demonstrations, training_task(config))
+        records = batches.read_demonstrations(FLAGS.demonstrations, training_task(config))
     start_from = policy_of_run(Path(config.base.checkpoint)) if config.base.checkpoint else None
     directory = Path(FLAGS.workdir) if FLAGS.workdir else base_directory(config)
     with jax.set_mesh(mesh), Interruption() as interruption:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from spg_jax import checkpoints, cli, data, distributed, optimizers, plots, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import (
     adapter_of,
     evaluation_task,
@@ -28,18 +28,22 @@ from spg_jax.config import (
     sampling_config,
     training_task,
 )
-from spg_jax.interruption import Interruption
-from spg_jax.metrics import MetricsWriter, SampleWriter
+from spg_jax.data import batches
 from spg_jax.models.policy import Variables, check_adapters, with_adapters
 from spg_jax.pretrain import find_or_make_base
-from spg_jax.progress import track
+from spg_jax.process import cli, distributed
+from spg_jax.process.interruption import Interruption
+from spg_jax.process.progress import track
 from spg_jax.random import check_range
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import empty_rollout, make_collect
-from spg_jax.runs import claimed, default_workdir
-from spg_jax.train_state import initial_state, shardings_of
+from spg_jax.runs import checkpoints, plots, policies
+from spg_jax.runs.directory import claimed, default_workdir
+from spg_jax.runs.metrics import MetricsWriter, SampleWriter
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 from spg_jax.validation import check_mesh, validate
 
 FLAGS = flags.FLAGS
@@ -69,7 +73,7 @@ def train(
     check_range(len(source), config.rl.group_size)
     validation = task.source('validation', config.task.data_dir)[: config.evaluation.problems]
     test = list(task.source('test', config.task.data_dir))
-    problems, said = data.fit_prompts(
+    problems, said = batches.fit_prompts(
         task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
     )
     if said:
@@ -82,7 +86,7 @@ def train(
     # --- programs -------------------------------------------------------------------------------
     optimizer = optimizers.for_rl(config.optimizer, config.train.steps)
     collect = make_collect(policy, task, tokenizer, sampling_config(config), config, mesh)
-    prompts = data.prompts(
+    prompts = batches.prompts(
         task,
         tokenizer,
         problems,

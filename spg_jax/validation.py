@@ -21,7 +21,7 @@ from spg_jax.config import (
     sampling_config,
     training_task,
 )
-from spg_jax.data import LONG_PROMPTS
+from spg_jax.data.batches import LONG_PROMPTS
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import check_heads
 from spg_jax.rl.objectives import REGISTRY

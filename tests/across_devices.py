@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax import distributed, optimizers, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import default_config, sampling_config
 from spg_jax.models.lora import LoRA
 from spg_jax.models.policy import with_adapters
+from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import make_generate
-from spg_jax.train_state import initial_state, shardings_of
+from spg_jax.runs import policies
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 from tests.rl.conftest import random_rollout
 
 ROWS, PROMPT = 8, 4

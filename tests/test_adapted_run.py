@@ -11,12 +11,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
-from spg_jax import policies
 from spg_jax.export import export
-from spg_jax.interruption import Interruption
-from spg_jax.models import llada
+from spg_jax.models.llada import weights
 from spg_jax.pretrain import pretrain
+from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator
+from spg_jax.runs import policies
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
@@ -48,13 +48,13 @@ def run(tmp_path_factory, reads):
     config = config_in(root)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_of()):
         adapted.simplify(patch)
-        load = llada.load_checkpoint
+        load = weights.load_checkpoint
 
         def noted(directory, *more, **fields):
             reads.append(directory)
             return load(directory, *more, **fields)
 
-        patch.setattr(llada, 'load_checkpoint', noted)
+        patch.setattr(weights, 'load_checkpoint', noted)
         with Interruption() as interruption:
             assert train(config, root / 'whole', mesh_of(), interruption)
         with Cut() as cut:
@@ -139,7 +139,7 @@ def test_adapters_of_another_rank_are_refused_before_their_base_is_read(
     run, tmp_path, monkeypatch, base, adapter, rank, said
 ):
     adapted.simplify(monkeypatch)
-    monkeypatch.setattr(llada, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
+    monkeypatch.setattr(weights, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
     config = adapted.get_config()
     config.base.checkpoint = str(run / base)
     config.lora.update(rank=rank, adapter=str(run / adapter) if adapter else '')

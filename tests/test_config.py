@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spg_jax import optimizers, sharding, tasks
+from spg_jax import sharding, tasks
 from spg_jax.config import HARDWARE, default_config, evaluation_task
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
@@ -16,6 +16,7 @@ from spg_jax.models import lora
 from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
 from spg_jax.rl.evaluator import headline_length
+from spg_jax.training import optimizers
 from spg_jax.validation import check_mesh, validate
 
 REPOSITORY = Path(__file__).parent.parent

@@ -11,10 +11,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
-from spg_jax import data, policies, pretrain, sharding
+from spg_jax import pretrain, sharding
 from spg_jax.config import training_task
-from spg_jax.interruption import Interruption
+from spg_jax.data import batches
 from spg_jax.models.number_features import PERIODS, with_number_features
+from spg_jax.process.interruption import Interruption
+from spg_jax.runs import policies
 from spg_jax.tasks.countdown import Countdown
 from tests.meshes import mesh_of
 
@@ -95,7 +97,7 @@ def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
     config.base.stages = ((60, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
-    pairs = data.read_demonstrations(str(records), training_task(config))
+    pairs = batches.read_demonstrations(str(records), training_task(config))
     assert run(config, tmp_path / 'tuned', tmp_path / 'base', pairs)
     losses = [
         json.loads((tmp_path / f'{name}.training' / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -120,7 +122,7 @@ def test_wrong_demonstrations_say_where(config, tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        data.read_demonstrations(str(path), training_task(config))
+        batches.read_demonstrations(str(path), training_task(config))
     assert '\n' not in str(error.value)
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from configs import countdown
-from spg_jax import data, policies
 from spg_jax.config import evaluation_task
-from spg_jax.models import llada
+from spg_jax.data import batches
+from spg_jax.models.llada import weights
 from spg_jax.models.transformer import Transformer
 from spg_jax.rl.rollout import decode
-from spg_jax.runs import chosen_policy, run_config
+from spg_jax.runs import policies
+from spg_jax.runs.directory import chosen_policy, run_config
 from tests.published import END, MASK, SIZE, TURN_END, asked, byte_pairs, save_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def test_prompts_of_a_task_are_padded_on_the_left_and_end_with_the_prefill(publi
     tokenizer = policies.load_tokenizer(published)
     rows = [asked(byte_pairs(), task.prompt(one), '<reasoning>') for one in examples]
     length = max(map(len, rows)) + 2
-    batch = data.encode_prompts(task, tokenizer, examples, length)
+    batch = batches.encode_prompts(task, tokenizer, examples, length)
     for row, tokens, valid in zip(rows, batch.prompt, batch.prompt_mask, strict=True):
         assert tokens.tolist() == [END] * (length - len(row)) + row
         assert valid.tolist() == [False] * (length - len(row)) + [True] * len(row)
@@ -66,7 +67,7 @@ def test_scorers_see_the_end_of_the_turn_and_rewards_do_not(published):
 
 def by_hand(published: Path, prompt: list[int], length: int) -> list[int]:
     """Greedy completion from left to right, unpadded, in a plain loop over the model."""
-    config, _, params = llada.load_checkpoint(published)
+    config, _, params = weights.load_checkpoint(published)
     apply = jax.jit(Transformer(config).apply)
     tokens = [*prompt, *[MASK] * length]
     for place in range(len(prompt), len(tokens)):

@@ -14,9 +14,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from configs import countdown
-from spg_jax import policies, tasks
+from spg_jax import tasks
 from spg_jax.export import export
-from spg_jax.interruption import Interruption
+from spg_jax.process.interruption import Interruption
+from spg_jax.runs import policies
 from spg_jax.train import train
 from tests.meshes import mesh_of
 from tests.published import END, MASK, save_tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from spg_jax import policies
+from spg_jax.runs import policies
 from tests.meshes import mesh_of
 
 REPOSITORY = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from spg_jax.models import llada
+from spg_jax.models.llada import weights
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
 from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
@@ -40,7 +40,7 @@ PLAIN: Mapping[str, Any] = {
 
 def source_of(target: str, factor: str) -> Source:
     """PEFT's tensors of a factor, 'a' or 'b', of the adapters of one product."""
-    published = llada.TABLE['layers', target, 'kernel'].name.removesuffix('.weight')
+    published = weights.TABLE['layers', target, 'kernel'].name.removesuffix('.weight')
     return Source(f'base_model.model.{published}.{FACTORS[factor]}.weight', transposed=True)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from spg_jax import libtpu
+from spg_jax.process import libtpu
 
 GIB = 2**30
 

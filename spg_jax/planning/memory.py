@@ -16,7 +16,7 @@ from spg_jax.config import generation_batch
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
 from spg_jax.planning.programs import Plan, evaluation_rows
-from spg_jax.train_state import TrainState
+from spg_jax.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from spg_jax import optimizers, policies, sharding
+from spg_jax import sharding
 from spg_jax.config import (
     evaluation_lengths,
     evaluation_sampling,
@@ -25,16 +25,18 @@ from spg_jax.config import (
     sampling_config,
     training_task,
 )
-from spg_jax.models import llada_config
+from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.models.attention import resolve
+from spg_jax.models.llada import configuration
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout, make_generate
-from spg_jax.tokenizers import WordTokenizer
-from spg_jax.train_state import TrainState, shardings_of
+from spg_jax.runs import policies
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import TrainState, shardings_of
 
 # config.json of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, for those who have not downloaded it.
 PUBLISHED = Path(__file__).parent / 'llada_8b_instruct.json'
@@ -100,7 +102,7 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)
     path = directory / 'config.json' if directory.is_dir() else PUBLISHED
-    model, ids = llada_config.read_config(path)
+    model, ids = configuration.read_config(path)
     execution = execution_of(config)
     execution['attention'] = resolve(execution['attention'], platform, model.dtype)
     model = dataclasses.replace(model, **execution, lora=lora_of(config))

@@ -8,15 +8,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax import distributed
 from spg_jax.config import evaluation_lengths, evaluation_sampling, prompt_buckets
-from spg_jax.data import left_pad, padded_length, prompt_tokens
+from spg_jax.data.batches import left_pad, padded_length, prompt_tokens
+from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.rollout import Generate, decode, make_generate
 from spg_jax.sharding import own_rows, own_values, put_batch, row_shards
 from spg_jax.tasks.task import Example, Score, Task
-from spg_jax.tokenizers import Tokenizer
 
 Figures = dict[str, Any]  # JSON values; accuracies are fractions in [0, 1]
 

@@ -23,7 +23,7 @@ from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout, rollout_metrics
-from spg_jax.train_state import Metrics, TrainState, apply_gradient
+from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
 
 Corrupted = tuple[Array, Array | None]  # masked [b, M, L] bool, keys of dropout [b, M]
 

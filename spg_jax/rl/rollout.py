@@ -13,7 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax.config import generation_batch
-from spg_jax.data import PromptBatch
+from spg_jax.data.batches import PromptBatch
+from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.models.policy import Policy, Variables
@@ -21,7 +22,6 @@ from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
 from spg_jax.sharding import constrain, own_rows, own_values, put_batch
 from spg_jax.tasks.task import Example, Task
-from spg_jax.tokenizers import Tokenizer
 
 
 @struct.dataclass

@@ -18,7 +18,7 @@ from spg_jax.diffusion.bounds import (
     mixture,
 )
 from spg_jax.diffusion.corruption import KINDS, Corruption, scored_positions
-from spg_jax.models.llada import load_checkpoint
+from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
 
 REFERENCE = Path(__file__).parents[1] / 'reference'

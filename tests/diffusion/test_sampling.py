@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from spg_jax.diffusion.sampling import SamplingConfig, generate
-from spg_jax.models.llada import load_checkpoint
+from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
 
 REFERENCE = Path(__file__).parents[1] / 'reference'

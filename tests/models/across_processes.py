@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from numpy.testing import assert_array_equal
 
-from spg_jax import distributed
 from spg_jax.export import export
-from spg_jax.models.llada import load_checkpoint, save_checkpoint
+from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.transformer import Transformer
+from spg_jax.process import distributed
 from spg_jax.sharding import abstract_params, make_mesh
 
 TINY = Path(__file__).parents[1] / 'reference' / 'tiny_llada'

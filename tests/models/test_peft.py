@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from spg_jax.models import peft
-from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
+from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.policy import Policy, with_adapters

@@ -13,17 +13,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from configs import countdown
-from spg_jax import policies, sharding
+from spg_jax import sharding
 from spg_jax.config import training_task
-from spg_jax.models import llada
+from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.models.llada import weights
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.quantized import FORMATS, check_format, dequantize
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.planning.memory import local_bytes
 from spg_jax.pretrain import _starting_point, base_directory
-from spg_jax.tokenizers import WordTokenizer
-from spg_jax.train_state import initial_state
+from spg_jax.runs import policies
+from spg_jax.training.train_state import initial_state
 from spg_jax.validation import validate
 from tests.meshes import mesh_of
 from tests.published import save_checkpoint
@@ -84,7 +85,7 @@ def by_hand(kernel, name):
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_kernels_and_nothing_else_are_within_half_a_step_of_what_was_published(published, name):
-    _, _, original = llada.load_checkpoint(published)
+    _, _, original = weights.load_checkpoint(published)
     _, variables = load(published, name)
     stored = variables['params']
     for path, leaf in jax.tree_util.tree_leaves_with_path(original):

@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from spg_jax.models import lora, transfer
-from spg_jax.models.llada import load_checkpoint, save_checkpoint, tensor_shapes
-from spg_jax.models.llada_config import read_config
+from spg_jax.models.llada.configuration import read_config
+from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.peft import load_adapter
 from spg_jax.models.tensor_files import open_tensors
 from tests.meshes import mesh_of

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 from numpy.testing import assert_allclose
 
-from spg_jax import optimizers, sharding
+from spg_jax import sharding
 from spg_jax.models.lora import ADAPTER, COLLECTION, LoRA, merged_kernel
 from spg_jax.models.policy import with_adapters
 from spg_jax.rl.learner import make_gradient, make_update
 from spg_jax.rl.objectives import REGISTRY
-from spg_jax.train_state import initial_state, shardings_of
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 from tests.rl.conftest import random_rollout
 from tests.rl.test_learner import (

@@ -8,13 +8,14 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from spg_jax import optimizers, sharding
+from spg_jax import sharding
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import Transformer
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_gradient, make_update
 from spg_jax.rl.objectives import REGISTRY
-from spg_jax.train_state import initial_state, shardings_of
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 from tests.rl.conftest import MASK, random_rollout
 

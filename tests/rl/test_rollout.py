@@ -7,11 +7,11 @@ import pytest
 
 from spg_jax import sharding
 from spg_jax.config import sampling_config
-from spg_jax.data import PromptBatch, left_pad
+from spg_jax.data.batches import PromptBatch, left_pad
+from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.random import Purpose, check_range, example_ids, example_keys
 from spg_jax.rl import rollout
 from spg_jax.rl.rollout import make_collect, make_generate, rollout_metrics
-from spg_jax.tokenizers import WordTokenizer
 from tests.meshes import mesh_of
 from tests.rl.conftest import EOS, random_rollout
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from spg_jax import tasks
+from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.tasks.task import Score
-from spg_jax.tokenizers import WordTokenizer
 
 EXAMPLES = {
     'countdown': {'numbers': [74, 3, 5], 'target': 37},

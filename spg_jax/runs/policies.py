@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from spg_jax import distributed
-from spg_jax.checkpoints import restored
-from spg_jax.hf_tokenizer import HFTokenizer
-from spg_jax.models import llada
+from spg_jax.data.hf_tokenizer import HFTokenizer
+from spg_jax.data.tokenizers import Tokenizer, WordTokenizer
 from spg_jax.models.attention import AUTO, resolve
+from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
+from spg_jax.process import distributed
+from spg_jax.runs.checkpoints import restored
 from spg_jax.sharding import abstract_params
 from spg_jax.tasks.source import one_line
-from spg_jax.tokenizers import Tokenizer, WordTokenizer
 
 DESCRIPTION = 'policy.json'
 PARAMS = 'params'
@@ -40,7 +40,7 @@ class _Description(NamedTuple):
     """What a policy directory says of itself."""
 
     config: TransformerConfig
-    tokenizer: WordTokenizer | llada.SpecialIds  # the ids of a tokenizer that is read from files
+    tokenizer: WordTokenizer | weights.SpecialIds  # the ids of a tokenizer that is read from files
     files: Path  # where those are
     base: Path | None  # the policy whose parameters it adapts, if it holds adapters only
     notes: dict[str, Any]
@@ -139,7 +139,7 @@ def _describe(directory: Path) -> _Description:
             f'{directory} does not exist; expected a policy directory or a published checkpoint'
         )
     if _is_published(directory):
-        config, ids, _ = llada.check_checkpoint(directory)
+        config, ids, _ = weights.check_checkpoint(directory)
         return _Description(config, ids, directory, None, {})
     path = directory / DESCRIPTION
     if not path.is_file() and (directory / ADAPTER_CONFIG).is_file():
@@ -157,7 +157,7 @@ def _describe(directory: Path) -> _Description:
         found = json.loads(path.read_text())
         if 'hf_tokenizer' in found:
             ids = found['hf_tokenizer']
-            tokenizer = llada.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
+            tokenizer = weights.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
         else:
             tokenizer = WordTokenizer(found['words'])
         # Older descriptions say how the policy was computed, too.
@@ -244,7 +244,9 @@ def load_policy(
     if found.base:
         _, _, variables = load_policy(found.base, mesh, quantize=config.quantize)
     elif _is_published(directory):
-        variables = {'params': llada.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
+        variables = {
+            'params': weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]
+        }
     else:
         model = Transformer(dataclasses.replace(config, quantize=''))
         params = _restore_params(directory, abstract_params(model, mesh))

@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spg_jax.hf_tokenizer import HFTokenizer
-from spg_jax.models.llada import read_config
+from spg_jax.data.hf_tokenizer import HFTokenizer
+from spg_jax.models.llada.weights import read_config
 from tests.published import (
     END,
     HEADER,

@@ -8,10 +8,10 @@ import grain
 import jax
 import numpy as np
 
-from spg_jax import distributed
+from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.process import distributed
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
-from spg_jax.tokenizers import Tokenizer
 
 # One thread ahead of the training step is enough, and leaves it the cores.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -12,7 +12,7 @@ import jax
 from jax import Array
 from tensorboardX import SummaryWriter
 
-from spg_jax import distributed
+from spg_jax.process import distributed
 from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import own_values
 

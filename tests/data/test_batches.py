@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from spg_jax import data, tasks
-from spg_jax.tokenizers import WordTokenizer
+from spg_jax import tasks
+from spg_jax.data import batches
+from spg_jax.data.tokenizers import WordTokenizer
 
 # Compact Countdown prompts have a token for every number, '=', the target and ':'.
 NUMBERS = ([3, 2, 1], [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [9, 1, 1])
@@ -25,14 +26,14 @@ def tokenizer(task):
 
 
 def fit(task, tokenizer, how, length=6):
-    return data.fit_prompts(task, tokenizer, EXAMPLES, length, how)
+    return batches.fit_prompts(task, tokenizer, EXAMPLES, length, how)
 
 
 def test_long_prompts_are_dropped_and_counted(task, tokenizer):
     problems, said = fit(task, tokenizer, 'drop')
     assert problems.kept.tolist() == [0, 3] and problems.lengths.tolist() == [6, 6]
     assert said == f'{FOUND}: dropped'
-    iterator = data.prompts(task, tokenizer, problems, batch_size=2, buckets=(6,), seed=0)
+    iterator = batches.prompts(task, tokenizer, problems, batch_size=2, buckets=(6,), seed=0)
     assert sorted(next(iterator).index.tolist()) == [0, 3]
 
 
@@ -40,12 +41,12 @@ def test_long_prompts_keep_their_end(task, tokenizer):
     problems, said = fit(task, tokenizer, 'truncate_left')
     assert problems.kept.tolist() == [0, 1, 2, 3] and said == f'{FOUND}: cut to their last 6'
     assert problems.lengths.tolist() == [6, 6, 6, 6]
-    batch = data.encode_prompts(task, tokenizer, EXAMPLES, 6, truncate=True)
+    batch = batches.encode_prompts(task, tokenizer, EXAMPLES, 6, truncate=True)
     texts = [tokenizer.decode(row) for row in batch.prompt]
     assert texts == ['3 2 1 = 7 :', '3 2 1 = 7 :', '3 2 1 = 7 :', '9 1 1 = 7 :']
     assert batch.prompt_mask.all()
     problems, _ = fit(task, tokenizer, 'truncate_left', length=4)
-    iterator = data.prompts(
+    iterator = batches.prompts(
         task, tokenizer, problems, batch_size=4, buckets=(4,), seed=0, truncate=True
     )
     assert {tokenizer.decode(row) for row in next(iterator).prompt} == {'1 = 7 :'}
@@ -64,7 +65,7 @@ def test_long_prompts_are_refused(task, tokenizer, how, length, said):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('how', data.LONG_PROMPTS)
+@pytest.mark.parametrize('how', batches.LONG_PROMPTS)
 def test_nothing_is_said_where_all_fit(task, tokenizer, how):
     problems, said = fit(task, tokenizer, how, length=9)
     assert said == '' and problems.kept.tolist() == [0, 1, 2, 3]
@@ -75,9 +76,10 @@ def test_a_batch_is_padded_to_the_shortest_bucket_that_fits_it(task, tokenizer):
     """Whatever part of it a process reads."""
     problems, _ = fit(task, tokenizer, 'error', length=9)
     settings = dict(batch_size=2, buckets=(6, 8, 9), seed=0)
-    whole = data.prompts(task, tokenizer, problems, **settings)
+    whole = batches.prompts(task, tokenizer, problems, **settings)
     parts = [
-        data.prompts(task, tokenizer, problems, **settings, own=np.array([row])) for row in (0, 1)
+        batches.prompts(task, tokenizer, problems, **settings, own=np.array([row]))
+        for row in (0, 1)
     ]
     seen = set()
     for _ in range(20):
@@ -92,25 +94,25 @@ def test_a_batch_is_padded_to_the_shortest_bucket_that_fits_it(task, tokenizer):
 
 
 def test_prompts_past_every_bucket_have_room_in_few_lengths():
-    assert [data.padded_length(n, (6, 9)) for n in (1, 6, 7, 9, 10, 64, 65)] == [
+    assert [batches.padded_length(n, (6, 9)) for n in (1, 6, 7, 9, 10, 64, 65)] == [
         *(6, 6, 9, 9),
         *(64, 64, 128),
     ]
 
 
 def test_rows_are_padded_on_the_left():
-    tokens, valid = data.left_pad([[5], [], [7, 8, 9]], 3, pad_id=2)
+    tokens, valid = batches.left_pad([[5], [], [7, 8, 9]], 3, pad_id=2)
     np.testing.assert_array_equal(tokens, [[2, 2, 5], [2, 2, 2], [7, 8, 9]])
     np.testing.assert_array_equal(valid, [[0, 0, 1], [0, 0, 0], [1, 1, 1]])
     with pytest.raises(ValueError, match='4 tokens, more than sampling.prompt_length 3'):
-        data.left_pad([[1, 2, 3, 4]], 3, pad_id=2)
+        batches.left_pad([[1, 2, 3, 4]], 3, pad_id=2)
 
 
 def test_records_that_do_not_fit_are_refused_before_training(task, tokenizer):
     fits = (EXAMPLES[0], '<answer> 1 </answer>')
-    batch = data.encode_pairs(task, tokenizer, [fits], 6, 4)
+    batch = batches.encode_pairs(task, tokenizer, [fits], 6, 4)
     assert tokenizer.decode(batch.completion[0]) == fits[1]
     with pytest.raises(ValueError, match='7 tokens, more than sampling.prompt_length 6'):
-        data.encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
+        batches.encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
     with pytest.raises(ValueError, match='more than sampling.length 3; set it to at least 4'):
-        data.encode_pairs(task, tokenizer, [fits], 6, 3)
+        batches.encode_pairs(task, tokenizer, [fits], 6, 3)

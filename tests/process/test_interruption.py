@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from spg_jax import interruption
-from spg_jax.interruption import Interruption
+from spg_jax.process import interruption
+from spg_jax.process.interruption import Interruption
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

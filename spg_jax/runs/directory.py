@@ -9,8 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from spg_jax import distributed, policies
 from spg_jax.config import default_config, digest
+from spg_jax.process import distributed
+from spg_jax.runs import policies
 from spg_jax.validation import validate
 
 CONFIG = 'config.json'

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from spg_jax.metrics import read_rows
+from spg_jax.runs.metrics import read_rows
 
 PANELS = (
     ('reward', ('reward', 'reward_max_of_group')),

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from spg_jax.metrics import MetricsWriter, SampleWriter, read, read_rows
+from spg_jax.runs.metrics import MetricsWriter, SampleWriter, read, read_rows
 
 
 def test_sums_are_divided_by_their_weights_and_empty_ones_left_out():

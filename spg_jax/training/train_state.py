@@ -9,8 +9,9 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from spg_jax import optimizers, sharding
+from spg_jax import sharding
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.training import optimizers
 
 
 @struct.dataclass

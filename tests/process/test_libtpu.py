@@ -2,7 +2,7 @@
 
 import pytest
 
-from spg_jax import libtpu
+from spg_jax.process import libtpu
 
 
 @pytest.mark.parametrize(

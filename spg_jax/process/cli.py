@@ -12,7 +12,8 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from spg_jax import distributed, libtpu, sharding
+from spg_jax import sharding
+from spg_jax.process import distributed, libtpu
 
 # What a user can mend: a wrong value, file or machine. Anything else is a bug, with its traceback.
 MENDABLE = (ValueError, OSError, FloatingPointError)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spg_jax.tokenizers import WordTokenizer
+from spg_jax.data.tokenizers import WordTokenizer
 
 WORDS = ('<answer>', '</answer>', '+', '-', '=', *map(str, range(101)))
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from spg_jax.models.llada_config import SpecialIds, read_config
+from spg_jax.models.llada.configuration import SpecialIds, read_config
 from spg_jax.models.lora import ADAPTER, LoRA
 from spg_jax.models.quantized import is_quantized
 from spg_jax.models.tensor_files import FLOATS, open_tensors, write_checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rich import progress as rich_progress
 from rich.console import Console
 
-from spg_jax import distributed
+from spg_jax.process import distributed
 
 LINE_SECONDS = 10.0
 

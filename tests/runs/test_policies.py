@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from spg_jax import policies, sharding
-from spg_jax.hf_tokenizer import HFTokenizer
-from spg_jax.models import llada
+from spg_jax import sharding
+from spg_jax.data.hf_tokenizer import HFTokenizer
+from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.models.llada import weights
 from spg_jax.models.lora import LoRA
 from spg_jax.models.policy import with_adapters
 from spg_jax.models.transformer import TransformerConfig
-from spg_jax.tokenizers import WordTokenizer
+from spg_jax.runs import policies
 from tests.meshes import mesh_of
 from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
 
@@ -160,15 +161,15 @@ def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_save
     policy, tokenizer, variables = policies.load_policy(published, mesh_of(*sizes))
     assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
     assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
-    config, _, weights = llada.load_checkpoint(published, attention='folded')
+    config, _, imported = weights.load_checkpoint(published, attention='folded')
     assert policy.config == config
-    jax.tree.map(assert_array_equal, jax.device_get(variables), {'params': weights})
+    jax.tree.map(assert_array_equal, jax.device_get(variables), {'params': imported})
     assert policies.policy_notes(published) == {}
 
     policies.save_policy(tmp_path / 'best', variables, config, tokenizer, {'made': 'here'})
     again, found, restored = policies.load_policy(tmp_path / 'best', mesh_of(*sizes))
     assert again.config == config and isinstance(found, HFTokenizer)
-    jax.tree.map(assert_array_equal, jax.device_get(restored), {'params': weights})
+    jax.tree.map(assert_array_equal, jax.device_get(restored), {'params': imported})
     assert found.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
     assert policies.policy_notes(tmp_path / 'best') == {'made': 'here'}
     # Saving in the place a policy was read from must not lose its tokenizer.
@@ -178,7 +179,7 @@ def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_save
 
 def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, monkeypatch):
     shutil.copytree(published, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(llada, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
+    monkeypatch.setattr(weights, 'load_checkpoint', lambda *_: pytest.fail('read the weights'))
     (tmp_path / 'tokenizer.json').unlink()
     with pytest.raises(ValueError, match='the tokenizer cannot be read'):
         policies.load_policy(tmp_path, mesh_of())
@@ -189,7 +190,7 @@ def test_the_tokenizer_is_checked_before_weights_are_read(published, tmp_path, m
 
 def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
     _, tokenizer, variables = policies.load_policy(published, mesh_of())
-    config, _ = llada.read_config(published / 'config.json')
+    config, _ = weights.read_config(published / 'config.json')
     policies.save_policy(tmp_path / 'best', variables, config, tokenizer, {})
     shutil.rmtree(tmp_path / 'best' / 'tokenizer')
     with pytest.raises(ValueError, match='best/tokenizer/tokenizer_config.json does not exist'):

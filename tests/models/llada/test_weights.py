@@ -13,13 +13,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.models import llada
-from spg_jax.models.llada import load_checkpoint, tensor_shapes
-from spg_jax.models.llada_config import SpecialIds, read_config
+from spg_jax.models.llada import weights
+from spg_jax.models.llada.configuration import SpecialIds, read_config
+from spg_jax.models.llada.weights import load_checkpoint, tensor_shapes
 from spg_jax.models.transformer import Transformer
 from spg_jax.sharding import make_mesh, param_shardings
 
-REFERENCE = Path(__file__).parents[1] / 'reference'
+REFERENCE = Path(__file__).parents[2] / 'reference'
 TINY = REFERENCE / 'tiny_llada'
 BLOCK = 'model.transformer.blocks.1.'
 
@@ -145,7 +145,7 @@ def test_a_shard_that_is_not_there_whole_is_named_before_anything_is_read(
     split(directory)
     shard = directory / 'b.safetensors'
     shard.write_bytes(left(shard.read_bytes()))
-    monkeypatch.setattr(llada, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
+    monkeypatch.setattr(weights, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
     with pytest.raises(ValueError, match='b.safetensors is damaged .*; download it again') as error:
         load_checkpoint(directory)
     assert '\n' not in str(error.value)
@@ -237,13 +237,13 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_its_name(tmp_path):
 
 def test_missing_and_damaged_files_are_named(checkpoint, tmp_path):
     directory = checkpoint()
-    weights, config = directory / 'model.safetensors', directory / 'config.json'
-    whole = weights.read_bytes()
+    file, config = directory / 'model.safetensors', directory / 'config.json'
+    whole = file.read_bytes()
     for damaged in (whole[:-100], b'not tensors', b'', whole[:20]):
-        weights.write_bytes(damaged)
+        file.write_bytes(damaged)
         with pytest.raises(ValueError, match='model.safetensors is damaged'):
             load_checkpoint(directory)
-    weights.unlink()
+    file.unlink()
     with pytest.raises(FileNotFoundError, match='holds neither model.safetensors nor'):
         load_checkpoint(directory)
     config.write_text('{"model_type": ')

@@ -2,7 +2,7 @@
 
 `checkpoints/<step>/` holds the train state without what is frozen, the current rollout and, as
 metadata, the state of the data iterator, the best-on-validation record and the last metrics row. It
-appears whole or not at all. Policies, which are for use, are in `spg_jax.policies`.
+appears whole or not at all. Policies, which are for use, are in `spg_jax.runs.policies`.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Text to token ids and back, for policies small enough to have a vocabulary of their own.
 
-`spg_jax.hf_tokenizer` has the published tokenizers.
+`spg_jax.data.hf_tokenizer` has the published tokenizers.
 """
 
 import re

@@ -1,0 +1,1 @@
+"""Text becomes batches of tokens: tokenizers, prompts and demonstrations."""

@@ -1,0 +1,1 @@
+"""LLaDA checkpoints in their published layout: config.json and the table of tensors."""

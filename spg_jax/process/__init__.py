@@ -1,0 +1,1 @@
+"""How the process lives: flags, several processes, interruption, progress, libtpu."""
