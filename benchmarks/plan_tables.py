@@ -19,13 +19,14 @@ from absl import flags
 from rich.console import Console
 
 from configs import gsm8k
-from spg_jax.config import HARDWARE, digest
+from spg_jax.assembly import assemble
 from spg_jax.planning import memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
 from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
+from spg_jax.presets import HARDWARE
 from spg_jax.process import cli
-from spg_jax.validation import validate
+from spg_jax.runs.directory import digest
 
 FLAGS = flags.FLAGS
 TASKS = ('countdown', 'gsm8k', 'math500', 'sudoku')
@@ -107,7 +108,7 @@ def planned(task: str, topology: str) -> tuple[str, str]:
     """A task on a machine: its row of the summary, and its own section."""
     machine, preset = find_machine(topology), preset_for(topology)
     config = importlib.import_module(f'configs.{task}').get_config(preset)
-    validate(config)
+    assemble(config)
     report = find_report(config, machine)
     chip = machine.chip
     if not report.fits(chip):

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from spg_jax import sharding
-from spg_jax.config import execution_of, training_task
+from spg_jax.assembly import assemble
 from spg_jax.pretrain import base_directory
 from spg_jax.process import cli
 from spg_jax.rl.evaluator import Evaluator
@@ -33,27 +33,20 @@ def main(_: Sequence[str]) -> None:
     base = policy_of_run(Path(given)) if given else base_directory(config)
     cli.compile_cache()
     mesh = sharding.make_mesh({'data': -1})
-    task = training_task(config)
-    problems = list(task.source('train', config.task.data_dir))
-    group_size = config.rl.group_size
+    parts = assemble(config)
+    problems = list(parts.task.source('train', config.task.data_dir))
+    group_size = parts.batching.group_size
     kept, sampled, deadline = [], 0, time.monotonic() + FLAGS.seconds
     with jax.set_mesh(mesh):
-        policy, tokenizer, variables = policies.load_policy(base, mesh, **execution_of(config))
-        evaluator = Evaluator(policy, task, tokenizer, config, mesh)
+        policy, tokenizer, variables = policies.load_policy(base, mesh, **parts.execution)
+        evaluator = Evaluator(policy, parts.task, tokenizer, parts.evaluation, mesh)
         while time.monotonic() < deadline and sampled + PROMPTS_AT_ONCE <= len(problems):
-            some = problems[sampled : sampled + PROMPTS_AT_ONCE]
+            examples = problems[sampled : sampled + PROMPTS_AT_ONCE]
             sampled += PROMPTS_AT_ONCE
-            texts = evaluator.complete(
-                variables,
-                some,
-                config.sampling.length,
-                config.sampling.steps,
-                config.sampling.temperature,
-                group_size,
-            )
+            texts = evaluator.texts(variables, examples, parts.sampling, group_size)
             for row, text in enumerate(texts):
-                example = some[row // group_size]
-                if task.reward(text, example) == 1:
+                example = examples[row // group_size]
+                if parts.task.reward(text, example) == 1:
                     kept.append({'example': example, 'completion': text})
     Path(FLAGS.out).write_text(''.join(json.dumps(row) + '\n' for row in kept))
     print(f'{FLAGS.out}: {len(kept)} of {sampled * group_size} completions earned 1')

@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from spg_jax import sharding
-from spg_jax.config import model_of, sampling_config, training_task
+from spg_jax.assembly import assemble, model_of
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.process import cli
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout, empty_rollout, make_generate
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
@@ -57,20 +56,21 @@ class Bench:
     """Programs of a configuration on random parameters and a random rollout."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        self.config = config
+        self.config, self.parts = config, assemble(config)
         self.mesh = sharding.make_mesh(config.mesh)
-        tokenizer = WordTokenizer(training_task(config).vocabulary)
+        tokenizer = WordTokenizer(self.parts.task.vocabulary)
         model = model_of(config, tokenizer.size, self.mesh.devices.flat[0].platform)
         self.policy = policies.make_policy(model, tokenizer)
         params = sharding.init_params(self.policy.model, jax.random.key(0), self.mesh)
         self.variables = {'params': params}
         self.size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        self.rows = config.rl.prompts * config.rl.group_size
+        self.rows = self.parts.batching.rows
         self.sequence = config.sampling.prompt_length + config.sampling.length
 
     def rollout(self) -> Rollout:
         """Random tokens, completions of full length, alternating advantages."""
-        rollout = empty_rollout(self.config, self.mesh, self.config.sampling.prompt_length)
+        lengths = self.config.sampling.prompt_length, self.config.sampling.length
+        rollout = empty_rollout(self.rows, *lengths, self.mesh)
         words = lambda shape: np.random.default_rng(0).integers(3, 11, shape, np.int32)  # noqa: E731
         return rollout.replace(
             prompt=jnp.asarray(words(rollout.prompt.shape)),
@@ -83,16 +83,16 @@ class Bench:
 
     def rollout_seconds(self) -> float:
         """One rollout batch, without scoring; random parameters rarely stop early."""
-        generate = make_generate(self.policy, sampling_config(self.config))
+        generate = make_generate(self.policy, self.parts.sampling)
         rollout = self.rollout()
         keys = example_keys(0, Purpose.SAMPLE, 0, rollout.example_id)
         return seconds(lambda: generate(self.variables, rollout.prompt, rollout.prompt_mask, keys))
 
     def update(self) -> tuple[Callable, object, Rollout]:
-        optimizer = optimizers.for_rl(self.config.optimizer, 100)
+        parts, optimizer = self.parts, optimizers.for_rl(self.parts.optimizer, 100)
         state = initial_state(self.variables, optimizer, self.policy, self.mesh, average=False)
-        objective = REGISTRY[self.config.rl.objective](self.config)
-        update = make_update(self.policy, objective, optimizer, self.config, shardings_of(state))
+        shardings = shardings_of(state)
+        update = make_update(self.policy, parts.objective, optimizer, parts.batching, 0, shardings)
         return update, state, self.rollout()
 
     def update_seconds(self) -> float:

@@ -10,7 +10,8 @@ On one CPU core: base policy 248 s, RL 103 s, 9 % -> 71 % right (`benchmarks.lea
 
 import ml_collections
 
-from spg_jax.config import HARDWARE, default_config, on_a_laptop, on_llada_8b, tiny
+from spg_jax.config import default_config
+from spg_jax.presets import HARDWARE, on_a_laptop, on_llada_8b, tiny
 
 PRESETS = ('small', 'tiny', *HARDWARE)
 

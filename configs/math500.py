@@ -9,7 +9,8 @@ Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on
 
 import ml_collections
 
-from spg_jax.config import HARDWARE, default_config, on_llada_8b
+from spg_jax.config import default_config
+from spg_jax.presets import HARDWARE, on_llada_8b
 
 PRESETS = tuple(HARDWARE)
 

@@ -11,7 +11,8 @@ On one CPU core: base policy 417 s, RL 293 s, cells 51 % -> 95 %, grids 6 % -> 8
 
 import ml_collections
 
-from spg_jax.config import HARDWARE, default_config, on_a_laptop, on_llada_8b, tiny
+from spg_jax.config import default_config
+from spg_jax.presets import HARDWARE, on_a_laptop, on_llada_8b, tiny
 
 PRESETS = ('small', 'tiny', *HARDWARE)
 

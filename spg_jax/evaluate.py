@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spg_jax.config import evaluation_lengths, evaluation_task, execution_of
+from spg_jax.assembly import assemble
 from spg_jax.process import cli, distributed
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policies
@@ -31,15 +31,15 @@ def main(_: list[str]) -> None:
     config, directory, adapter = chosen_policy(
         FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
     )
-    mesh = cli.chosen_mesh(config)
-    # Both say what is wrong before any work.
-    tokenizer = policies.load_tokenizer(directory)
-    policies.check_policy(directory, mesh, adapter)
     if FLAGS.samples:
         config.evaluation.samples = FLAGS.samples
+    parts, mesh = assemble(config), cli.chosen_mesh(config.mesh)
+    # Fail early: these two calls read no weights.
+    tokenizer = policies.load_tokenizer(directory)
+    policies.check_policy(directory, mesh, adapter)
     cli.compile_cache()
     started = time.monotonic()
-    task = evaluation_task(config)
+    task = parts.evaluation_task
     if FLAGS.data:
         examples = task.read_published(FLAGS.data)
     else:
@@ -47,10 +47,8 @@ def main(_: list[str]) -> None:
             source = task.source(FLAGS.split, config.task.data_dir)
         examples = list(source)
     with jax.set_mesh(mesh):
-        policy, _, variables = policies.load_policy(
-            directory, mesh, adapter, **execution_of(config)
-        )
-        evaluator = Evaluator(policy, task, tokenizer, config, mesh)
+        policy, _, variables = policies.load_policy(directory, mesh, adapter, **parts.execution)
+        evaluator = Evaluator(policy, task, tokenizer, parts.evaluation, mesh)
         report = evaluator.report(variables, examples)
     if not distributed.is_leader():
         return
@@ -58,11 +56,10 @@ def main(_: list[str]) -> None:
     table = Table(
         'length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer'
     )
-    for length, steps in evaluation_lengths(config):
-        accuracy = report['accuracy_by_length'][str(length)]
-        table.add_row(
-            str(length), str(steps), str(config.evaluation.block_length), f'{accuracy:.3f}'
-        )
+    for decoding in parts.evaluation.decodings:
+        accuracy = report['accuracy_by_length'][str(decoding.length)]
+        sizes = decoding.length, decoding.steps, decoding.block_length
+        table.add_row(*map(str, sizes), f'{accuracy:.3f}')
     Console(stderr=True).print(table)
     print(json.dumps(report | {'files': [FLAGS.data or f'{FLAGS.split} split']}))
 

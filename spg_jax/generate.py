@@ -8,20 +8,18 @@ Without a prompt it takes the first test problem of the task. A published checkp
 as one user turn of its chat template.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from spg_jax.config import evaluation_sampling, evaluation_task, execution_of, prompt_buckets
+from spg_jax.assembly import assemble
 from spg_jax.data.batches import left_pad, padded_length
-from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.diffusion.sampling import Completion
 from spg_jax.process import cli
+from spg_jax.process.trace import show_trace
 from spg_jax.random import Purpose, example_keys
-from spg_jax.rl.evaluator import headline_length
 from spg_jax.rl.rollout import make_generate
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy
@@ -29,52 +27,28 @@ from spg_jax.runs.directory import chosen_policy
 FLAGS = flags.FLAGS
 
 
-def show_trace(completion: Completion, tokenizer: Tokenizer, console: Console) -> None:
-    """One line a denoising step: what was committed so far, the newest tokens in colour, the rest
-    as dots."""
-    tokens, committed = np.asarray(completion.tokens)[0], np.asarray(completion.commit_step)[0]
-    table = Table('step', 'completion', show_edge=False)
-    for step in range(committed.max() + 1):
-        line = Text()
-        for token, at in zip(tokens.tolist(), committed.tolist(), strict=True):
-            # Tokens filled in after an early stop have step -1 and were never predicted.
-            known = 0 <= at <= step
-            word = tokenizer.decode([token], keep_specials=True) if known else '·'
-            line.append(
-                word.replace('\n', '\\n') + ' ',
-                style='bold green' if at == step else '' if known else 'dim',
-            )
-        table.add_row(str(step), line)
-    console.print(table)
-
-
 def main(_: list[str]) -> None:
     config, directory, adapter = chosen_policy(
         FLAGS.workdir, FLAGS.checkpoint, FLAGS.adapter, FLAGS.config
     )
-    mesh = cli.chosen_mesh(config)
-    # Both say what is wrong before any work.
+    parts, mesh = assemble(config), cli.chosen_mesh(config.mesh)
+    # Fail early: these two calls read no weights.
     tokenizer = policies.load_tokenizer(directory)
     policies.check_policy(directory, mesh, adapter)
     cli.compile_cache()
-    task = evaluation_task(config)
+    task = parts.evaluation_task
     prompt = FLAGS.prompt or task.prompt(task.source('test', config.task.data_dir)[0])
-    row = tokenizer.encode_prompt(prompt, task.prefill)
-    length = padded_length(len(row), prompt_buckets(config))
-    tokens, valid = left_pad([row], length, tokenizer.pad_id)
+    ids = tokenizer.encode_prompt(prompt, task.prefill)
+    tokens, valid = left_pad([ids], padded_length(len(ids), parts.prompt_lengths), tokenizer.pad_id)
+    decoding = dataclasses.replace(parts.evaluation.headline, temperature=FLAGS.temperature)
     with jax.set_mesh(mesh):
-        policy, _, variables = policies.load_policy(
-            directory, mesh, adapter, **execution_of(config)
-        )
-        length, steps = headline_length(config)
-        generate = make_generate(
-            policy, evaluation_sampling(config, length, steps, FLAGS.temperature)
-        )
+        policy, _, variables = policies.load_policy(directory, mesh, adapter, **parts.execution)
         keys = example_keys(FLAGS.seed, Purpose.SAMPLE, 0, np.zeros(1, np.uint32))
-        completion = generate(variables, tokens, valid, keys)
+        completion = make_generate(policy, decoding)(variables, tokens, valid, keys)
+    tokens, commit_step = np.asarray(completion.tokens)[0], np.asarray(completion.commit_step)[0]
     if FLAGS.trace:
-        show_trace(completion, tokenizer, Console())
-    print(tokenizer.decode(np.asarray(completion.tokens)[0].tolist()))
+        show_trace(tokens, commit_step, lambda token: tokenizer.decode([token], True), Console())
+    print(tokenizer.decode(tokens.tolist()))
 
 
 if __name__ == '__main__':

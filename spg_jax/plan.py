@@ -15,11 +15,11 @@ import jax
 from absl import flags
 from rich.console import Console
 
+from spg_jax.assembly import assemble
 from spg_jax.planning.machines import LISTED, find_machine
 from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.process import cli
-from spg_jax.validation import validate
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +28,7 @@ def main(_: list[str]) -> None:
     if not 0 < FLAGS.efficiency <= 1:
         raise ValueError(f'--efficiency is {FLAGS.efficiency}; use a share within (0, 1]')
     config = FLAGS.config
-    validate(config)
+    assemble(config)  # refuses settings that cannot work before any long work
     checkpoint = config.base.checkpoint
     if checkpoint and not Path(checkpoint).is_dir():
         print(f'{checkpoint} is not here: planned with the sizes of LLaDA-8B', file=sys.stderr)

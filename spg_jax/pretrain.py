@@ -10,9 +10,8 @@ are stratified over the batch, which lowers the variance. The parameters kept ar
 """
 
 import dataclasses
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -20,10 +19,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from absl import flags
+from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.config import digest, execution_of, model_of, training_task
+from spg_jax.assembly import Parts, Stage, assemble, check_mesh, model_of
 from spg_jax.data import batches
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
@@ -33,9 +33,9 @@ from spg_jax.process import cli, distributed
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.random import Purpose, example_keys, step_key
-from spg_jax.runs import checkpoints, policies
-from spg_jax.runs.directory import claimed, policy_of_run
-from spg_jax.runs.metrics import MetricsWriter
+from spg_jax.runs import policies
+from spg_jax.runs.directory import Settings, claimed, digest, policy_of_run
+from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Example, Task
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import (
@@ -45,15 +45,13 @@ from spg_jax.training.train_state import (
     initial_state,
     shardings_of,
 )
-from spg_jax.validation import check_mesh, validate
 
-CHECKPOINT_EVERY = 1000
+CHECKPOINT_EVERY = 1000  # steps
 FLAGS = flags.FLAGS
 
 
-def made_of(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
-    """Everything in a configuration that makes its base policy, wording of the prompt included."""
-    task = training_task(config)
+def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
+    """Everything that makes the base policy of a configuration, wording of the prompt included."""
     return {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
         'model': {name: x for name, x in config.model.items() if name != 'quantize'},
@@ -68,14 +66,17 @@ def made_of(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
 
 def base_directory(config: ml_collections.ConfigDict) -> Path:
     """Where the base policy of a configuration is or will be: named by everything that makes it."""
-    return Path(config.base.cache) / f'{config.task.name}-{digest(made_of(config))}'
+    settings = made_of(config, assemble(config).task)
+    return Path(config.base.cache) / f'{config.task.name}-{digest(settings)}'
 
 
 def find_or_make_base(
     config: ml_collections.ConfigDict, mesh: Mesh, interruption: Interruption
 ) -> Path | None:
-    """The directory of the base policy, trained now unless it exists; None if interrupted (and
-    saved).
+    """The directory of the base policy, which is trained now unless it exists.
+
+    Returns:
+      The directory, or None if the training was interrupted, and is saved.
 
     Raises:
       ValueError, FileNotFoundError: `base.checkpoint` names something that is no policy.
@@ -98,8 +99,9 @@ def pretrain(
     start_from: Path | None = None,
     records: list[batches.Record] | None = None,
 ) -> bool:
-    """Trains through `base.stages` and writes a policy directory, unless it is there already; goes
-    on where a call was cut.
+    """Trains through `base.stages` and writes a policy directory, unless it is there already.
+
+    Goes on where an earlier call was cut.
 
     Args:
       config: of the run; its `base` group says how to train.
@@ -114,90 +116,130 @@ def pretrain(
 
     Raises:
       FloatingPointError: `train.max_skipped` steps in a row were not finite; the state is saved.
-      ValueError, BlockingIOError: the place is another training's, or one is at work there.
+      ValueError, BlockingIOError: the directory is another training's, or one is at work in it.
     """
+    parts = assemble(config)
     training = directory.with_name(directory.name + '.training')
-    given = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
+    imitated = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
+    settings = made_of(config, parts.task) | {'given': imitated}
     finished = policies.is_policy(directory)
-    with claimed(training, made_of(config) | {'given': given}, finished):
+    with claimed(training, settings, finished):
         if finished:
             return True
-        return _pretrain(config, directory, training, mesh, interruption, start_from, records)
+        lessons = Lessons(config, parts, mesh, records)
+        return _pretrain(
+            config, parts, directory, training, mesh, interruption, start_from, lessons
+        )
 
 
 def _pretrain(
     config: ml_collections.ConfigDict,
+    parts: Parts,
     directory: Path,
     training: Path,
     mesh: Mesh,
     interruption: Interruption,
     start_from: Path | None,
-    records: list[batches.Record] | None,
+    lessons: 'Lessons',
 ) -> bool:
-    started = time.monotonic()
-    task = training_task(config)
-    policy, tokenizer, variables = _starting_point(config, task, mesh, start_from)
-    with distributed.leader_first('problems to imitate'):
-        problems = None if records else list(task.source('train', config.task.data_dir))
-    _check_fit(config, task, tokenizer, problems, records)
-    total = sum(steps for steps, _ in config.base.stages)
-    optimizer = optimizers.for_pretraining(config.base, total)
+    """The training itself, in a directory that is claimed; arguments and result of `pretrain`."""
+    run = Run(training, keep=1)
+    policy, tokenizer, variables = _starting_point(config, parts, mesh, start_from)
+    lessons.check_fit(tokenizer)
+    total = sum(stage.steps for stage in parts.stages)
+    base = config.base
+    optimizer = optimizers.for_pretraining(
+        base.learning_rate, base.weight_decay, base.grad_clip, total
+    )
     state = initial_state(variables, optimizer, policy, mesh, average=True)
-    train_step = make_step(policy, optimizer, config, shardings_of(state))
-    run = checkpoints.RunCheckpoints(training / 'checkpoints', keep=1)
-    record: dict[str, Any] = {'stage': None, 'seconds': 0.0}
-    if run.latest_step is not None:
-        state, record = run.restore(checkpoints.abstract(state)), run.record()
-    done, seconds_before = int(state.step), record['seconds']
-    writer = MetricsWriter(training, done, record.get('last_row'), seconds=seconds_before)
-
-    def save() -> None:
-        writer.flush()
-        seconds = seconds_before + time.monotonic() - started
-        saved = {'stage': stage, 'iterator': demonstrations.get_state(), 'seconds': seconds}
-        run.save(done, state, saved | {'last_row': writer.last_row})
-
-    for stage, (steps, right_share) in enumerate(config.base.stages):
-        first = sum(steps for steps, _ in config.base.stages[:stage])
-        demonstrations = _demonstrations(
-            config, mesh, task, tokenizer, problems, records, right_share, stage
-        )
-        if record['stage'] == stage:
-            demonstrations.set_state(record['iterator'])
-        what = 'fine-tuning' if records else f'base policy, {right_share:.0%} right answers'
-        for step in track(range(done - first, steps), what, lambda: _figures(writer)):
+    train_step = make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
+    if run.resumes:
+        state = run.restore(state)
+    first_step = 0
+    for number, stage in enumerate(parts.stages):
+        demonstrations = lessons.batches(tokenizer, stage, number)
+        if run.record.get('stage') == number:
+            demonstrations.set_state(run.record['iterator'])
+        left = range(run.step - first_step, stage.steps)
+        for _ in track(left, lessons.describe(stage), lambda: _figures(run)):
             state, metrics = train_step(state, sharding.put_batch(mesh, next(demonstrations)))
-            done = first + step + 1
-            writer.push(done, metrics)
-            if done == total:
-                writer.flush()
-            if writer.last_row.get('skipped_in_a_row', 0) >= config.train.max_skipped:
-                save()
+            run.push(metrics)
+            if run.step == total:
+                run.flush()
+            stuck, stop = run.skipped(config.train.max_skipped), interruption.requested()
+            if stuck or stop or run.step % CHECKPOINT_EVERY == 0:
+                run.save(state, stage=number, iterator=demonstrations.get_state())
+            if stuck:
                 raise FloatingPointError(
                     f'{training}: {config.train.max_skipped} non-finite steps in a row, saved at '
-                    f'step {done}; lower base.learning_rate in another --workdir'
+                    f'step {run.step}; lower base.learning_rate in another --workdir'
                 )
-            stop = interruption.requested()
-            if stop or done % CHECKPOINT_EVERY == 0:
-                save()
             if stop:
-                print(f'stopped at step {done} of {total}, saved; the same command goes on')
+                print(f'stopped at step {run.step} of {total}, saved; the same command goes on')
                 return False
-    writer.close()
+        first_step += stage.steps
     run.close()
-    seconds = seconds_before + time.monotonic() - started
-    notes = {'seconds': seconds, 'config': config.to_dict()}
+    notes = {'seconds': run.seconds, 'config': config.to_dict()}
     policies.save_policy(directory, state.average, policy.config, tokenizer, notes)
     return True
 
 
+class Lessons:
+    """What a base policy learns from: the task's demonstrator, or given answers to imitate."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        parts: Parts,
+        mesh: Mesh,
+        records: list[batches.Record] | None,
+    ):
+        """Reads the problems of the task, unless there are `records` to imitate."""
+        self._config, self._task, self._records = config, parts.task, records
+        self._problems: list[Example] = []
+        if records is None:
+            with distributed.leader_first('problems to imitate'):
+                self._problems = list(self._task.source('train', config.task.data_dir))
+        self._local_rows = sharding.own_rows(mesh, config.base.batch_size)
+
+    def check_fit(self, tokenizer: Tokenizer) -> None:
+        """Fails before the first step if a prompt or an answer is too long; raises as
+        `batches.encode_pairs`."""
+        prompt_length, length = self._config.sampling.prompt_length, self._config.sampling.length
+        if self._records is not None:
+            batches.encode_pairs(self._task, tokenizer, self._records, prompt_length, length)
+        else:
+            batches.encode_prompts(self._task, tokenizer, self._problems, prompt_length)
+
+    def batches(self, tokenizer: Tokenizer, stage: Stage, number: int) -> grain.DatasetIterator:
+        """The demonstrations of a stage, endless; `number` is its place among the stages."""
+        sizes = dict(
+            batch_size=self._config.base.batch_size,
+            prompt_length=self._config.sampling.prompt_length,
+            length=self._config.sampling.length,
+            seed=self._config.base.seed + number,
+            own=self._local_rows,
+        )
+        if self._records is not None:
+            return batches.recorded_demonstrations(self._task, tokenizer, self._records, **sizes)
+        return batches.demonstrations(
+            self._task, tokenizer, self._problems, right_share=stage.right_share, **sizes
+        )
+
+    def describe(self, stage: Stage) -> str:
+        """Names a stage in a few words, for its line of progress."""
+        if self._records is not None:
+            return 'fine-tuning'
+        return f'base policy, {stage.right_share:.0%} right answers'
+
+
 def _starting_point(
-    config: ml_collections.ConfigDict, task: Task, mesh: Mesh, start_from: Path | None
+    config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh, start_from: Path | None
 ) -> tuple[Policy, Tokenizer, Variables]:
     """A policy from disk, or a new one for the words of the task's compact format.
 
     Raises:
-      ValueError: the policy has adapters: here every parameter is trained.
+      ValueError: the policy has adapters, but pre-training trains every parameter.
     """
     if start_from:
         if policies.base_of(start_from) != start_from:
@@ -205,9 +247,9 @@ def _starting_point(
                 f'{start_from} has adapters, but every parameter is trained here; merge them with '
                 'spg_jax.export --merge and start from the result'
             )
-        execution = execution_of(config) | {'quantize': ''}  # only what is frozen is quantised
+        execution = parts.execution | {'quantize': ''}  # only frozen parameters are quantised
         return policies.load_policy(start_from, mesh, **execution)
-    tokenizer = WordTokenizer(task.vocabulary)
+    tokenizer = WordTokenizer(parts.task.vocabulary)
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
     model = dataclasses.replace(model, quantize='')
     policy = policies.make_policy(model, tokenizer)
@@ -219,80 +261,51 @@ def _starting_point(
     return policy, tokenizer, {'params': params}
 
 
-def _check_fit(
-    config: ml_collections.ConfigDict,
-    task: Task,
-    tokenizer: Tokenizer,
-    problems: list[Example] | None,
-    records: list[batches.Record] | None,
-) -> None:
-    """Finds what has no room now, and not when its batch comes; raises as
-    `batches.encode_pairs`."""
-    prompt_length, length = config.sampling.prompt_length, config.sampling.length
-    if records:
-        batches.encode_pairs(task, tokenizer, records, prompt_length, length)
-    else:
-        batches.encode_prompts(task, tokenizer, problems, prompt_length)
-
-
 def make_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
+    seed: int,
+    ema: float,
     shardings: TrainState,
-):
-    """A compiled (state, Demonstrations) -> (state, metrics); the old state is given up."""
+) -> Callable[[TrainState, batches.Demonstrations], tuple[TrainState, Metrics]]:
+    """A compiled (state, demonstrations) -> (state, metrics); the old state is given up.
+
+    Args:
+      policy: the model.
+      optimizer: how its parameters change.
+      seed: of the masks.
+      ema: decay of the averaged parameters.
+      shardings: of the state, which the new state keeps.
+    """
+
+    def loss_of(trained: Variables, batch: batches.Demonstrations, masked: Array) -> Array:
+        noisy = jnp.where(masked, policy.mask_id, batch.completion)
+        logits = policy.completion_logits(trained, batch.prompt, batch.prompt_mask, noisy)
+        return denoising_loss(logits, batch.completion, masked)
 
     def step(state: TrainState, batch: batches.Demonstrations) -> tuple[TrainState, Metrics]:
-        seed, purpose = config.base.seed, Purpose.CORRUPT
-        row_keys = example_keys(seed, purpose, state.step, batch.index)
+        row_keys = example_keys(seed, Purpose.CORRUPT, state.step, batch.index)
         masked = stratified_masks(
-            step_key(seed, purpose, state.step), row_keys, batch.completion.shape[1]
+            step_key(seed, Purpose.CORRUPT, state.step), row_keys, batch.completion.shape[1]
         )
-        loss, gradient = jax.value_and_grad(denoising_loss, argnums=1)(
-            policy, state.trained, batch.prompt, batch.prompt_mask, batch.completion, masked
-        )
-        state, applied = apply_gradient(state, gradient, loss, optimizer)
+        loss, gradient = jax.value_and_grad(loss_of)(state.trained, batch, masked)
+        state, metrics = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
-        decay = jnp.minimum(config.base.ema, (1.0 + state.step) / (10.0 + state.step))
-        average = jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, state.average, state.trained
-        )
-        return state.replace(average=average), applied | {'loss': (loss, jnp.float32(1))}
+        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+        average = optax.incremental_update(state.trained, state.average, 1 - decay)
+        return state.replace(average=average), metrics | {'loss': (loss, jnp.float32(1))}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _demonstrations(
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    task: Task,
-    tokenizer: Tokenizer,
-    problems: list[Example] | None,
-    records: list[batches.Record] | None,
-    right_share: float,
-    stage: int,
-) -> grain.DatasetIterator:
-    sizes = dict(
-        batch_size=config.base.batch_size,
-        prompt_length=config.sampling.prompt_length,
-        length=config.sampling.length,
-        seed=config.base.seed + stage,
-        own=sharding.own_rows(mesh, config.base.batch_size),
-    )
-    if records is not None:
-        return batches.recorded_demonstrations(task, tokenizer, records, **sizes)
-    return batches.demonstrations(task, tokenizer, problems, right_share=right_share, **sizes)
-
-
-def _figures(writer: MetricsWriter) -> str:
-    loss = writer.last_row.get('loss')
+def _figures(run: Run) -> str:
+    loss = run.last_row.get('loss')
     return f'loss {loss:.3f}' if loss is not None else ''
 
 
 def main(_: list[str]) -> None:
     config = FLAGS.config
-    validate(config)
+    parts = assemble(config)
     if (FLAGS.demonstrations or config.base.checkpoint) and not FLAGS.workdir:
         raise ValueError(
             '--demonstrations or base.checkpoint without --workdir; give one, since base.cache is '
@@ -300,10 +313,10 @@ def main(_: list[str]) -> None:
         )
     cli.compile_cache()
     mesh = sharding.make_mesh(config.mesh)
-    check_mesh(config, mesh)
+    check_mesh(config, parts, mesh)
     records = None
     if FLAGS.demonstrations:
-        records = batches.read_demonstrations(FLAGS.demonstrations, training_task(config))
+        records = batches.read_demonstrations(FLAGS.demonstrations, parts.task)
     start_from = policy_of_run(Path(config.base.checkpoint)) if config.base.checkpoint else None
     directory = Path(FLAGS.workdir) if FLAGS.workdir else base_directory(config)
     with jax.set_mesh(mesh), Interruption() as interruption:

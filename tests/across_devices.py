@@ -12,18 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.config import default_config, sampling_config
+from spg_jax.assembly import assemble
+from spg_jax.config import default_config
 from spg_jax.models.lora import LoRA
 from spg_jax.models.policy import with_adapters
 from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_update
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import make_generate
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
-from tests.rl.conftest import random_rollout
+from tests.rl.conftest import learning, random_rollout
 
 ROWS, PROMPT = 8, 4
 
@@ -57,14 +57,12 @@ def outcome(checkpoint: Path, mesh: Mesh) -> dict[str, np.ndarray]:
         logits = jax.jit(policy.completion_logits)(
             variables, rollout.prompt, rollout.prompt_mask, rollout.completion
         )
-        generate = make_generate(policy, sampling_config(config))
+        generate = make_generate(policy, assemble(config).sampling)
         tokens = generate(variables, rollout.prompt, rollout.prompt_mask, keys).tokens
         found |= fetched(mesh, {'logits': logits, 'tokens': tokens})
-        optimizer = optimizers.for_rl(config.optimizer, 10)
+        optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
         state = initial_state(variables, optimizer, policy, mesh, average=False)
-        update = make_update(
-            policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
-        )
+        update = make_update(policy, *learning(config, optimizer), shardings_of(state))
         state, _ = update(state, rollout)
         return found | fetched(mesh, {'updated': state.trained})
 

@@ -5,14 +5,11 @@ import atexit
 import os
 import shutil
 import tempfile
-from importlib.metadata import version
 
 # Before jax starts: flags are read once.
 os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
 )
-if version('jaxlib').startswith('0.10.'):  # a version that does not know a flag ends at once
-    os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'  # compiles in 2/3 of the time
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # One for this run of the tests, both workers and the processes they start: most of a test's time is
 # the compiler's, and many compile the same program.

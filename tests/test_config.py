@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 from spg_jax import sharding, tasks
-from spg_jax.config import HARDWARE, default_config, evaluation_task
+from spg_jax.assembly import assemble, check_mesh
+from spg_jax.config import default_config
 from spg_jax.diffusion import sampling
+from spg_jax.diffusion.corruption import Corruption
 from spg_jax.diffusion.sampling import SamplingConfig
-from spg_jax.models import lora
-from spg_jax.models.lora import LoRA
+from spg_jax.models import layers, lora
+from spg_jax.models.lora import Adapter, LoRA
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
-from spg_jax.rl.evaluator import headline_length
+from spg_jax.presets import HARDWARE
+from spg_jax.rl import learner
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.objectives import spg
+from spg_jax.train import train
 from spg_jax.training import optimizers
-from spg_jax.validation import check_mesh, validate
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,26 +31,15 @@ def leaves(config):
     return [(group, leaf) for group, settings in config.items() for leaf in settings]
 
 
-def readers(group):
-    """(source, what stands before the leaf where it is read), wherever a group is read."""
-    whole = [path.read_text() for path in (REPOSITORY / 'spg_jax').rglob('*.py')]
-    found = [(source, rf'\.{group}\.') for source in whole]
-    if group == 'optimizer':
-        found.append((inspect.getsource(optimizers.for_rl), r'config\.'))
-    if group == 'base':
-        found.append((inspect.getsource(optimizers.for_pretraining), r'config\.'))
-    if group == 'model':  # passed whole to TransformerConfig
-        found.append((inspect.getsource(Transformer) + inspect.getsource(Block), r'config\.'))
-        found.append((inspect.getsource(TransformerConfig.head_dim.fget), r'self\.'))
-    if group == 'lora':  # passed whole to LoRA
-        found.append((inspect.getsource(lora), r'lora\.'))
-        found.append((inspect.getsource(LoRA.scale.fget), r'self\.'))
-    if group == 'sampling':  # passed whole to SamplingConfig
-        source = inspect.getsource(sampling)
-        found.append((source[source.index('class Completion') :], r'config\.'))
-        properties = (SamplingConfig.blocks, SamplingConfig.steps_per_block)
-        found += [(inspect.getsource(some.fget), r'self\.') for some in properties]
-    return found
+# Groups whose settings become fields of a part, and the code in which these fields are used.
+USERS = {
+    'model': [Transformer, Block, TransformerConfig.head_dim.fget],
+    'lora': [LoRA.scale.fget, Adapter, layers],
+    'sampling': [SamplingConfig.blocks.fget, SamplingConfig.steps_per_block.fget, sampling],
+    'corruption': [Corruption.__call__, Corruption._choose_blocks, Corruption._mask_completion],
+    'rl': [Batching.rows.fget, Batching.rows_at_once.fget, learner.make_update, train, spg.build],
+    'optimizer': [optimizers.for_rl],
+}
 
 
 @pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
@@ -53,7 +47,11 @@ def test_every_setting_is_read(group, leaf):
     if group == 'mesh':
         assert leaf in sharding.AXES
         return
-    assert any(re.search(rf'{before}{leaf}\b', source) for source, before in readers(group))
+    package = [path.read_text() for path in (REPOSITORY / 'spg_jax').rglob('*.py')]
+    directly = any(re.search(rf'\b{group}\.{leaf}\b', source) for source in package)
+    users = map(inspect.getsource, USERS.get(group, ()))
+    fields = rf'(config|self|settings|batching|lora)\.{leaf}\b'
+    assert directly or any(re.search(fields, source) for source in users)
 
 
 @pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
@@ -79,8 +77,7 @@ def test_presets_validate(task, presets):
     for preset in presets:
         config = module.get_config(preset)
         assert config.task.name == task
-        validate(config)
-        assert evaluation_task(config).format in ('compact', 'published_eval')
+        assert assemble(config).evaluation_task.format in ('compact', 'published_eval')
 
 
 @pytest.mark.parametrize('task', sorted(tasks.TASKS))
@@ -176,40 +173,45 @@ def test_what_cannot_work_is_refused_with_key_and_value(change, said):
         group, leaf = name.split('.')
         config[group][leaf] = value
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        validate(config)
+        assemble(config)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(('length', 'headline'), [(256, (256, 128)), (64, (128, 64))])
 def test_the_headline_is_the_length_trained_at_or_else_the_first(length, headline):
     config = default_config()
-    config.sampling.length = length
-    assert headline_length(config) == headline
+    config.sampling.update(length=length, steps=length // 2)
+    decoding = assemble(config).evaluation.headline
+    assert (decoding.length, decoding.steps) == headline
 
 
 def test_groups_do_not_straddle_processes(monkeypatch):
-    config = default_config()
+    batching = assemble(default_config()).batching
     mesh = sharding.make_mesh({'data': 8})
-    monkeypatch.setattr('spg_jax.validation.own_rows', lambda mesh, rows: np.arange(12, 24))
-    check_mesh(config, mesh)
-    for own in (np.arange(16, 24), np.r_[0:3, 48:51]):
-        monkeypatch.setattr('spg_jax.validation.own_rows', lambda mesh, rows, own=own: own)
+    monkeypatch.setattr('spg_jax.rl.batching.own_rows', lambda mesh, rows: np.arange(12, 24))
+    assert batching.local_prompts(mesh).tolist() == [2, 3]
+    for rows in (np.arange(16, 24), np.r_[0:3, 48:51]):
+        monkeypatch.setattr('spg_jax.rl.batching.own_rows', lambda *_, rows=rows: rows)
         with pytest.raises(ValueError, match='16 groups of 6 rows .* would straddle them'):
-            check_mesh(config, mesh)
+            batching.local_prompts(mesh)
+
+
+def check_default_on(mesh, config=None):
+    config = config or default_config()
+    check_mesh(config, assemble(config), mesh)
 
 
 def test_a_mesh_that_would_cut_heads_is_refused():
-    config = default_config()
     with pytest.raises(ValueError, match='mesh.tensor is 8, which does not divide the 4 model.hea'):
-        check_mesh(config, sharding.make_mesh({'tensor': 8}))
+        check_default_on(sharding.make_mesh({'tensor': 8}))
 
 
 @pytest.mark.parametrize('key', ['rl.microbatch', 'rl.generation_batch', 'base.batch_size'])
 def test_rows_that_do_not_split_over_the_devices_are_refused(key):
     config = default_config()
     mesh = sharding.make_mesh({'data': 4, 'fsdp': 2})
-    check_mesh(config, mesh)
+    check_default_on(mesh, config)
     group, leaf = key.split('.')
     config[group][leaf] = 12
     with pytest.raises(ValueError, match=f'{key} is 12.*multiple of 8'):
-        check_mesh(config, mesh)
+        check_default_on(mesh, config)

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
 from spg_jax import pretrain, sharding
-from spg_jax.config import training_task
+from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models.number_features import PERIODS, with_number_features
 from spg_jax.process.interruption import Interruption
@@ -97,7 +97,7 @@ def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
     config.base.stages = ((60, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
-    pairs = batches.read_demonstrations(str(records), training_task(config))
+    pairs = batches.read_demonstrations(str(records), assemble(config).task)
     assert run(config, tmp_path / 'tuned', tmp_path / 'base', pairs)
     losses = [
         json.loads((tmp_path / f'{name}.training' / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -122,7 +122,7 @@ def test_wrong_demonstrations_say_where(config, tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        batches.read_demonstrations(str(path), training_task(config))
+        batches.read_demonstrations(str(path), assemble(config).task)
     assert '\n' not in str(error.value)
 
 
@@ -140,7 +140,7 @@ def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
 
 
 def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path):
-    config.base.learning_rate, config.train.max_skipped = float('inf'), 3
+    config.base.learning_rate, config.train.max_skipped = 1e38, 3
     with pytest.raises(FloatingPointError, match='3 non-finite steps in a row'):
         run(config, tmp_path / 'base')
     assert not policies.is_policy(tmp_path / 'base')

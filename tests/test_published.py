@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import countdown
-from spg_jax.config import evaluation_task
+from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models.llada import weights
 from spg_jax.models.transformer import Transformer
@@ -43,7 +43,7 @@ def short_answers(length=4):
 
 
 def test_prompts_of_a_task_are_padded_on_the_left_and_end_with_the_prefill(published):
-    task = evaluation_task(short_answers())
+    task = assemble(short_answers()).evaluation_task
     examples = [
         {'numbers': [3, 44, 7], 'target': 26, 'index': 0},
         {'numbers': [10, 20, 30], 'target': 100, 'index': 5},

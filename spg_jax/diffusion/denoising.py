@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.bounds import completion_log_probs
-from spg_jax.models.policy import Policy, Variables
 
 
 def stratified_masks(key: Array, row_keys: Array, length: int) -> Array:
@@ -28,27 +27,16 @@ def stratified_masks(key: Array, row_keys: Array, length: int) -> Array:
     return rank < count[:, None]
 
 
-def denoising_loss(
-    policy: Policy,
-    variables: Variables,
-    prompt: Array,
-    prompt_mask: Array,
-    completion: Array,
-    masked: Array,
-) -> Array:
+def denoising_loss(logits: Array, completion: Array, masked: Array) -> Array:
     """Mean over rows of the cross-entropy of a masked token, in nats (eq. 3 and 5, exact counts).
 
-    Summed over the k masked tokens of a row with weight C/k, per token of the completion: 1/k.
+    The sum over the k masked tokens of a row has weight C/k, which per token of the completion is
+    1/k.
 
     Args:
-      policy: the model.
-      variables: its parameters.
-      prompt: [B, P] int32, left-padded.
-      prompt_mask: [B, P] bool, False on padding.
+      logits: [B, C, V] at the completion positions, predicted from the masked sequence.
       completion: [B, C] int32.
-      masked: [B, C] bool, at least one a row.
+      masked: [B, C] bool, at least one True a row.
     """
-    noisy = jnp.where(masked, policy.mask_id, completion)
-    logits = policy.completion_logits(variables, prompt, prompt_mask, noisy)
     logp = jax.vmap(completion_log_probs)(logits, completion)
     return -(jnp.where(masked, logp, 0.0).sum(1) / masked.sum(1)).mean()

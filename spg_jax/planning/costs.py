@@ -16,10 +16,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from spg_jax import sharding
-from spg_jax.config import evaluation_lengths, generation_batch
 from spg_jax.models.attention import FUSED
 from spg_jax.models.transformer import TransformerConfig
-from spg_jax.planning.programs import Plan, evaluation_rows
+from spg_jax.planning.programs import Plan
 
 # Cost of attention backwards in units of forwards, which is two products. Fused kernels compute the
 # scores again; splash does in two kernels what cuDNN does in one.
@@ -49,15 +48,13 @@ class _Pass(NamedTuple):
 
 def work(plan: Plan, name: str) -> Work:
     """What a program costs if no row ends early."""
-    config, model = plan.config, plan.policy.config
     rows, passes, length = _passes(plan, name)
     if name == 'update':
-        unembedded = config.sampling.length
+        unembedded = plan.parts.sampling.length
         flops = _update_flops(plan)
     else:
-        decoding = config.sampling if name == 'rollout' else config.evaluation
-        unembedded = decoding.block_length
-        flops = passes * rows * forward(model, length, unembedded).total
+        unembedded = plan.decoding(name).block_length
+        flops = passes * rows * forward(plan.policy.config, length, unembedded).total
     return Work(flops, passes * _traffic(plan, rows, length, unembedded))
 
 
@@ -99,23 +96,18 @@ def expected_received(plan: Plan, name: str) -> float:
 
 def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
     """Rows a pass over the layers, forwards or backwards; passes; positions of a row."""
-    config = plan.config
-    prompt = config.sampling.prompt_length
-    guided = 2 if config.sampling.guidance else 1
-    if name == 'rollout':
-        passes = guided * config.sampling.steps
-        return generation_batch(config), passes, prompt + config.sampling.length
-    if name == 'evaluation':
-        length, steps = max(evaluation_lengths(config))
-        return evaluation_rows(plan), guided * steps, prompt + length
-    draws = config.corruption.draws
-    at_once = config.rl.draws_per_pass or draws
-    batches = config.rl.prompts * config.rl.group_size // config.rl.microbatch
-    passes = batches * (draws // at_once)
+    batching, length = plan.parts.batching, plan.prompt_length + plan.parts.sampling.length
+    if name != 'update':
+        decoding = plan.decoding(name)
+        guided = 2 if decoding.guidance else 1
+        return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
+    draws = plan.parts.objective.corruption.draws
+    at_once = batching.draws_per_pass or draws
+    passes = batching.rows // batching.microbatch * (draws // at_once)
     # Forwards, forwards again where layers are recomputed, backwards; before them, where draws are
     # taken some at a time, forwards for all log-probabilities.
     kinds = 2 + plan.policy.config.remat + (at_once < draws)
-    return config.rl.microbatch * at_once, passes * kinds, prompt + config.sampling.length
+    return batching.microbatch * at_once, passes * kinds, length
 
 
 def _update_flops(plan: Plan) -> float:
@@ -123,13 +115,11 @@ def _update_flops(plan: Plan) -> float:
 
     Taking some draws at a time (`rl.draws_per_pass`) costs one more forward pass of each.
     """
-    config, model = plan.config, plan.policy.config
-    draws = config.corruption.draws
-    rows = config.rl.prompts * config.rl.group_size * draws
-    one = forward(
-        model, config.sampling.prompt_length + config.sampling.length, config.sampling.length
-    )
-    twice = 0 < config.rl.draws_per_pass < draws
+    parts, model = plan.parts, plan.policy.config
+    draws, length = parts.objective.corruption.draws, parts.sampling.length
+    rows = parts.batching.rows * draws
+    one = forward(model, plan.prompt_length + length, length)
+    twice = 0 < parts.batching.draws_per_pass < draws
     again = model.remat * (one.total - one.unembedding - one.last)
     trained = one.adapters if model.lora else one.kernels + one.unembedding
     scores = _ATTENTION_BACKWARDS[plan.attention] * one.attention

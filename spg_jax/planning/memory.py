@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from spg_jax import sharding
-from spg_jax.config import generation_batch
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
-from spg_jax.planning.programs import Plan, evaluation_rows
+from spg_jax.planning.programs import Plan
 from spg_jax.training.train_state import TrainState
 
 
@@ -74,13 +73,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     """
     if name == 'update':
         return _updating(plan)
-    config = plan.config
-    if name == 'rollout':
-        decoding, rows, length = config.sampling, generation_batch(config), config.sampling.length
-    else:
-        decoding, rows = config.evaluation, evaluation_rows(plan)
-        length = max(config.evaluation.lengths)
-    sizes = _sizes(plan, rows, length, decoding.block_length)
+    decoding = plan.decoding(name)
+    sizes = _sizes(plan, plan.rows(name), decoding.length, decoding.block_length)
     in_a_layer = {
         'attention': _attention(plan, sizes, backwards=False),
         'layer': 4 * sizes.hidden,
@@ -95,10 +89,10 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
 
 def _updating(plan: Plan) -> dict[str, float]:
-    config, model = plan.config, plan.policy.config
-    draws = config.rl.draws_per_pass or config.corruption.draws
-    length = config.sampling.length
-    sizes = _sizes(plan, config.rl.microbatch * draws, length, length)
+    batching, model = plan.parts.batching, plan.policy.config
+    draws = batching.draws_per_pass or plan.parts.objective.corruption.draws
+    length = plan.parts.sampling.length
+    sizes = _sizes(plan, batching.microbatch * draws, length, length)
     attention = _attention(plan, sizes, backwards=True)
     layer = (4 + 3 * model.mlp_width / plan.mesh.shape['tensor'] / model.width) * sizes.hidden
     kept = sizes.hidden if model.remat else 2 * layer + attention
@@ -129,7 +123,7 @@ def _sizes(plan: Plan, rows: int, completion: int, unembedded: int) -> _Sizes:
     model, tensor = plan.policy.config, plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
     rows /= sharding.row_shards(plan.mesh)
-    length = plan.config.sampling.prompt_length + completion
+    length = plan.prompt_length + completion
     tables = 2 * model.vocab_size / tensor * model.width * itemsize
     return _Sizes(
         rows=rows,

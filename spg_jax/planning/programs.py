@@ -15,24 +15,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.config import (
-    evaluation_lengths,
-    evaluation_sampling,
-    execution_of,
-    generation_batch,
-    lora_of,
-    model_of,
-    sampling_config,
-    training_task,
-)
+from spg_jax.assembly import Parts, assemble, model_of
 from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
 from spg_jax.models.llada import configuration
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
 from spg_jax.rl.learner import make_update
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout, make_generate
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
@@ -46,12 +37,35 @@ PUBLISHED = Path(__file__).parent / 'llada_8b_instruct.json'
 class Plan:
     """What the programs of a run are made of. Leaves are `jax.ShapeDtypeStruct` with shardings."""
 
-    config: ml_collections.ConfigDict
+    parts: Parts
+    steps: int  # updates of the run
+    seed: int
     mesh: Mesh
     attention: str  # as the chips compute it
     policy: Policy
     state: TrainState
     rollout: Rollout
+
+    @property
+    def prompt_length(self) -> int:
+        """P, the longest prompts that training uses."""
+        return self.parts.prompt_lengths[-1]
+
+    def decoding(self, name: str) -> SamplingConfig:
+        """How 'rollout' decodes, or 'evaluation' at its longest completions, which need most."""
+        if name == 'rollout':
+            return self.parts.sampling
+        return max(self.parts.evaluation.decodings, key=lambda each: (each.length, each.steps))
+
+    def rows(self, name: str) -> int:
+        """Rows that 'rollout' or 'evaluation' generates at once, over all chips.
+
+        The batch of an evaluation is filled up to equal shards.
+        """
+        if name == 'rollout':
+            return self.parts.batching.rows_at_once
+        shards = sharding.row_shards(self.mesh)
+        return -(-self.parts.evaluation.batch // shards) * shards
 
 
 def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> Plan:
@@ -60,6 +74,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     Raises:
       ValueError: where the mesh does not divide the model or the rows.
     """
+    parts = assemble(config)
     policy = planned_policy(config, platform)
     check_heads(policy.config, mesh)
     attention = policy.config.attention
@@ -72,7 +87,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     }
     trained = {policy.trained: variables.pop(policy.trained)}
     whole = sharding.replicated(mesh)
-    optimizer = optimizers.for_rl(config.optimizer, config.train.steps)
+    optimizer = optimizers.for_rl(parts.optimizer, config.train.steps)
     placed = optimizers.state_shardings(optimizer, trained, shardings_of(trained), whole)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(
@@ -83,7 +98,16 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
         average=None,
         skipped=counter,
     )
-    return Plan(config, mesh, attention, policy, state, _abstract_rollout(config, mesh))
+    return Plan(
+        parts=parts,
+        steps=config.train.steps,
+        seed=config.train.seed,
+        mesh=mesh,
+        attention=attention,
+        policy=policy,
+        state=state,
+        rollout=_abstract_rollout(parts, mesh),
+    )
 
 
 def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
@@ -95,51 +119,40 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
       ValueError: for a checkpoint of another architecture.
       FileNotFoundError: for a checkpoint directory without config.json.
     """
+    parts = assemble(config)
     if not config.base.checkpoint:
-        tokenizer = WordTokenizer(training_task(config).vocabulary)
+        tokenizer = WordTokenizer(parts.task.vocabulary)
         policy = policies.make_policy(model_of(config, tokenizer.size, platform), tokenizer)
-        model = dataclasses.replace(policy.config, lora=lora_of(config))
+        model = dataclasses.replace(policy.config, lora=parts.lora)
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)
     path = directory / 'config.json' if directory.is_dir() else PUBLISHED
     model, ids = configuration.read_config(path)
-    execution = execution_of(config)
-    execution['attention'] = resolve(execution['attention'], platform, model.dtype)
-    model = dataclasses.replace(model, **execution, lora=lora_of(config))
+    attention = resolve(parts.execution['attention'], platform, model.dtype)
+    execution = parts.execution | {'attention': attention}
+    model = dataclasses.replace(model, **execution, lora=parts.lora)
     allowed = jnp.arange(model.vocab_size) != ids.mask  # which ids are words does not matter here
     return Policy(model, ids.mask, ids.eos, jax.device_get(allowed))
 
 
 def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted function and the abstract arguments of 'rollout', 'evaluation' or 'update'.
-
-    Evaluation is at the longest completions, which need most.
-    """
-    config, policy = plan.config, plan.policy
+    """The jitted function and the abstract arguments of 'rollout', 'evaluation' or 'update'."""
+    parts, policy = plan.parts, plan.policy
     if name == 'update':
-        optimizer = optimizers.for_rl(config.optimizer, config.train.steps)
-        objective = REGISTRY[config.rl.objective](config)
-        update = make_update(policy, objective, optimizer, config, shardings_of(plan.state))
+        optimizer = optimizers.for_rl(parts.optimizer, plan.steps)
+        shardings = shardings_of(plan.state)
+        update = make_update(
+            policy, parts.objective, optimizer, parts.batching, plan.seed, shardings
+        )
         return update, (plan.state, plan.rollout)
-    if name == 'rollout':
-        rows, decoding = generation_batch(config), sampling_config(config)
-    else:
-        rows = evaluation_rows(plan)
-        decoding = evaluation_sampling(config, *max(evaluation_lengths(config)))
-    by_rows = sharding.batch_sharding(plan.mesh)
-    prompt = (rows, config.sampling.prompt_length)
-    return make_generate(policy, decoding), (
+    rows, by_rows = plan.rows(name), sharding.batch_sharding(plan.mesh)
+    prompt = (rows, plan.prompt_length)
+    return make_generate(policy, plan.decoding(name)), (
         plan.state.variables,
         jax.ShapeDtypeStruct(prompt, jnp.int32, sharding=by_rows),
         jax.ShapeDtypeStruct(prompt, bool, sharding=by_rows),
         jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=by_rows),
     )
-
-
-def evaluation_rows(plan: Plan) -> int:
-    """Rows that evaluation generates at once: its batch, filled up to equal shards."""
-    shards = sharding.row_shards(plan.mesh)
-    return -(-plan.config.evaluation.batch // shards) * shards
 
 
 class Compiled(NamedTuple):
@@ -170,9 +183,9 @@ def lower_for_cuda(plan: Plan, name: str) -> int:
         return len(jax.export.export(run, platforms=['cuda'])(*arguments).mlir_module_serialized)
 
 
-def _abstract_rollout(config: ml_collections.ConfigDict, mesh: Mesh) -> Rollout:
-    rows = config.rl.prompts * config.rl.group_size
-    prompt, length = config.sampling.prompt_length, config.sampling.length
+def _abstract_rollout(parts: Parts, mesh: Mesh) -> Rollout:
+    rows = parts.batching.rows
+    prompt, length = parts.prompt_lengths[-1], parts.sampling.length
     shards = sharding.row_shards(mesh)
     if rows % shards:
         raise ValueError(

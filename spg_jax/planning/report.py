@@ -8,11 +8,10 @@ import jax
 import ml_collections
 
 from spg_jax import sharding
-from spg_jax.config import generation_batch
+from spg_jax.assembly import assemble, check_mesh
 from spg_jax.planning import collectives, costs, memory
 from spg_jax.planning.machines import GIB, Chip, Machine
 from spg_jax.planning.programs import Plan, compile_program, lower_for_cuda, make_plan
-from spg_jax.validation import check_mesh
 
 PROGRAMS = ('rollout', 'evaluation', 'update')
 
@@ -95,7 +94,7 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
     # For CUDA nothing is compiled, so CPU devices can stand in.
     devices = machine.devices or jax.devices('cpu')[: machine.count]
     mesh = sharding.make_mesh(config.mesh, devices)
-    check_mesh(config, mesh)
+    check_mesh(config, assemble(config), mesh)
     plan = make_plan(config, mesh, machine.chip.platform)
     measure = _compiled if machine.chip.platform == 'tpu' else _lowered
     return Report(
@@ -172,7 +171,7 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
     if name == 'evaluation':
         change = f'evaluation.batch below {config.evaluation.batch}, or {wider}'
     elif name == 'rollout':
-        change = f'rl.generation_batch below {generation_batch(config)}, or {wider}'
+        change = f'rl.generation_batch below {assemble(config).batching.rows_at_once}, or {wider}'
     elif not config.model.remat:
         change = 'model.remat=True'
     elif config.rl.draws_per_pass != 1 < config.corruption.draws:
@@ -204,7 +203,7 @@ def times(
     }
     steps = config.train.steps
     rollouts = -(-steps // config.rl.inner_updates)
-    parts = config.rl.prompts * config.rl.group_size // generation_batch(config)
+    parts = config.rl.prompts * config.rl.group_size // assemble(config).batching.rows_at_once
     rollout = parts * seconds['rollout']
     total = rollouts * rollout + steps * seconds['update']
     return Times(rollout, seconds['update'], total / 3600)

@@ -3,11 +3,10 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import jax
-import ml_collections
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -54,15 +53,15 @@ def define_policy_flags() -> None:
     define_config_flag(required=False)
 
 
-def chosen_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh of --mesh, or that of the configuration.
+def chosen_mesh(configured: Mapping[str, int]) -> Mesh:
+    """The mesh of --mesh, or else the one that is configured, as devices along each axis.
 
     Raises:
       ValueError: --mesh is not three numbers, or as `sharding.make_mesh`.
     """
     given = flags.FLAGS.mesh
     if not given:
-        return sharding.make_mesh(config.mesh)
+        return sharding.make_mesh(configured)
     try:
         sizes = dict(zip(sharding.AXES, map(int, given), strict=True))
     except ValueError:

@@ -1,16 +1,16 @@
 """Accuracy of a policy by the published protocol: temperature 0, low-confidence commitment."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax.config import evaluation_lengths, evaluation_sampling, prompt_buckets
 from spg_jax.data.batches import left_pad, padded_length, prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
@@ -21,135 +21,158 @@ from spg_jax.tasks.task import Example, Score, Task
 Figures = dict[str, Any]  # JSON values; accuracies are fractions in [0, 1]
 
 
-class _Rows(NamedTuple):
-    """Completions that this process has looked at."""
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How accuracy is measured."""
+
+    decodings: tuple[SamplingConfig, ...]  # greedy, one for each completion length
+    trained_length: int  # C of the rollouts
+    temperature: float  # of the completions that pass@k looks at, as in rollouts
+    samples: int  # k of pass@k
+    batch: int  # rows that are generated at once, over all devices
+    prompt_lengths: tuple[int, ...]  # lengths that prompts are padded to, ascending
+    seed: int  # of the random numbers at a temperature above 0
+
+    @property
+    def headline(self) -> SamplingConfig:
+        """The decoding whose figures choose checkpoints and stand for the policy.
+
+        It is the one at the length the policy is trained at if there is one, else the first; it is
+        never the one that is best on the test.
+        """
+        trained = (each for each in self.decodings if each.length == self.trained_length)
+        return next(trained, self.decodings[0])
+
+
+class _Completions(NamedTuple):
+    """The completions of an evaluation that this process decodes and scores."""
 
     total: int  # rows over all processes
-    rows: np.ndarray  # [n] their numbers, ascending
+    rows: np.ndarray  # [n] row numbers, ascending
     tokens: np.ndarray  # [n, C] int32
+    commit_step: np.ndarray  # [n, C] int32
 
-    def complete(self, values: np.ndarray) -> np.ndarray:
-        """What all processes found: values [n, ...] of the own rows -> [total, ...]."""
-        every = np.zeros((self.total, *values.shape[1:]), values.dtype)
-        known = np.zeros(self.total, bool)
-        every[self.rows], known[self.rows] = values, True
-        return distributed.merge(every, known)
+    def of_all_processes(self, values: np.ndarray) -> np.ndarray:
+        """Merges the values [n, ...] that each process has for its rows -> [total, ...]."""
+        merged = np.zeros((self.total, *values.shape[1:]), values.dtype)
+        filled = np.zeros(self.total, bool)
+        merged[self.rows], filled[self.rows] = values, True
+        return distributed.merge(merged, filled)
 
 
 class Evaluator:
-    """Decodes and scores problems with a policy's current parameters; compiled once a length."""
+    """Decodes and scores problems with a policy's current parameters.
+
+    A program is compiled once for each decoding and each length of prompts.
+    """
 
     def __init__(
-        self,
-        policy: Policy,
-        task: Task,
-        tokenizer: Tokenizer,
-        config: ml_collections.ConfigDict,
-        mesh: Mesh,
+        self, policy: Policy, task: Task, tokenizer: Tokenizer, evaluation: Evaluation, mesh: Mesh
     ):
         self._policy, self._task, self._tokenizer = policy, task, tokenizer
-        self._config, self._mesh = config, mesh
-        self._programs: dict[tuple[int, int, float], Generate] = {}
+        self._evaluation, self._mesh = evaluation, mesh
+        self._programs: dict[SamplingConfig, Generate] = {}
         self._keys = jax.jit(example_keys, static_argnums=(0, 1, 2))
 
     def report(self, variables: Variables, examples: Sequence[Example]) -> Figures:
         """Figures at the headline length, its pass@k, and the accuracy at every length."""
-        headline, steps = headline_length(self._config)
-        found = {
-            length: self.greedy(variables, examples, length, steps)
-            for length, steps in evaluation_lengths(self._config)
+        evaluation = self._evaluation
+        figures = {
+            decoding: self.greedy(variables, examples, decoding)
+            for decoding in evaluation.decodings
         }
-        samples = self._config.evaluation.samples
-        return found[headline] | {
-            'length': headline,
-            'accuracy_by_length': {str(length): found[length]['accuracy'] for length in found},
-            f'pass_at_{samples}': self.pass_at(variables, examples, headline, steps, samples),
+        return figures[evaluation.headline] | {
+            'length': evaluation.headline.length,
+            'accuracy_by_length': {
+                str(decoding.length): figures[decoding]['accuracy'] for decoding in figures
+            },
+            f'pass_at_{evaluation.samples}': self.pass_at(variables, examples),
         }
 
     def validate(self, variables: Variables, examples: Sequence[Example]) -> Figures:
-        """Figures at the headline length only: cheap enough to come often."""
-        return self.greedy(variables, examples, *headline_length(self._config))
+        """Figures at the headline length only, which are cheap enough to come often."""
+        return self.greedy(variables, examples, self._evaluation.headline)
 
     def greedy(
-        self, variables: Variables, examples: Sequence[Example], length: int, steps: int
+        self, variables: Variables, examples: Sequence[Example], decoding: SamplingConfig
     ) -> Figures:
-        """The task's figures and the mean reward, at temperature 0."""
-        mine = self._generate(variables, examples, length, steps, temperature=0.0, samples=1)
-        texts = decode(self._tokenizer, mine.tokens)
+        """The task's figures and the mean reward of one completion for each example."""
+        completions = self._generate(variables, examples, decoding, samples=1)
+        texts = decode(self._tokenizer, completions.tokens)
         rewards = [
             self._task.reward(text, examples[row])
-            for row, text in zip(mine.rows, texts, strict=True)
+            for row, text in zip(completions.rows, texts, strict=True)
         ]
-        figures = self._task.figures(self._scores(mine, examples, samples=1))
-        return figures | {'reward': float(mine.complete(np.array(rewards)).mean())}
+        figures = self._task.figures(self._scores(completions, examples, samples=1))
+        mean_reward = completions.of_all_processes(np.array(rewards)).mean()
+        return figures | {'reward': float(mean_reward)}
 
-    def pass_at(
-        self,
-        variables: Variables,
-        examples: Sequence[Example],
-        length: int,
-        steps: int,
-        samples: int,
-    ) -> float:
-        """Share of problems solved by at least one of `samples` completions, sampled as in
-        rollouts."""
-        temperature = self._config.sampling.temperature
-        mine = self._generate(variables, examples, length, steps, temperature, samples)
-        solved = [score.solved for score in self._scores(mine, examples, samples)]
+    def pass_at(self, variables: Variables, examples: Sequence[Example]) -> float:
+        """Share of problems that at least one of k completions solves, sampled as in rollouts."""
+        evaluation, samples = self._evaluation, self._evaluation.samples
+        decoding = dataclasses.replace(evaluation.headline, temperature=evaluation.temperature)
+        completions = self._generate(variables, examples, decoding, samples)
+        solved = [score.solved for score in self._scores(completions, examples, samples)]
         return float(np.reshape(solved, (-1, samples)).any(axis=1).mean())
 
-    def _scores(self, mine: _Rows, examples: Sequence[Example], samples: int) -> list[Score]:
-        """The verdict on every row, each process scoring its own."""
-        # Published scorers look for the end of the turn in the text; published rewards do not.
-        specials = self._task.scorer == 'published'
-        texts = decode(self._tokenizer, mine.tokens, keep_specials=specials)
-        scores = [
-            self._task.score(text, examples[row // samples])
-            for row, text in zip(mine.rows, texts, strict=True)
-        ]
-        every = mine.complete(np.array(scores, np.int32).reshape(-1, len(Score._fields)))
-        return [Score(int(right), int(total), bool(solved)) for right, total, solved in every]
-
-    def complete(
+    def texts(
         self,
         variables: Variables,
         examples: Sequence[Example],
-        length: int,
-        steps: int,
-        temperature: float,
+        decoding: SamplingConfig,
         samples: int,
     ) -> list[str]:
-        """The texts of `samples` completions of each example, next to each other; of several
-        processes, each gets its own."""
-        mine = self._generate(variables, examples, length, steps, temperature, samples)
-        return decode(self._tokenizer, mine.tokens)
+        """The texts of `samples` completions of each example, next to each other.
+
+        With several processes, each gets the texts of its own rows.
+        """
+        completions = self._generate(variables, examples, decoding, samples)
+        return decode(self._tokenizer, completions.tokens)
+
+    def trace(self, variables: Variables, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """The headline completion of one example: tokens [C] and commit steps [C], both int32."""
+        completions = self._generate(variables, [example], self._evaluation.headline, samples=1)
+        return completions.tokens[0], completions.commit_step[0]
+
+    def _scores(
+        self, completions: _Completions, examples: Sequence[Example], samples: int
+    ) -> list[Score]:
+        """The verdicts on all rows; each process scores its own."""
+        # Published scorers look for the end of the turn in the text; published rewards do not.
+        specials = self._task.scorer == 'published'
+        texts = decode(self._tokenizer, completions.tokens, keep_specials=specials)
+        scores = [
+            self._task.score(text, examples[row // samples])
+            for row, text in zip(completions.rows, texts, strict=True)
+        ]
+        table = np.array(scores, np.int32).reshape(-1, len(Score._fields))
+        return [
+            Score(int(right), int(total), bool(solved))
+            for right, total, solved in completions.of_all_processes(table)
+        ]
 
     def _generate(
         self,
         variables: Variables,
         examples: Sequence[Example],
-        length: int,
-        steps: int,
-        temperature: float,
+        decoding: SamplingConfig,
         samples: int,
-    ) -> _Rows:
-        """Completions of N examples, N * samples rows of which each process gets its own."""
-        program = (length, steps, temperature)
-        if program not in self._programs:
-            decoding = evaluation_sampling(self._config, length, steps, temperature)
-            self._programs[program] = make_generate(self._policy, decoding)
-        config, shards = self._config, row_shards(self._mesh)
-        batch, total = -(-config.evaluation.batch // shards) * shards, len(examples) * samples
-        first_rows, own = np.arange(0, total, batch), own_rows(self._mesh, batch)
+    ) -> _Completions:
+        """Completions of N examples: N * samples rows, of which each process gets its own."""
+        if decoding not in self._programs:
+            self._programs[decoding] = make_generate(self._policy, decoding)
+        program, shards = self._programs[decoding], row_shards(self._mesh)
+        batch, total = -(-self._evaluation.batch // shards) * shards, len(examples) * samples
+        first_rows, local_rows = np.arange(0, total, batch), own_rows(self._mesh, batch)
         # The last batch is filled up with its last row, so that one program serves every batch.
-        mine = np.minimum(first_rows[:, None] + own[None, :], total - 1)  # [batches, own]
-        prompts = self._prompts(examples, np.unique(mine // samples))
-        tokens = []
-        for rows in mine:
+        batches = np.minimum(first_rows[:, None] + local_rows[None, :], total - 1)
+        prompts = self._prompts(examples, np.unique(batches // samples))
+        tokens, commit_steps = [], []
+        for rows in batches:
             encoded = [prompts[row // samples] for row in rows]
             index = [examples[row // samples]['index'] for row in rows]
             member = (rows % samples).astype(np.uint32)
-            some = put_batch(
+            placed = put_batch(
                 self._mesh,
                 {
                     'prompt': np.stack([prompt for prompt, _ in encoded]),
@@ -157,29 +180,25 @@ class Evaluator:
                     'example_id': np.array(index, np.uint32) * np.uint32(samples) + member,
                 },
             )
-            keys = self._keys(config.train.seed, Purpose.EVALUATE, 0, some['example_id'])
-            completion = self._programs[program](
-                variables, some['prompt'], some['prompt_mask'], keys
-            )
+            keys = self._keys(self._evaluation.seed, Purpose.EVALUATE, 0, placed['example_id'])
+            completion = program(variables, placed['prompt'], placed['prompt_mask'], keys)
             tokens.append(own_values(completion.tokens))
-        rows, first = np.unique(mine, return_index=True)  # without the filling
-        return _Rows(total, rows, np.concatenate(tokens)[first])
+            commit_steps.append(own_values(completion.commit_step))
+        rows, first = np.unique(batches, return_index=True)  # without the filling
+        return _Completions(
+            total, rows, np.concatenate(tokens)[first], np.concatenate(commit_steps)[first]
+        )
 
     def _prompts(
         self, examples: Sequence[Example], places: np.ndarray
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Tokens and validity, each [P], of the prompts at these places. None is left out or cut,
-        however long: an accuracy over fewer or other problems is another one."""
+        """Tokens and validity, each [P], of the prompts at these places.
+
+        No prompt is left out or cut, however long it is, because an accuracy over fewer or other
+        problems would be another figure.
+        """
         rows = [prompt_tokens(self._task, self._tokenizer, examples[place]) for place in places]
         longest = distributed.largest(max(map(len, rows), default=0))
-        length = padded_length(longest, prompt_buckets(self._config))
+        length = padded_length(longest, self._evaluation.prompt_lengths)
         encoded = left_pad(rows, length, self._tokenizer.pad_id)
         return dict(zip(places.tolist(), zip(*encoded, strict=True), strict=True))
-
-
-def headline_length(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """(length, steps) whose figures choose checkpoints and stand for the policy: the length it was
-    trained at if it is evaluated at that, else the first. Never the one that is best on the test.
-    """
-    lengths = evaluation_lengths(config)
-    return next((pair for pair in lengths if pair[0] == config.sampling.length), lengths[0])

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax import Array
 
@@ -21,6 +20,7 @@ from spg_jax.diffusion.bounds import completion_log_probs
 from spg_jax.diffusion.corruption import apply_masks
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout, rollout_metrics
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
@@ -32,7 +32,8 @@ def make_update(
     policy: Policy,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
+    batching: Batching,
+    seed: int,
     shardings: TrainState,
 ) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
     """A compiled (state, rollout) -> (state, metrics); the old state's memory is given up.
@@ -43,28 +44,29 @@ def make_update(
       policy: the model.
       objective: what to descend.
       optimizer: how.
-      config: groups `rl` and `train`.
+      batching: how the rows are cut into pieces.
+      seed: root of the run's random numbers.
       shardings: of the state, which the new state keeps; `shardings_of(state)`.
     """
     gradient_of = make_gradient(
-        policy, objective, microbatch=config.rl.microbatch, draws_per_pass=config.rl.draws_per_pass
+        policy, objective, microbatch=batching.microbatch, draws_per_pass=batching.draws_per_pass
     )
     lora = policy.config.lora
 
     def dropout_keys(step: Array, rollout: Rollout) -> Array | None:
         if lora is None or not lora.dropout:
             return None
-        keys = example_keys(config.train.seed, Purpose.DROPOUT, step, rollout.example_id)
-        return jax.vmap(lambda key: jax.random.split(key, config.corruption.draws))(keys)
+        keys = example_keys(seed, Purpose.DROPOUT, step, rollout.example_id)
+        return jax.vmap(lambda key: jax.random.split(key, objective.corruption.draws))(keys)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics]:
-        keys = example_keys(config.train.seed, Purpose.CORRUPT, state.step, rollout.example_id)
+        keys = example_keys(seed, Purpose.CORRUPT, state.step, rollout.example_id)
         draws = jax.vmap(objective.corruption)(keys, rollout.prompt_mask, rollout.scored)
         loss, gradient, metrics = gradient_of(
             state.trained, state.frozen, rollout, draws, dropout_keys(state.step, rollout)
         )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
-        metrics |= applied | rollout_metrics(rollout, config.rl.group_size, policy.eos_id)
+        metrics |= applied | rollout_metrics(rollout, batching.group_size, policy.eos_id)
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))

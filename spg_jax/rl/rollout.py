@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from spg_jax.config import generation_batch
 from spg_jax.data.batches import PromptBatch
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion import sampling
@@ -20,6 +18,7 @@ from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
+from spg_jax.rl.batching import Batching
 from spg_jax.sharding import constrain, own_rows, own_values, put_batch
 from spg_jax.tasks.task import Example, Task
 
@@ -38,22 +37,27 @@ class Rollout:
     example_id: Array  # [B] uint32, prompt index * G + member: seeds all that is random in the row
 
 
-def empty_rollout(config: ml_collections.ConfigDict, mesh: Mesh, prompt: int) -> Rollout:
-    """A rollout of zeros with prompts padded to `prompt`: what a run holds before its first one,
-    and the shapes to restore into."""
-    rows = len(own_rows(mesh, config.rl.prompts * config.rl.group_size))
-    length = config.sampling.length
+def empty_rollout(rows: int, prompt_length: int, length: int, mesh: Mesh) -> Rollout:
+    """A rollout of zeros, whose shapes and shardings a saved one is restored into.
+
+    Args:
+      rows: B, over all processes.
+      prompt_length: P.
+      length: C.
+      mesh: where the arrays live.
+    """
+    local = len(own_rows(mesh, rows))
     return put_batch(
         mesh,
         Rollout(
-            prompt=np.zeros((rows, prompt), np.int32),
-            prompt_mask=np.zeros((rows, prompt), bool),
-            completion=np.zeros((rows, length), np.int32),
-            scored=np.zeros((rows, length), bool),
-            commit_step=np.zeros((rows, length), np.int32),
-            reward=np.zeros(rows, np.float32),
-            advantage=np.zeros(rows, np.float32),
-            example_id=np.zeros(rows, np.uint32),
+            prompt=np.zeros((local, prompt_length), np.int32),
+            prompt_mask=np.zeros((local, prompt_length), bool),
+            completion=np.zeros((local, length), np.int32),
+            scored=np.zeros((local, length), bool),
+            commit_step=np.zeros((local, length), np.int32),
+            reward=np.zeros(local, np.float32),
+            advantage=np.zeros(local, np.float32),
+            example_id=np.zeros(local, np.uint32),
         ),
     )
 
@@ -98,20 +102,21 @@ def make_collect(
     task: Task,
     tokenizer: Tokenizer,
     decoding: sampling.SamplingConfig,
-    config: ml_collections.ConfigDict,
+    batching: Batching,
+    seed: int,
     mesh: Mesh,
 ) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
     """A function (variables, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
     within groups.
 
-    `prompts` are those of this process, whole groups, and so are the texts; the rollout is of all
-    processes. Completions are generated `rl.generation_batch` at a time, and while the devices are
-    at one batch the host decodes and rewards the one before.
+    `prompts` are those of this process, in whole groups, and so are the texts; the rollout is of
+    all processes. Completions are generated in parts, and while the devices work at one part the
+    host decodes and rewards the part before.
     """
     generate = make_generate(policy, decoding)
-    group_size, seed = config.rl.group_size, config.train.seed
+    group_size = batching.group_size
     keys_of = jax.jit(example_keys, static_argnums=(0, 1))
-    at_once = len(own_rows(mesh, generation_batch(config)))
+    rows_at_once = len(own_rows(mesh, batching.rows_at_once))
 
     def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
         placed = put_batch(mesh, rows)
@@ -124,12 +129,12 @@ def make_collect(
         tokens = own_values(completion.tokens)
         texts = decode(tokenizer, tokens)
         rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
-        found = {
+        rows = {
             'completion': tokens,
             'commit_step': own_values(completion.commit_step),
             'reward': np.asarray(rewards, np.float32),
         }
-        return found, texts
+        return rows, texts
 
     def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
         rows = {
@@ -138,13 +143,15 @@ def make_collect(
             'example_id': np.asarray(example_ids(prompts.index, group_size)),
         }
         examples = [example for example in prompts.examples for _ in range(group_size)]
-        parts = [slice(first, first + at_once) for first in range(0, len(examples), at_once)]
+        parts = [
+            slice(first, first + rows_at_once) for first in range(0, len(examples), rows_at_once)
+        ]
         started = (
             (start(variables, {name: x[part] for name, x in rows.items()}, step), examples[part])
             for part in parts
         )
-        done, texts = zip(*[finish(*each) for each in one_ahead(started)], strict=True)
-        rows |= {name: np.concatenate([found[name] for found in done]) for name in done[0]}
+        finished, texts = zip(*[finish(*part) for part in one_ahead(started)], strict=True)
+        rows |= {name: np.concatenate([part[name] for part in finished]) for name in finished[0]}
         rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
         rows['advantage'] = np.asarray(group_advantages(rows['reward'], group_size))
         return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from spg_jax.tasks.source import one_line
+from spg_jax.errors import one_line
 
 
 class RunCheckpoints:

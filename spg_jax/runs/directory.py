@@ -1,7 +1,8 @@
-"""A training's directory: whose it is, its configuration, its policy."""
+"""The directory of a training: which training it belongs to, its configuration and its policy."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,56 +10,72 @@ from typing import Any
 
 import ml_collections
 
-from spg_jax.config import default_config, digest
+from spg_jax.assembly import assemble
+from spg_jax.config import default_config
 from spg_jax.process import distributed
+from spg_jax.process.files import write_whole
 from spg_jax.runs import policies
-from spg_jax.validation import validate
 
 CONFIG = 'config.json'
+Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
+
+
+def digest(settings: ml_collections.ConfigDict | Settings) -> str:
+    """Ten hexadecimal digits that name these settings; equal settings have equal names."""
+    if isinstance(settings, ml_collections.ConfigDict):
+        settings = settings.to_dict()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> Path:
+    """runs/TASK-OBJECTIVE-HASH, where the hash names every setting."""
+    return Path('runs') / f'{config.task.name}-{config.rl.objective}-{digest(config)}'
 
 
 def run_config(workdir: Path) -> ml_collections.ConfigDict:
     """The configuration that made a run, or a policy that was trained here.
 
     Raises:
-      FileNotFoundError, ValueError: no run there, or a damaged one.
+      FileNotFoundError, ValueError: there is no run, or a damaged one.
     """
     if policies.is_policy(workdir):
         notes = policies.policy_notes(workdir)
         if 'config' in notes:
-            return _complete(notes['config'], workdir / policies.DESCRIPTION)
+            return _saved_config(notes['config'], workdir / policies.DESCRIPTION)
     path = workdir / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f'{path} does not exist; give the --workdir of a spg_jax.train run, or a base policy'
         )
-    return _complete(_read(path), path)
+    return _saved_config(_read(path), path)
 
 
-def _complete(found: dict[str, Any], path: Path) -> ml_collections.ConfigDict:
-    """A configuration as it was saved, with the defaults of settings that are newer than it."""
-    if 'task' not in found:
+def _saved_config(saved: Settings, path: Path) -> ml_collections.ConfigDict:
+    """A saved configuration, in which settings that are newer than it have their defaults."""
+    if 'task' not in saved:
         raise ValueError(
             f'{path} is not the configuration of a run; for a published checkpoint give '
             f'--checkpoint={path.parent} and --config=configs/TASK.py:PRESET instead of --workdir'
         )
     defaults = default_config().to_dict()
     return ml_collections.ConfigDict(
-        {group: leaves | found.get(group, {}) for group, leaves in defaults.items()}
+        {group: settings | saved.get(group, {}) for group, settings in defaults.items()}
     )
 
 
 def chosen_policy(
     workdir: str, checkpoint: str, adapter: str, config: ml_collections.ConfigDict | None
 ) -> tuple[ml_collections.ConfigDict, Path, Path | None]:
-    """What the flags of an entry point name: a configuration, and a policy and an adapter to use
-    with it.
+    """The policy that the flags of an entry point name, and the configuration to use it with.
 
     Args:
-      workdir: a run or a policy trained here, used with its own configuration; or ''.
+      workdir: a run or a policy trained here, which has its own configuration; or ''.
       checkpoint: any policy or published checkpoint, used with `config`; or ''.
-      adapter: what PEFT saved, to add to the checkpoint; or ''.
+      adapter: an adapter that PEFT saved, to add to the checkpoint; or ''.
       config: of --config, or None.
+
+    Returns:
+      (configuration, directory of the policy, adapter to add to it or None).
 
     Raises:
       ValueError, FileNotFoundError: both or neither are given, or what is named cannot be used.
@@ -68,8 +85,8 @@ def chosen_policy(
             f'{"both" if workdir else "neither"} of --workdir and --checkpoint given; use '
             '--workdir=DIR of a run, or --checkpoint=DIR with --config=configs/TASK.py:PRESET'
         )
-    for flag, given in (('--config', config), ('--adapter', adapter)):
-        if workdir and given:
+    for flag, value in (('--config', config), ('--adapter', adapter)):
+        if workdir and value:
             raise ValueError(f'{flag} given with --workdir, which has its own; leave {flag} out')
     if workdir:
         return run_config(Path(workdir)), policy_of_run(Path(workdir)), None
@@ -78,17 +95,8 @@ def chosen_policy(
             '--checkpoint given without --config; add --config=configs/TASK.py:PRESET, which says '
             'how to ask, decode and score'
         )
-    validate(config)
+    assemble(config)
     return config, policy_of_run(Path(checkpoint)), Path(adapter) if adapter else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f'{path} is not JSON ({error}); use another --workdir, or delete {path.parent}'
-        ) from error
 
 
 def policy_of_run(workdir: Path) -> Path:
@@ -106,9 +114,7 @@ def policy_of_run(workdir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(
-    workdir: Path, settings: dict[str, dict[str, Any]], finished: bool = False
-) -> Iterator[None]:
+def claimed(workdir: Path, settings: Settings, finished: bool = False) -> Iterator[None]:
     """Makes `workdir` the place of a training with these settings, alone in it while entered.
 
     Settings that never got as far as a checkpoint are forgotten, so that a mistake in them can be
@@ -116,9 +122,9 @@ def claimed(
 
     Args:
       workdir: made if need be.
-      settings: group -> name -> JSON value.
-      finished: whether what was trained here is there already, so that no checkpoint is needed for
-        its settings to hold.
+      settings: of the training.
+      finished: whether the result of the training is there already, so that its settings hold even
+        without a checkpoint.
 
     Raises:
       ValueError: it holds a training with other settings; names the first that differs.
@@ -126,8 +132,8 @@ def claimed(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
-    mine = json.loads(json.dumps(settings))
-    if not distributed.is_leader():  # one lock for all processes of the training
+    settings = json.loads(json.dumps(settings))  # as they will be read: tuples become lists
+    if not distributed.is_leader():  # the leader's lock is for all processes of the training
         distributed.barrier(f'claimed {workdir}')
         yield
         return
@@ -139,11 +145,9 @@ def claimed(
                 f'another process is training in {workdir}; wait for it, or use another directory'
             ) from None
         if path.is_file() and (finished or _has_checkpoint(workdir)):
-            _check_same(workdir, _read(path), mine)
+            _check_same(workdir, _read(path), settings)
         else:
-            new = path.with_suffix('.new')
-            new.write_text(json.dumps(mine, indent=1))
-            new.rename(path)
+            write_whole(path, json.dumps(settings, indent=1))
         distributed.barrier(f'claimed {workdir}')
         yield
 
@@ -152,19 +156,21 @@ def _has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
 
 
-def _check_same(
-    workdir: Path, theirs: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]
-) -> None:
-    for group in mine:
-        for key, value in mine[group].items():
-            other = theirs.get(group, {}).get(key)
-            if other != value:
+def _check_same(workdir: Path, saved: Settings, wanted: Settings) -> None:
+    for group in wanted:
+        for key, value in wanted[group].items():
+            saved_value = saved.get(group, {}).get(key)
+            if saved_value != value:
                 raise ValueError(
-                    f'{workdir} holds a training with {group}.{key} {other!r}, asked for '
+                    f'{workdir} holds a training with {group}.{key} {saved_value!r}, asked for '
                     f'{value!r}; use another --workdir, or the settings in its {CONFIG}'
                 )
 
 
-def default_workdir(config: ml_collections.ConfigDict) -> Path:
-    """runs/TASK-OBJECTIVE-HASH, the hash naming every setting."""
-    return Path('runs') / f'{config.task.name}-{config.rl.objective}-{digest(config)}'
+def _read(path: Path) -> Settings:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'{path} is not JSON ({error}); use another --workdir, or delete {path.parent}'
+        ) from error

@@ -13,6 +13,7 @@ from jax import Array
 from tensorboardX import SummaryWriter
 
 from spg_jax.process import distributed
+from spg_jax.process.files import write_whole
 from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import own_values
 
@@ -158,7 +159,7 @@ def keep_rows(path: Path, last_step: int, last_row: dict[str, Any] | None = None
     rows = [row for row in read_rows(path) if row['step'] <= last_step]
     if last_row and last_row not in rows:
         rows.append(last_row)
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    write_whole(path, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def _finite(value: Any) -> Any:

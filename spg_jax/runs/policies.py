@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import Tokenizer, WordTokenizer
+from spg_jax.errors import one_line
 from spg_jax.models.attention import AUTO, resolve
 from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION, LoRA
@@ -28,7 +29,6 @@ from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig
 from spg_jax.process import distributed
 from spg_jax.runs.checkpoints import restored
 from spg_jax.sharding import abstract_params
-from spg_jax.tasks.source import one_line
 
 DESCRIPTION = 'policy.json'
 PARAMS = 'params'

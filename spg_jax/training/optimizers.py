@@ -1,52 +1,60 @@
 """Optimisers of the two trainings, and the shardings of their state."""
 
+import dataclasses
 import re
 from typing import Any
 
 import jax
-import ml_collections
 import optax
 
 # Scales of the norms are few and set the size of activations: never decayed.
 UNDECAYED = re.compile('scale$')
 
 
-def for_rl(config: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; the rate is constant after a linear warm-up.
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """The optimiser of RL: AdamW whose rate is constant after a linear warm-up."""
 
-    Args:
-      config: the `optimizer` group.
-      total_steps: updates of the run, of which `warmup_fraction` warm up.
-    """
-    warmup = round(config.warmup_fraction * total_steps)
+    learning_rate: float
+    warmup_fraction: float  # of the updates of the run
+    b1: float  # decay of the mean gradient
+    b2: float  # decay of the mean square
+    weight_decay: float  # of everything but norms
+    grad_clip: float  # largest gradient norm
+
+
+def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
+    """The optimiser of RL, in a run of `total_steps` updates."""
+    warmup = round(settings.warmup_fraction * total_steps)
     rate = optax.schedules.linear_schedule(
-        config.learning_rate / (warmup + 1), config.learning_rate, warmup
+        settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed),
+    adamw = optax.adamw(
+        rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
     )
+    return optax.chain(optax.clip_by_global_norm(settings.grad_clip), adamw)
 
 
 def for_pretraining(
-    config: ml_collections.ConfigDict, total_steps: int
+    learning_rate: float, weight_decay: float, grad_clip: float, total_steps: int
 ) -> optax.GradientTransformation:
     """AdamW with gradient clipping; warm-up over a fortieth of the steps, then cosine to a tenth.
 
     Args:
-      config: the `base` group.
+      learning_rate: the peak.
+      weight_decay: of everything but norms.
+      grad_clip: largest gradient norm.
+      total_steps: steps of all stages.
     """
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0,
-        config.learning_rate,
+        learning_rate,
         warmup_steps=max(1, total_steps // 40),
         decay_steps=max(2, total_steps),
-        end_value=config.learning_rate / 10,
+        end_value=learning_rate / 10,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay, mask=decayed),
-    )
+    adamw = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
 
 
 def decayed(params: Any) -> Any:

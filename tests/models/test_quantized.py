@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from configs import countdown
 from spg_jax import sharding
-from spg_jax.config import training_task
+from spg_jax.assembly import assemble
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.models.llada import weights
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
@@ -25,7 +25,6 @@ from spg_jax.planning.memory import local_bytes
 from spg_jax.pretrain import _starting_point, base_directory
 from spg_jax.runs import policies
 from spg_jax.training.train_state import initial_state
-from spg_jax.validation import validate
 from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
@@ -251,10 +250,10 @@ def test_what_cannot_be_is_refused(change, said):
     config = countdown.get_config('tiny')
     config.update_from_flattened_dict(change)
     if said is None:
-        validate(config)
+        assemble(config)
         return
     with pytest.raises(ValueError, match=said) as error:
-        validate(config)
+        assemble(config)
     assert '\n' not in str(error.value)
 
 
@@ -272,6 +271,6 @@ def test_pretraining_ignores_the_format_of_frozen_bases(tmp_path):
     plain = base_directory(config)
     config.model.quantize = 'int8'
     assert base_directory(config) == plain
-    policy, _, variables = _starting_point(config, training_task(config), mesh_of(), None)
+    policy, _, variables = _starting_point(config, assemble(config).task, mesh_of(), None)
     assert policy.config.quantize == ''
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {'float32'}

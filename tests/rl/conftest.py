@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.models.policy import Policy
@@ -32,6 +33,12 @@ def policy():
         vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, scale_logits=True
     )
     return Policy(model, mask_id=MASK, eos_id=EOS, allowed=allowed)
+
+
+def learning(config, optimizer):
+    """The arguments of `make_update` between the policy and the shardings."""
+    parts = assemble(config)
+    return parts.objective, optimizer, parts.batching, config.train.seed
 
 
 def random_rollout(rows: int = 8, prompt: int = 4, length: int = 12, seed: int = 0) -> Rollout:

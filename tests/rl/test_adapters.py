@@ -7,14 +7,14 @@ import numpy as np
 from numpy.testing import assert_allclose
 
 from spg_jax import sharding
+from spg_jax.assembly import assemble
 from spg_jax.models.lora import ADAPTER, COLLECTION, LoRA, merged_kernel
 from spg_jax.models.policy import with_adapters
 from spg_jax.rl.learner import make_gradient, make_update
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
-from tests.rl.conftest import random_rollout
+from tests.rl.conftest import learning, random_rollout
 from tests.rl.test_learner import (
     assert_trees_close,
     draws_of,
@@ -50,7 +50,7 @@ def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, con
         return plain_loss(params | {'layers': layers}, policy, config, rollout, draws)
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(adapters)
-    pieces = make_gradient(adapted, REGISTRY['spg'](config), microbatch=4, draws_per_pass=1)
+    pieces = make_gradient(adapted, assemble(config).objective, microbatch=4, draws_per_pass=1)
     found, in_pieces, _ = jax.jit(pieces)(
         {COLLECTION: adapters}, {'params': params}, rollout, draws
     )
@@ -66,7 +66,10 @@ def test_dropout_is_the_same_in_pieces(policy, config):
     found = []
     for microbatch, draws_per_pass in ((8, 0), (2, 1)):
         pieces = make_gradient(
-            adapted, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
+            adapted,
+            assemble(config).objective,
+            microbatch=microbatch,
+            draws_per_pass=draws_per_pass,
         )
         trained, frozen = {COLLECTION: variables[COLLECTION]}, {'params': variables['params']}
         found.append(jax.jit(pieces)(trained, frozen, rollout, draws, keys)[:2])
@@ -82,11 +85,9 @@ def test_only_adapters_are_trained(policy, config):
     with jax.set_mesh(mesh):
         adapted, variables = with_random_adapters(policy, mesh=mesh)
         before = jax.device_get(variables)
-        optimizer = optimizers.for_rl(config.optimizer, 10)
+        optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
         state = initial_state(variables, optimizer, adapted, mesh, average=False)
-        update = make_update(
-            adapted, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
-        )
+        update = make_update(adapted, *learning(config, optimizer), shardings_of(state))
         rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
         for _ in range(2):
             state, _ = update(state, rollout)

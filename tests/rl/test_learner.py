@@ -9,15 +9,15 @@ import pytest
 from numpy.testing import assert_allclose
 
 from spg_jax import sharding
+from spg_jax.assembly import assemble
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import Transformer
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_gradient, make_update
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
-from tests.rl.conftest import MASK, random_rollout
+from tests.rl.conftest import MASK, learning, random_rollout
 
 
 def variables_of(policy, mesh=None):
@@ -26,7 +26,7 @@ def variables_of(policy, mesh=None):
 
 
 def draws_of(config, rollout, step=0):
-    corruption = REGISTRY['spg'](config).corruption
+    corruption = assemble(config).objective.corruption
     keys = example_keys(config.train.seed, Purpose.CORRUPT, step, rollout.example_id)
     return jax.vmap(corruption)(keys, rollout.prompt_mask, rollout.scored)
 
@@ -77,7 +77,7 @@ def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
     )(variables['params'])
     assert optax.tree.norm(gradient) > 1e-3
     for microbatch, draws_per_pass in ((8, 0), (4, 2), (2, 0), (2, 1)):
-        objective = REGISTRY['spg'](config)
+        objective = assemble(config).objective
         pieces = jax.jit(
             make_gradient(policy, objective, microbatch=microbatch, draws_per_pass=draws_per_pass)
         )
@@ -94,14 +94,12 @@ def test_update_is_the_same_on_a_mesh_and_in_microbatches(policy, config):
         config.rl.microbatch = microbatch
         mesh = mesh_of(*sizes)
         with jax.set_mesh(mesh):
-            optimizer = optimizers.for_rl(config.optimizer, 10)
+            optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
             state = initial_state(
                 variables_of(policy, mesh), optimizer, policy, mesh, average=False
             )
             rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
-            update = make_update(
-                policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state)
-            )
+            update = make_update(policy, *learning(config, optimizer), shardings_of(state))
             for _ in range(2):
                 state, metrics = update(state, rollout)
         found[sizes, microbatch] = jax.device_get((state.trained, metrics))
@@ -119,7 +117,7 @@ def test_more_padding_changes_no_update(policy, config):
         prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (3, 0))),
     )
     gradient_of = jax.jit(
-        make_gradient(policy, REGISTRY['spg'](config), microbatch=8, draws_per_pass=0)
+        make_gradient(policy, assemble(config).objective, microbatch=8, draws_per_pass=0)
     )
     (loss, gradient, _), (other_loss, other, _) = (
         gradient_of(variables, {}, some, draws_of(config, some)) for some in (rollout, padded)
@@ -145,10 +143,10 @@ def test_a_row_keeps_its_draws_wherever_it_stands(config):
 @pytest.mark.parametrize('poison', [np.nan, np.inf])
 def test_a_non_finite_update_is_skipped_and_counted(policy, config, poison):
     mesh = mesh_of()
-    optimizer = optimizers.for_rl(config.optimizer, 10)
+    optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
     state = initial_state(variables_of(policy), optimizer, policy, mesh, average=False)
     before = jax.device_get((state.trained, state.opt_state))
-    update = make_update(policy, REGISTRY['spg'](config), optimizer, config, shardings_of(state))
+    update = make_update(policy, *learning(config, optimizer), shardings_of(state))
     rollout = random_rollout()
     poisoned = rollout.replace(advantage=rollout.advantage.at[1].set(poison))
     for count in (1, 2):
@@ -176,7 +174,7 @@ def test_memory_is_flat_in_the_number_of_draws(policy, config, optimized):
         config.corruption.draws = draws
         rollout = random_rollout(rows=32, length=48)
         gradient = make_gradient(
-            policy, REGISTRY['spg'](config), microbatch=32, draws_per_pass=draws_per_pass
+            policy, assemble(config).objective, microbatch=32, draws_per_pass=draws_per_pass
         )
         lowered = jax.jit(gradient).lower(
             variables_of(policy), {}, rollout, draws_of(config, rollout)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spg_jax import sharding
-from spg_jax.config import sampling_config
+from spg_jax.assembly import assemble
 from spg_jax.data.batches import PromptBatch, left_pad
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.random import Purpose, check_range, example_ids, example_keys
@@ -26,7 +26,7 @@ def completions(policy, config, mesh, prompts, ids, length=4):
         if len(prompts) % 8 == 0:
             rows = sharding.put_batch(mesh, rows)
         keys = example_keys(0, Purpose.SAMPLE, 3, rows['ids'])
-        generate = make_generate(policy, sampling_config(config))
+        generate = make_generate(policy, assemble(config).sampling)
         found = generate(variables, rows['tokens'], rows['valid'], keys)
     return np.asarray(found.tokens), np.asarray(found.commit_step)
 
@@ -113,8 +113,9 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
     monkeypatch.setattr(rollout, 'make_generate', telling)
     with jax.set_mesh(mesh):
         variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
+        parts = assemble(config)
         collect = make_collect(
-            policy, Odd(events), tokenizer, sampling_config(config), config, mesh
+            policy, Odd(events), tokenizer, parts.sampling, parts.batching, 0, mesh
         )
         return collect(variables, prompts, 2)
 

@@ -9,13 +9,13 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
+from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import Draws, scored_positions
 from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.policy import Policy
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
 from spg_jax.rl.learner import make_gradient
-from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.rollout import Rollout
 
 REFERENCE = Path(__file__).parents[1] / 'reference'
@@ -63,7 +63,7 @@ def test_training_gradient_is_the_published_one(published, case, microbatch, dra
     masked = jnp.asarray(published[f'{corruption}/noisy'] == MASK)
     draws = Draws(masked=masked, block=jnp.zeros(masked.shape[:2], jnp.int32))
     gradient_of = make_gradient(
-        policy, REGISTRY['spg'](config), microbatch=microbatch, draws_per_pass=draws_per_pass
+        policy, assemble(config).objective, microbatch=microbatch, draws_per_pass=draws_per_pass
     )
     loss, gradient, _ = jax.jit(gradient_of)({'params': params}, {}, rollout, draws)
     assert_allclose(loss, published[f'{case}/loss'], rtol=1e-5)

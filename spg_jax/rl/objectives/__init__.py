@@ -1,21 +1,24 @@
-"""Policy-gradient objectives, one file each. A file's name is the objective's name in the
-configuration.
+"""Policy-gradient objectives, one file each, called in the configuration by the file's name.
 
-To add one, put a module here with `build(config) -> Objective`; nothing else needs to change.
+To add one, put a module here that defines `Settings`, a NamedTuple, and `build(settings,
+corruption) -> Objective`; nothing else needs to change.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable
 
-import ml_collections
+from spg_jax.rl.objectives.objective import Batch, Loss, Method, Objective
 
-from spg_jax.rl.objectives.objective import Batch, Loss, Objective
 
-REGISTRY: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {
-    module.name: importlib.import_module(f'{__name__}.{module.name}').build
+def _method(name: str) -> Method:
+    module = importlib.import_module(f'{__name__}.{name}')
+    return Method(module.Settings, module.build)
+
+
+REGISTRY: dict[str, Method] = {
+    module.name: _method(module.name)
     for module in pkgutil.iter_modules(__path__)
     if module.name != 'objective'
 }
 
-__all__ = ['REGISTRY', 'Batch', 'Loss', 'Objective']
+__all__ = ['REGISTRY', 'Batch', 'Loss', 'Method', 'Objective']

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from flax import struct
 from jax import Array
@@ -42,3 +43,10 @@ class Objective:
 
     corruption: Corruption
     loss: Callable[[Array, Batch], Loss]
+
+
+class Method(NamedTuple):
+    """How an objective is made: the numbers of its own, and the function that takes them."""
+
+    settings: Any  # a NamedTuple class, whose fields are settings of the group `rl`
+    build: Callable[[Any, Corruption], Objective]  # (settings, the configured corruption)

@@ -1,57 +1,82 @@
-"""SPG, Sandwiched Policy Gradient (arXiv 2510.09541, eq. 3 to 8; released code)."""
+"""SPG, Sandwiched Policy Gradient (arXiv 2510.09541, eq. 3 to 8; released code).
 
+    loss = -sum_j A_j L_j / sum_j n_j,    L_j = ELBO_j if A_j > 0, else the negative estimate
+
+A_j is the reward of completion j less the mean of its group, n_j the length of the completion.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax import Array
 
-from spg_jax.config import corruption_of
 from spg_jax.diffusion import bounds
+from spg_jax.diffusion.corruption import Corruption
+from spg_jax.errors import check_one_of
 from spg_jax.rl.objectives.objective import Batch, Loss, Objective
 
 UPPER = {'plain': 'eubo', 'strict': 'strict_eubo', 'loose': 'loose_eubo'}
 NEGATIVES = ('mixture', 'eubo', 'elbo', 'none')
 
 
-def build(config: ml_collections.ConfigDict) -> Objective:
-    """The SPG objective of a configuration (groups `rl`, `corruption`, `sampling`).
+class Settings(NamedTuple):
+    """The numbers of SPG."""
+
+    negative: str  # estimate for worse completions, one of NEGATIVES
+    estimator: str  # how draws become bounds, see `spg_jax.diffusion.bounds`
+    bound: str  # which upper bound, a key of UPPER
+    beta: float  # Renyi order of the EUBO
+    omega: float  # share of the EUBO in the mixture
+
+
+def build(settings: Settings, corruption: Corruption) -> Objective:
+    """Makes the SPG objective. Under the block estimator earlier blocks stay clean.
 
     Raises:
-      ValueError: on a setting it cannot use; names the key.
+      ValueError: on a setting it cannot use, or an estimator that bounds nothing under this
+        corruption; names the key.
     """
-    for key, value, known in (
-        ('negative', config.rl.negative, NEGATIVES),
-        ('bound', config.rl.bound, tuple(UPPER)),
-    ):
-        if value not in known:
-            raise ValueError(f'rl.{key} is {value!r}; use one of {", ".join(known)}')
-    if not 1 <= config.rl.beta < math.inf:
-        raise ValueError(f'rl.beta is {config.rl.beta}; the Renyi order of the EUBO is at least 1')
-    if not 0 <= config.rl.omega <= 1:
-        raise ValueError(f'rl.omega is {config.rl.omega}; a share lies within [0, 1]')
-    estimator = bounds.estimator(config.rl.estimator, config.sampling.block_length)
+    check_one_of('rl.negative', settings.negative, NEGATIVES)
+    check_one_of('rl.bound', settings.bound, UPPER)
+    if not 1 <= settings.beta < math.inf:
+        raise ValueError(f'rl.beta is {settings.beta}; the Renyi order of the EUBO is at least 1')
+    if not 0 <= settings.omega <= 1:
+        raise ValueError(f'rl.omega is {settings.omega}; a share lies within [0, 1]')
+    corruption = dataclasses.replace(corruption, perturb_completion=settings.estimator != 'block')
+    bounds.check_pairing(settings.estimator, corruption)
+    estimator = bounds.estimator(settings.estimator, corruption.block_length)
     return Objective(
-        corruption=corruption_of(config),
+        corruption=corruption,
         loss=partial(
             spg_loss,
             lower=estimator.elbo,
-            upper=partial(getattr(estimator, UPPER[config.rl.bound]), beta=config.rl.beta),
-            negative=config.rl.negative,
-            omega=config.rl.omega,
+            upper=partial(getattr(estimator, UPPER[settings.bound]), beta=settings.beta),
+            negative=settings.negative,
+            omega=settings.omega,
         ),
     )
 
 
-def spg_loss(logp: Array, batch: Batch, *, lower, upper, negative: str, omega: float) -> Loss:
-    """-sum_j A_j L_j over the rows and its weight sum_j n_j, n_j the length of completion j.
+def spg_loss(
+    logp: Array,
+    batch: Batch,
+    *,
+    lower: Callable[[Array, Array, Array, Array], Array],
+    upper: Callable[[Array, Array, Array, Array], Array],
+    negative: str,
+    omega: float,
+) -> Loss:
+    """The sum -sum_j A_j L_j over the rows, and its weight sum_j n_j.
 
-    L_j is the ELBO of a completion better than its group (A_j > 0), otherwise `negative`: what is
-    pushed down must lie above the log-likelihood, or pushing it down teaches nothing. No
-    importance ratio, no clipping, no KL. The released code averages the ratio over microbatches of
-    6; here it is one ratio.
+    A completion better than its group (A_j > 0) has its ELBO raised. A worse one has the estimate
+    `negative` lowered, which must lie above the log-likelihood: a lower bound can fall without the
+    likelihood falling. There is no importance ratio, no clipping and no KL. The released code
+    averages the ratio of sum and weight over microbatches of 6; here the whole batch has one ratio.
 
     Args:
       logp: [B, M, C] log-probabilities of the completion tokens under each draw, in nats.

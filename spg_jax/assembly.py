@@ -1,0 +1,262 @@
+"""The door between settings and code: a configuration becomes the parts of a run.
+
+Above this module code reads an `ml_collections` configuration, below it only typed values exist.
+Settings that cannot work fail here, because the part they are for cannot be made: the error names
+the key, the value and a value that works.
+"""
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+from jax.sharding import Mesh
+
+from spg_jax import tasks
+from spg_jax.data.batches import LONG_PROMPTS
+from spg_jax.diffusion.corruption import Corruption
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.errors import check_one_of
+from spg_jax.models.attention import resolve
+from spg_jax.models.lora import LoRA
+from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.evaluator import Evaluation
+from spg_jax.rl.objectives import REGISTRY, Objective
+from spg_jax.sharding import row_shards
+from spg_jax.training.optimizers import AdamW
+
+# Numbers that no part checks: keys, the condition on their values, and the condition in words.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        (
+            'sampling.prompt_length',
+            'train.steps',
+            'train.max_skipped',
+            'base.batch_size',
+            'evaluation.every',
+            'evaluation.problems',
+            'evaluation.batch',
+            'evaluation.samples',
+            'checkpoint.every',
+            'checkpoint.keep',
+        ),
+        lambda x: x >= 1,
+        'a positive integer',
+    ),
+    (
+        ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
+        lambda x: 0 < x < math.inf,
+        'a positive number',
+    ),
+    (
+        ('base.weight_decay', 'optimizer.weight_decay'),
+        lambda x: 0 <= x < math.inf,
+        'a number of at least 0',
+    ),
+    (
+        ('base.ema', 'optimizer.b1', 'optimizer.b2'),
+        lambda x: 0 <= x < 1,
+        'a decay of at least 0 and below 1',
+    ),
+    (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
+    (('sampling.guidance',), math.isfinite, 'a finite number'),
+)
+
+
+class Stage(NamedTuple):
+    """One stage in the training of a base policy."""
+
+    steps: int
+    right_share: float  # of the demonstrations, in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything that a configuration describes and that needs neither data nor devices."""
+
+    task: tasks.Task  # as rollouts and demonstrations see it
+    evaluation_task: tasks.Task  # published formats differ between training and evaluation
+    sampling: SamplingConfig  # how rollouts are decoded
+    evaluation: Evaluation
+    objective: Objective
+    batching: Batching
+    optimizer: AdamW  # of RL
+    lora: LoRA | None  # adapters that RL trains; None trains every parameter
+    adapter: Path | None  # saved adapters that RL starts from
+    prompt_lengths: tuple[int, ...]  # lengths that prompts are padded to, ascending
+    stages: tuple[Stage, ...]  # of the base policy
+    execution: dict[str, Any]  # the fields EXECUTION of the model: how it computes
+
+
+def assemble(config: ml_collections.ConfigDict) -> Parts:
+    """Makes the parts of a run; reads no file but a prompt template and starts no device.
+
+    Raises:
+      ValueError: one line that names the setting that cannot work.
+    """
+    model_of(config, vocab_size=1, platform='cpu')
+    lora = _lora(config)
+    if config.model.quantize and lora is None:
+        raise ValueError(
+            f'model.quantize is {config.model.quantize!r} with lora.rank 0, which trains every '
+            "parameter; a quantised base is frozen: use lora.rank 1 or more, or model.quantize ''"
+        )
+    check_one_of('data.long_prompts', config.data.long_prompts, LONG_PROMPTS)
+    if config.train.wandb and not importlib.util.find_spec('wandb'):
+        raise ValueError(
+            f'train.wandb is {config.train.wandb!r} but wandb is not installed; '
+            "pip install -e '.[wandb]'"
+        )
+    for keys, condition, words in RANGES:
+        for key in keys:
+            if not condition(_setting(config, key)):  # NaN fulfils no condition
+                raise ValueError(f'{key} is {_setting(config, key)}; use {words}')
+    objective = _objective(config)
+    batching = Batching(**{field: config.rl[field] for field in _fields(Batching)})
+    batching.check_draws(objective.corruption.draws)
+    return Parts(
+        task=_task(config, config.task.format),
+        evaluation_task=_evaluation_task(config),
+        sampling=_sampling(config),
+        evaluation=_evaluation(config),
+        objective=objective,
+        batching=batching,
+        optimizer=AdamW(**{field: config.optimizer[field] for field in _fields(AdamW)}),
+        lora=lora,
+        adapter=Path(config.lora.adapter) if config.lora.adapter else None,
+        prompt_lengths=_prompt_lengths(config),
+        stages=_stages(config.base.stages),
+        execution={name: config.model[name] for name in EXECUTION},
+    )
+
+
+def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> None:
+    """Refuses rows, and heads of a model made here, that do not split evenly over the devices.
+
+    Raises:
+      ValueError: one line that names the setting.
+    """
+    if not config.base.checkpoint:
+        check_heads(model_of(config, vocab_size=1, platform='cpu'), mesh)
+    shards = row_shards(mesh)
+    for key in ('rl.microbatch', 'rl.generation_batch', 'base.batch_size'):
+        rows = _setting(config, key)
+        if rows % shards:
+            raise ValueError(
+                f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
+                f'divide; use a multiple of {shards}'
+            )
+    parts.batching.local_prompts(mesh)
+
+
+def model_of(
+    config: ml_collections.ConfigDict, vocab_size: int, platform: str
+) -> TransformerConfig:
+    """The model of a base policy trained here, on devices of a platform; raises as its parts do."""
+    attention = resolve(config.model.attention, platform, config.model.dtype)
+    return TransformerConfig(vocab_size, **config.model.to_dict() | {'attention': attention})
+
+
+def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:
+    settings = config.task
+    return tasks.get(
+        settings.name, format, settings.prompt_template, settings.shots, settings.rules
+    )
+
+
+def _evaluation_task(config: ml_collections.ConfigDict) -> tasks.Task:
+    trained = config.task.format
+    return _task(config, 'published_eval' if trained == 'published_train' else trained)
+
+
+def _sampling(config: ml_collections.ConfigDict) -> SamplingConfig:
+    return SamplingConfig(**{field: config.sampling[field] for field in _fields(SamplingConfig)})
+
+
+def _lora(config: ml_collections.ConfigDict) -> LoRA | None:
+    if not config.lora.rank:
+        return None
+    return LoRA(**{field: config.lora[field] for field in _fields(LoRA)})
+
+
+def _prompt_lengths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    lengths = (*config.sampling.prompt_buckets, config.sampling.prompt_length)
+    if list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+        raise ValueError(
+            f'sampling.prompt_buckets is {lengths[:-1]}; use ascending lengths below '
+            f'sampling.prompt_length {lengths[-1]}'
+        )
+    return lengths
+
+
+def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
+    lengths, steps = config.evaluation.lengths, config.evaluation.steps
+    if len(lengths) != len(steps) or not lengths:
+        raise ValueError(
+            f'evaluation.lengths {tuple(lengths)} and evaluation.steps {tuple(steps)} must pair '
+            'up; give one number of steps for each length'
+        )
+    try:
+        decodings = tuple(
+            SamplingConfig(
+                length=length,
+                steps=number,
+                block_length=config.evaluation.block_length,
+                temperature=0.0,
+                guidance=config.sampling.guidance,
+                stop_early=config.sampling.stop_early,
+            )
+            for length, number in zip(lengths, steps, strict=True)
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace('sampling.', 'evaluation.')) from None
+    return Evaluation(
+        decodings=decodings,
+        trained_length=config.sampling.length,
+        temperature=config.sampling.temperature,
+        samples=config.evaluation.samples,
+        batch=config.evaluation.batch,
+        prompt_lengths=_prompt_lengths(config),
+        seed=config.train.seed,
+    )
+
+
+def _objective(config: ml_collections.ConfigDict) -> Objective:
+    check_one_of('rl.objective', config.rl.objective, REGISTRY)
+    method = REGISTRY[config.rl.objective]
+    corruption = Corruption(
+        kind=config.corruption.kind,
+        draws=config.corruption.draws,
+        block_length=config.sampling.block_length,
+        prompt_rate=config.corruption.prompt_rate,
+        block_draw=config.corruption.block_draw,
+    )
+    settings = method.settings(**{name: config.rl[name] for name in method.settings._fields})
+    return method.build(settings, corruption)
+
+
+def _stages(stages: Sequence[Any]) -> tuple[Stage, ...]:
+    for stage in stages:
+        match stage:
+            case (int(steps), float() | int() as share) if steps >= 0 and 0 <= share <= 1:
+                continue
+        raise ValueError(
+            f'base.stages has {stage!r}; use pairs (steps >= 0, share of right answers in [0, 1]) '
+            'such as ((1500, 1.0), (300, 0.3))'
+        )
+    if not sum(steps for steps, _ in stages):
+        raise ValueError(f'base.stages is {tuple(stages)}; use one step or more in all')
+    return tuple(Stage(*stage) for stage in stages)
+
+
+def _setting(config: ml_collections.ConfigDict, key: str) -> Any:
+    group, leaf = key.split('.')
+    return config[group][leaf]
+
+
+def _fields(part: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]

@@ -1,0 +1,85 @@
+"""What configurations of `configs/` have in common: a laptop, seconds, LLaDA-8B on a machine.
+
+Each function changes a configuration that starts from `spg_jax.config.default_config()`.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+
+
+class Hardware(NamedTuple):
+    """How the published recipe is spread over a machine. None of it changes what is learned."""
+
+    topology: str  # as `spg_jax.plan` names it; '' is whatever there is
+    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    long_microbatch: int  # rows of Sudoku, 1756 tokens, differentiated at once over all chips
+
+
+# `python -m spg_jax.plan` says whether one fits. More 'tensor' splits what a layer needs,
+# more 'fsdp' what stays; small meshes of small chips need some of both.
+HARDWARE = {
+    'llada_8b': Hardware('', (1, -1, 1), 48),
+    'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 24),
+    'llada_8b_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48),
+    'llada_8b_v6e8': Hardware('v6e:2x4', (1, 4, 2), 48),
+    'llada_8b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48),
+    'llada_8b_h100': Hardware('h100:1', (1, 1, 1), 24),
+    'llada_8b_a100x8': Hardware('a100:8', (1, 8, 1), 48),
+}
+
+
+def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> None:
+    """Completes the published recipe, which the defaults are, with the model and a machine.
+
+    Microbatches and passes over draws are ours: the gradient does not depend on them. The released
+    code differentiates 6 rows (Sudoku 3) on each of 8 GPUs at once [S].
+
+    Args:
+      config: changed in place; after the length of its prompts is set.
+      preset: a name in HARDWARE.
+    """
+    hardware = HARDWARE[preset]
+    config.task.format = 'published_train'
+    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model SPG trains
+    config.model.remat = True
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
+    config.rl.draws_per_pass = 1  # memory flat in M
+    if config.sampling.prompt_length > 1000:
+        config.rl.microbatch = hardware.long_microbatch
+
+
+def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:
+    """Changes the published recipe into one for a small model on two CPU cores.
+
+    Four draws and two inner updates in place of two and four: at this size the variance of the
+    negative term is what hurts.
+
+    Args:
+      config: changed in place.
+      length: completion tokens, decoded one a step.
+      block_length: divides `length`.
+    """
+    decoding = dict(length=length, steps=length, block_length=block_length)
+    config.model.scan_unroll = config.model.layers  # faster on a CPU
+    config.lora.update(rank=0, dropout=0.0)
+    config.sampling.update(decoding, temperature=1.0)
+    config.corruption.draws = 4
+    config.rl.update(group_size=8, prompts=16, inner_updates=2, microbatch=128)
+    config.optimizer.update(
+        learning_rate=3e-4, warmup_fraction=0.02, weight_decay=0.0, grad_clip=1.0
+    )
+    config.train.steps = 120
+    config.evaluation.update(lengths=(length,), steps=(length,), block_length=block_length)
+    config.evaluation.update(every=20, batch=256)
+    config.checkpoint.every = 20
+
+
+def tiny(config: ml_collections.ConfigDict) -> None:
+    """Changes a laptop's configuration into one of seconds, for tests: it learns nothing."""
+    config.model.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
+    config.base.update(stages=((20, 1.0), (4, 0.35)), batch_size=32)
+    config.rl.update(prompts=4, microbatch=16)
+    config.train.steps = 8
+    config.evaluation.update(every=4, problems=16, batch=64)
+    config.checkpoint.every = 4

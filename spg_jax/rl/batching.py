@@ -1,0 +1,96 @@
+"""How the rows of a rollout batch are counted, and how they are cut into pieces."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spg_jax.sharding import own_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """The size of a rollout batch, and of the pieces it is generated and differentiated in.
+
+    The pieces change memory and speed, and never what is learned.
+
+    Attributes:
+      prompts: prompts of a rollout batch.
+      group_size: G, completions of each prompt.
+      inner_updates: gradient steps on each rollout batch.
+      generation_batch: rows that are generated at once, over all devices; 0 stands for all.
+      microbatch: rows that are differentiated at once, over all devices.
+      draws_per_pass: Monte-Carlo draws that are differentiated at once; 0 stands for all.
+
+    Raises:
+      ValueError: from the constructor, naming the setting, its value and one that works.
+    """
+
+    prompts: int
+    group_size: int
+    inner_updates: int
+    generation_batch: int
+    microbatch: int
+    draws_per_pass: int
+
+    def __post_init__(self) -> None:
+        for name in ('prompts', 'inner_updates', 'microbatch'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'rl.{name} is {getattr(self, name)}; use a positive integer')
+        if self.group_size < 2:
+            raise ValueError(
+                f'rl.group_size is {self.group_size}; a completion is compared with its group, '
+                'use 2 or more'
+            )
+        if self.rows % self.microbatch:
+            raise ValueError(
+                f'rl.microbatch {self.microbatch} does not divide the {self.rows} rows of a '
+                'rollout batch (rl.prompts x rl.group_size); use '
+                f'{math.gcd(self.rows, self.microbatch)}'
+            )
+        if self.generation_batch < 0 or self.rows % self.rows_at_once:
+            raise ValueError(
+                f'rl.generation_batch {self.generation_batch} does not divide the {self.rows} rows '
+                'of a rollout batch (rl.prompts x rl.group_size); use '
+                f'{math.gcd(self.rows, self.generation_batch)}, or 0 for all at once'
+            )
+
+    @property
+    def rows(self) -> int:
+        """B, the completions of a rollout batch."""
+        return self.prompts * self.group_size
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that a rollout generates at once, over all devices."""
+        return self.generation_batch or self.rows
+
+    def check_draws(self, draws: int) -> None:
+        """Refuses a number of draws that does not split into passes.
+
+        Raises:
+          ValueError: naming the setting.
+        """
+        if self.draws_per_pass < 0 or (self.draws_per_pass and draws % self.draws_per_pass):
+            raise ValueError(
+                f'rl.draws_per_pass {self.draws_per_pass} does not divide corruption.draws '
+                f'{draws}; use 1, or 0 for all at once'
+            )
+
+    def local_prompts(self, mesh: Mesh) -> np.ndarray:
+        """Indices [p] of the prompts that this process reads and scores: those of its own rows.
+
+        Raises:
+          ValueError: the rows of a group would lie in two processes.
+        """
+        local_rows = own_rows(mesh, self.rows)
+        prompts = np.unique(local_rows // self.group_size)
+        if len(local_rows) < len(prompts) * self.group_size:
+            raise ValueError(
+                f'{self.prompts} groups of {self.group_size} rows over {jax.process_count()} '
+                'processes would straddle them; use rl.prompts a multiple of that number, or '
+                'fewer processes'
+            )
+        return prompts

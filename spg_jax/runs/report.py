@@ -1,0 +1,73 @@
+"""What a run reports: the rows of its validations, result.json and the lines on the screen."""
+
+from pathlib import Path
+from typing import Any
+
+from spg_jax.rl.evaluator import Figures
+from spg_jax.runs import policies
+from spg_jax.runs.directory import Settings
+from spg_jax.runs.run import Run
+
+
+def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> dict[str, Any]:
+    """The contents of result.json.
+
+    Args:
+      config: every setting of the run.
+      run: its record holds the figures of the base policy and the best validation.
+      final: figures of the best policy on the test split. Accuracies are fractions.
+      base_policy: the directory of the base policy.
+    """
+    samples = f'pass_at_{config["evaluation"]["samples"]}'
+    base, best = run.record['base'], run.record['best']
+    result = {
+        'task': config['task']['name'],
+        'objective': config['rl']['objective'],
+        'scorer': final['scorer'],
+        'base_accuracy': base['accuracy'],
+        'accuracy': final['accuracy'],
+        'base_reward': base['reward'],
+        'reward': final['reward'],
+        f'base_{samples}': base[samples],
+        samples: final[samples],
+        'best_step': best['step'],
+        'validation_accuracy': best['accuracy'],
+        'steps': config['train']['steps'],
+        'seconds': run.seconds,
+        'base_seconds': policies.policy_notes(base_policy).get('seconds'),
+        'seed': config['train']['seed'],
+        'config': config,
+    }
+    if 'grid_accuracy' in final:
+        result |= {
+            'base_grid_accuracy': base['grid_accuracy'],
+            'grid_accuracy': final['grid_accuracy'],
+        }
+    return result
+
+
+def quality(figures: Figures) -> tuple[float, float]:
+    """What makes a policy the best on validation: accuracy, then reward."""
+    return figures['accuracy'], figures['reward']
+
+
+def validation_row(figures: Figures) -> dict[str, float]:
+    """The figures of a validation as they stand in metrics.jsonl."""
+    names = ('accuracy', 'grid_accuracy', 'reward')
+    return {f'validation_{name}': figures[name] for name in names if name in figures}
+
+
+def closing_lines(result: dict[str, Any], workdir: Path) -> str:
+    """What a finished run achieved, where everything is, and what to do next."""
+    figures = f'{result["base_accuracy"]:.3f} -> {result["accuracy"]:.3f}'
+    if 'grid_accuracy' in result:
+        grids = f'{result["base_grid_accuracy"]:.3f} -> {result["grid_accuracy"]:.3f}'
+        figures = f'cells {figures}, grids {grids}'
+    else:
+        figures = f'accuracy {figures}'
+    return (
+        f'finished: test {figures} in {result["seconds"]:.0f} s ({result["scorer"]} scorer)\n'
+        f'curves    {workdir}/curves.png\nresult    {workdir}/result.json\n'
+        f'look      python -m spg_jax.generate --workdir={workdir} --trace\n'
+        f'evaluate  python -m spg_jax.evaluate --workdir={workdir}'
+    )
