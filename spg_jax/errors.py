@@ -1,18 +1,24 @@
-"""Small tools for error messages: one line that says what was found, expected, and what to do."""
+"""Error messages that every room words alike: one line, the value found, the values expected."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 
-def one_line(error: Exception) -> str:
-    """Returns an exception as one line: its type and its message."""
+def one_line(error: BaseException) -> str:
+    """Returns an exception as one line: the name of its class and its message."""
     return ' '.join(f'{type(error).__name__}: {error}'.split())
 
 
-def check_one_of(key: str, value: str, known: Collection[str]) -> None:
-    """Refuses a value that is not among those known.
+def check_one_of(key: str, value: object, known: Iterable[str]) -> None:
+    """Refuses a value that is not among the known ones.
+
+    Args:
+      key: the setting or argument that the message names, such as 'sampling.commit'.
+      value: what it was set to.
+      known: the values it can have, in the order the message lists them.
 
     Raises:
-      ValueError: names the setting `key`, the value and the known values.
+      ValueError: `value` is not in `known`.
     """
+    known = tuple(known)
     if value not in known:
         raise ValueError(f'{key} is {value!r}; use one of {", ".join(known)}')

@@ -1,12 +1,12 @@
-"""Verdicts of the published scorers on completions made by anything.
+"""Verdicts of the published scorers on completions from any source.
 
 python -m spg_jax.score --task=countdown FILE...    # scores completions
-python -m spg_jax.score --verify FILE               # reproduces the verdicts a file brings along
-python -m spg_jax.score --task=math500 --judge=math-verify FILE...   # by a better judge, extra math
+python -m spg_jax.score --verify FILE               # reproduces the verdicts that a file holds
+python -m spg_jax.score --task=math500 --judge=math-verify FILE...   # a better judge, extra 'math'
 
-A FILE holds one JSON object a line, {question, ground_truth, completion}, or is one JSON document
-as the published evaluation writes it, {"generations": [{question, ground_truth, generations},
-...]}. The last line printed is one JSON object; accuracies in it are fractions.
+A FILE holds one JSON object a line, {question, ground_truth, completion}, or it is one JSON
+document as the published evaluation writes it, {"generations": [{question, ground_truth,
+generations}, ...]}. The last line printed is one JSON object; accuracies in it are fractions.
 """
 
 import json
@@ -22,21 +22,24 @@ from spg_jax.tasks import reading
 from spg_jax.tasks.math500 import judge as math_verify
 from spg_jax.tasks.task import Example, Score, Task
 
-FORMAT = 'published_eval'  # whose scorer is the published one
+FORMAT = 'published_eval'  # the format whose scorer is the published one
 SHOWN = 5  # disagreements printed
 
-_TASK = flags.DEFINE_string('task', None, f'whose scorer: {", ".join(tasks.TASKS)}')
+_TASK = flags.DEFINE_string('task', None, f'task of the completions: {", ".join(tasks.TASKS)}')
 _JUDGE = flags.DEFINE_enum(
-    'judge', 'published', ['published', math_verify.NAME], 'who judges; the latter only MATH500'
+    'judge',
+    'published',
+    ['published', math_verify.NAME],
+    f'scorer that judges; {math_verify.NAME} judges MATH500 only',
 )
 _VERIFY = flags.DEFINE_string('verify', None, 'file with completions and verdicts to reproduce')
 
 
 def read(path: str) -> Iterator[tuple[str, Any, str]]:
-    """Yields (where, record, key of its completion) for every completion of a file.
+    """Yields (its place in the file, record, key of its completion) for every completion.
 
     Raises:
-      ValueError: the file cannot be read, or holds nothing, or a line is not JSON.
+      ValueError: the file cannot be read, the file is empty, or a line is not JSON.
     """
     document = _document(path)
     if document is None:
@@ -46,12 +49,12 @@ def read(path: str) -> Iterator[tuple[str, Any, str]]:
         raise ValueError(
             f'{path}: generations is {reading.shown(document)}, expected a list of completions'
         )
-    for place, record in enumerate(document):
-        yield f'{path}: generations[{place}]', record, 'generations'
+    for index, record in enumerate(document):
+        yield f'{path}: generations[{index}]', record, 'generations'
 
 
 def _document(path: str) -> Any:
-    """Returns what stands under 'generations' if the whole file is one such document, else None."""
+    """Returns the value of 'generations' if the whole file is one such document, else None."""
     try:
         document = reading.parse_json(reading.read_text(path), path)
     except reading.NotJson:
@@ -81,13 +84,13 @@ def score(name: str, paths: Sequence[str], judged_by: str = 'published') -> dict
     """Scores files together: cells (Sudoku) or answers are pooled over all of them.
 
     Args:
-      name: of the task.
-      paths: of the files.
+      name: the name of the task.
+      paths: the paths of the files.
       judged_by: 'published', or 'math-verify' for MATH500.
 
     Raises:
-      ValueError: unknown task, a judge that is not for it or not installed, or a file or line that
-        is not as it should be; one line that says which.
+      ValueError: the task is unknown, the judge cannot judge it or is not installed, or a file or a
+        line is wrong; the message is one line that says which.
     """
     task = tasks.get(name, FORMAT)
     if judged_by == math_verify.NAME:
@@ -99,39 +102,45 @@ def score(name: str, paths: Sequence[str], judged_by: str = 'published') -> dict
 
 
 def verify(path: str) -> dict[str, Any]:
-    """Judges every completion of a task we know and compares with the verdict beside it.
+    """Judges every completion of a known task and compares the result with the recorded verdict.
 
-    A verdict is true or false, or [right, total] where a completion answers several items. Prints
-    the first disagreements, and how many completions were skipped because their task is not known
-    here.
+    A verdict is true or false, or [right, total] where a completion answers several items. The
+    function prints the first disagreements, and the number of completions that were skipped because
+    their task is not known here.
 
     Raises:
-      ValueError: as `score`, or nothing in the file could be compared.
+      ValueError: as `score`, or no completion in the file is of a known task.
     """
-    known = {name: tasks.get(name, FORMAT) for name in tasks.TASKS}
+    known_tasks = {name: tasks.get(name, FORMAT) for name in tasks.TASKS}
     scores: dict[str, list[Score]] = {}
     skipped: Counter[str] = Counter()
     disagreements = 0
     for where, record in reading.json_lines(path):
         name = str(record.get('task'))
-        if name not in known:
+        if name not in known_tasks:
             skipped[name] += 1
             continue
-        verdict = record.get('score')
-        one = judge(known[name], record, 'completion', where)
-        scores.setdefault(name, []).append(one)
-        ours = one.solved if isinstance(verdict, bool) else [one.right, one.total]
-        if ours != verdict:
+        recorded_verdict = record.get('score')
+        new_score = judge(known_tasks[name], record, 'completion', where)
+        scores.setdefault(name, []).append(new_score)
+        is_single = isinstance(recorded_verdict, bool)
+        verdict = new_score.solved if is_single else [new_score.right, new_score.total]
+        if verdict != recorded_verdict:
             disagreements += 1
             if disagreements <= SHOWN:
-                print(f'{where}: {name}: ours {ours}, theirs {reading.shown(verdict)}')
+                print(
+                    f'{where}: {name}: scored {verdict} here, '
+                    f'recorded as {reading.shown(recorded_verdict)}'
+                )
+    known_names = ', '.join(known_tasks)
     for name, count in skipped.items():
         print(
-            f'{count} of task {name} skipped: no scorer for it here; known are {", ".join(known)}'
+            f'task {name}: {count} skipped, because it has no scorer here; '
+            f'known tasks are {known_names}'
         )
     if not scores:
         raise ValueError(
-            f'{path}: no completion of a known task; expected some of {", ".join(known)}'
+            f'{path}: no completion of a known task; expected completions of {known_names}'
         )
     checked = sum(map(len, scores.values()))
     return {
@@ -139,7 +148,7 @@ def verify(path: str) -> dict[str, Any]:
         'checked': checked,
         'disagreements': disagreements,
         'skipped': sum(skipped.values()),
-        'tasks': [known[name].figures(found) for name, found in scores.items()],
+        'tasks': [known_tasks[name].figures(verdicts) for name, verdicts in scores.items()],
     }
 
 

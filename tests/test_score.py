@@ -1,4 +1,4 @@
-"""The score command: totals, both layouts of a file, one line for every kind of wrong input."""
+"""The score command: totals, both layouts of a file, errors of one line for wrong input."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ SUDOKU = FIXTURES / 'sudoku_completions.jsonl'
 
 
 def run(*arguments):
-    """Runs the command and returns (exit code, last line printed, what went to standard error)."""
+    """Runs the command; returns (exit code, last line of standard output, standard error)."""
     done = subprocess.run(
         [sys.executable, '-m', 'spg_jax.score', *map(str, arguments)],
         capture_output=True,
@@ -44,20 +44,20 @@ def test_countdown_file():
 
 
 def test_sudoku_pools_cells_over_files(tmp_path):
-    """Files of 8 and 12 empty cells: the mean of the two shares would be another number."""
-    one, two = tmp_path / 'one.jsonl', tmp_path / 'two.jsonl'
+    """With files of 8 and 12 empty cells, the mean of the two shares would be another number."""
+    first, second = tmp_path / 'first.jsonl', tmp_path / 'second.jsonl'
     truth = '1342423124133124'
     record = {
         'question': '0040423100030104',
         'ground_truth': truth,
         'completion': f'<answer>{truth}</answer>',
     }
-    one.write_text(json.dumps(record) + '\n\n')
+    first.write_text(json.dumps(record) + '\n\n')
     record |= {'question': '0000420000030004', 'completion': '<answer>1300</answer>'}
-    two.write_text(json.dumps(record))
-    figures = score.score('sudoku', [str(one), str(two)])
+    second.write_text(json.dumps(record))
+    figures = score.score('sudoku', [str(first), str(second)])
     assert (figures['correct'], figures['total'], figures['accuracy']) == (10, 20, 0.5)
-    assert figures['grid_accuracy'] == 0.5 and figures['files'] == [str(one), str(two)]
+    assert figures['grid_accuracy'] == 0.5 and figures['files'] == [str(first), str(second)]
 
 
 def test_the_published_layout_gives_the_same(tmp_path):
@@ -65,11 +65,11 @@ def test_the_published_layout_gives_the_same(tmp_path):
     cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
     generations = [
         {
-            'question': c['question'],
-            'ground_truth': c['ground_truth'],
-            'generations': c['completion'],
+            'question': case['question'],
+            'ground_truth': case['ground_truth'],
+            'generations': case['completion'],
         }
-        for c in cases
+        for case in cases
     ]
     path.write_text(json.dumps({'generations': generations, 'metrics': {}}, indent=2))
     assert score.score('countdown', [str(path)])['correct'] == sum(case['score'] for case in cases)
@@ -84,7 +84,7 @@ def test_another_judge_needs_its_package(monkeypatch):
 
 
 def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
-    """By a stand-in for the package: it agrees with 'right', and never returns from 'hang'."""
+    """A stand-in for the package agrees with the text 'right' and never returns from 'hang'."""
     (tmp_path / 'math_verify.py').write_text(
         'import time\n'
         'def parse(text, **_): return text\n'
@@ -114,7 +114,7 @@ def test_verify_agrees(path):
     assert result['checked'] == len(path.read_text().splitlines()) >= 20
 
 
-def test_verify_shows_disagreements_and_what_it_skips(tmp_path):
+def test_verify_shows_disagreements_and_skipped_tasks(tmp_path):
     path = tmp_path / 'verdicts.jsonl'
     cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
     cases[1]['score'] = not cases[1]['score']
@@ -126,8 +126,8 @@ def test_verify_shows_disagreements_and_what_it_skips(tmp_path):
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 1
-    assert lines[0] == f'{path}:2: countdown: ours True, theirs False'
-    assert lines[1].startswith('1 of task chess skipped: no scorer for it here')
+    assert lines[0] == f'{path}:2: countdown: scored True here, recorded as False'
+    assert lines[1].startswith('task chess: 1 skipped, because it has no scorer here')
     assert json.loads(lines[2])['disagreements'] == 1
 
 
@@ -179,7 +179,7 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
         (
             ['--task=chess', COUNTDOWN],
-            "unknown task 'chess'; known are countdown, gsm8k, math500, sudoku",
+            "task is 'chess'; use one of countdown, gsm8k, math500, sudoku",
         ),
         (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
         ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),

@@ -1,5 +1,10 @@
-"""Tasks: prompts, rewards, scores, demonstrations and problems. No model in here, and no JAX."""
+"""Tasks: prompts, rewards, scores, demonstrations and problems. Nothing here needs JAX or a model.
 
+Builders of problems and tasks import `problems` modules, and a task imports its builder lazily. No
+module in this package imports the package itself, so that imports never run in a circle.
+"""
+
+from spg_jax.errors import check_one_of
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.tasks.gsm8k import GSM8K
 from spg_jax.tasks.math500 import Math500
@@ -18,39 +23,33 @@ def get(
     shots: int = 0,
     rules: str = 'released',
 ) -> Task:
-    """Returns the task `name` in a format; the one way to make a Task.
+    """Returns the task `name` in a format; call this instead of the constructor of a Task.
 
     Args:
       name: a key of TASKS.
       format: 'compact' (small models), or the published instructions as 'published_train' or
         'published_eval'.
-      prompt_template: file with other wording for the prompt; '' is the built-in wording.
-      shots: worked examples in the prompt, at most as many as the format has.
-      rules: of the reward, 'released' or, where those slip, 'mended'.
+      prompt_template: a file with another wording of the prompt; '' is the built-in wording.
+      shots: the number of worked examples in the prompt, at most as many as the format has.
+      rules: the rules of the reward: 'released', or 'mended' where those have a mistake.
 
     Raises:
-      ValueError: unknown name, format or rules, more examples than there are, or a template that
-        cannot be used; says which are known.
+      ValueError: name, format or rules are unknown, the format has fewer examples than `shots`,
+        or the template cannot be used; the message lists the known values.
     """
-    if name not in TASKS:
-        raise ValueError(f'unknown task {name!r}; known are {", ".join(sorted(TASKS))}')
+    check_one_of('task', name, sorted(TASKS))
     task = TASKS[name]
-    if format not in task.formats:
-        raise ValueError(
-            f'unknown format {format!r} of task {name}; known are {", ".join(task.formats)}'
-        )
-    if rules not in task.known_rules:
-        raise ValueError(
-            f'task.rules is {rules!r}; task {name} knows {", ".join(task.known_rules)}'
-        )
+    check_one_of(f'format of task {name}', format, task.formats)
+    check_one_of(f'task.rules of {name}', rules, task.known_rules)
     examples = task.formats[format].examples
     if shots not in range(len(examples) + 1):
-        has = f'has examples for 0 to {len(examples)}' if examples else 'has no worked examples'
-        raise ValueError(f'task.shots is {shots}; format {format} of task {name} {has}')
+        limit = f'has examples for 0 to {len(examples)}' if examples else 'has no worked examples'
+        raise ValueError(f'task.shots is {shots}; format {format} of task {name} {limit}')
     if prompt_template:
-        shown = (EXAMPLES,) if shots else ()  # so the file has to say where
+        # With shots, the file must say where in the prompt the worked examples stand.
+        required = (*task.placeholders, EXAMPLES) if shots else task.placeholders
         optional = (EXAMPLES,) if examples else ()
-        template = read_template(prompt_template, (*task.placeholders, *shown), optional)
+        template = read_template(prompt_template, required, optional)
     else:
         template = task.formats[format].template
     return task(format, fill(template, {EXAMPLES: ''.join(examples[:shots])}), rules)

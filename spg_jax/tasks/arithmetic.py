@@ -6,21 +6,21 @@ import operator
 import re
 from collections.abc import Callable
 
-# Far above anything an answer needs, far below anything slow: the worst expression within all three
-# takes about a millisecond.
+# These limits are far above what an answer needs and far below what is slow: the slowest expression
+# within all three takes about a millisecond.
 MAX_CHARACTERS = 1000
-MAX_DEPTH = 100  # nested operations; brackets alone add none
-MAX_BITS = 8192  # of any intermediate integer
+MAX_DEPTH = 100  # nested operations; brackets do not count
+MAX_BITS = 8192  # the size of any intermediate integer
 
 Number = int | float
 
-# ASCII only: the parser would refuse other digits too, but warns or fails in ways that differ
-# between Python versions.
+# Only ASCII is allowed. The parser refuses other digits too, but the warnings and errors that it
+# gives for them differ between Python versions.
 _ALLOWED = re.compile(r'[0-9+\-*/(). \t\n\r\f\v]+')
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    """Returns base**exponent, unless its size alone would make it slow."""
+    """Returns base**exponent; raises OverflowError if the result would be too large to be fast."""
     integers = isinstance(base, int) and isinstance(exponent, int)
     if integers and abs(base) > 1 and exponent * base.bit_length() > MAX_BITS:
         raise OverflowError
@@ -39,7 +39,7 @@ _UNARY: dict[type, Callable[[Number], Number]] = {ast.UAdd: operator.pos, ast.US
 
 
 def _value(node: ast.expr, depth: int) -> Number:
-    """Evaluates one node; raises ValueError or ArithmeticError unless real and bounded."""
+    """Evaluates a node; raises ValueError or ArithmeticError unless it is real and bounded."""
     if depth > MAX_DEPTH:
         raise ValueError
     match node:
@@ -49,7 +49,7 @@ def _value(node: ast.expr, depth: int) -> Number:
             result = _UNARY[type(op)](_value(operand, depth + 1))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             result = _BINARY[type(op)](_value(left, depth + 1), _value(right, depth + 1))
-        case _:  # a call such as 2(3), an empty tuple, an ellipsis
+        case _:  # for example a call such as 2(3), an empty tuple or an ellipsis
             raise ValueError
     if isinstance(result, complex) or (isinstance(result, int) and result.bit_length() > MAX_BITS):
         raise ValueError
@@ -59,9 +59,9 @@ def _value(node: ast.expr, depth: int) -> Number:
 def evaluate(expression: str) -> float | None:
     """Returns the value of an arithmetic expression, or None if it has none.
 
-    Digits, + - * / ( ) . and white space only, read as Python reads them: `**` and `//` are
-    operators, leading zeros and implicit products are errors. Never raises and never hangs,
-    whatever the text: what a model wrote is hostile input.
+    An expression holds only digits, + - * / ( ) . and white space, and is read as Python reads it:
+    `**` and `//` are operators, leading zeros and implicit products are errors. The function never
+    raises and never hangs, because text that a model wrote is hostile input.
     """
     if len(expression) > MAX_CHARACTERS or not _ALLOWED.fullmatch(expression):
         return None

@@ -1,16 +1,17 @@
 """Whether two answers to a problem of MATH are the same, by the published rules.
 
-Text is compared with text after both went through one list of replacements, in the published order;
-no mathematics is done. Every step is a plain search, so that hostile text of any shape takes time
-in proportion to its length.
+Both answers go through one list of replacements, in the published order, and are then compared as
+text; no mathematics is done. Every step is a plain search, so that hostile text of any shape takes
+time in proportion to its length.
 """
 
 from collections.abc import Callable
 
-_TEXT_UNIT = r'\text{ '  # with the space, which in the published references means a unit
+# In the published references this command means a unit if a space follows its brace.
+_TEXT_UNIT = r'\text{ '
 
-# (what, by what), in this order: a line break may hide a command, `\\` turns into `\` before
-# commands are looked for.
+# Pairs of (old, new) text. Their order matters: a line break may hide a command, and `\\` has to
+# become `\` before commands are replaced.
 _BEFORE_UNITS = (
     ('\n', ''),
     (r'\!', ''),
@@ -27,23 +28,24 @@ _AFTER_UNITS = ((r'\%', ''), (' .', ' 0.'), ('{.', '{0.'))
 
 
 class NotNormal(ValueError):
-    """An answer that normalising fails on, as released."""
+    """An answer on which the released normalisation fails."""
 
 
-def equivalent(found: str, reference: str) -> bool:
-    """Whether two answers are equal once both are normalised; as they stand, if one cannot be."""
+def equivalent(answer: str, reference: str) -> bool:
+    """Whether the normal forms of two answers are equal, or the answers if one has no such form."""
     try:
-        return normal_form(found) == normal_form(reference)
+        return normal_form(answer) == normal_form(reference)
     except NotNormal:
-        return found == reference
+        return answer == reference
 
 
 def normal_form(answer: str) -> str:
     r"""Returns an answer with the published rules applied: `\dfrac12` is `\frac{1}{2}`.
 
     Raises:
-      NotNormal: two units or more, a root or fraction of nothing, or one `/` between anything but
-        integers. (The last looks like a slip of the released code; then spaces, for one, count.)
+      NotNormal: the answer has two units or more, a root or fraction of nothing, or exactly one `/`
+        that does not stand between integers. (The last case looks like a mistake of the released
+        code: such answers are then compared with their spaces.)
     """
     for old, new in _BEFORE_UNITS:
         answer = answer.replace(old, new)
@@ -66,13 +68,13 @@ def _without_unit(answer: str) -> str:
 
 
 def _without_left_side(answer: str) -> str:
-    """Drops `x =` and the like: up to two characters before the only equals sign."""
+    """Drops a left side such as `x =`: up to two characters before the only equals sign."""
     left, _, right = answer.partition('=')
     return right if answer.count('=') == 1 and len(left) <= 2 else answer
 
 
 def _each_argument(answer: str, command: str, braced: Callable[[str], str | None]) -> str:
-    """Rewrites what follows each `command`; leaves all as it is if `braced` finds too little."""
+    """Puts braces around the argument of each `command`; changes nothing if one has none."""
     before, *rest = answer.split(command)
     pieces = [before]
     for piece in rest:
@@ -92,7 +94,7 @@ def _braced_root(piece: str) -> str:
 
 
 def _braced_fraction(piece: str) -> str | None:
-    r"""`12x` is `{1}{2}x` and `1{72}` is `{1}{72}`; None if there is no denominator."""
+    r"""`12x` is `{1}{2}x` and `1{72}` is `{1}{72}`; the result is None without a denominator."""
     if len(piece) < 2:
         return None
     top, bottom, rest = piece[0], piece[1], piece[2:]
@@ -100,14 +102,14 @@ def _braced_fraction(piece: str) -> str | None:
 
 
 def _as_fraction(answer: str) -> str:
-    r"""The whole of 0.5, or of two integers with a slash, as `\frac`."""
+    r"""Writes 0.5, or two integers with a slash, as a `\frac`; leaves other answers unchanged."""
     if answer == '0.5':
         return r'\frac{1}{2}'
     if answer.count('/') != 1:
         return answer
     try:
         top, bottom = map(int, answer.split('/'))
-    except ValueError:  # more digits than Python reads, too
+    except ValueError:  # Python also raises it for an integer with too many digits.
         raise NotNormal from None
-    written = f'{top}/{bottom}' == answer  # 01/2 is not how 1/2 is written
-    return rf'\frac{{{top}}}{{{bottom}}}' if written else answer
+    is_canonical = f'{top}/{bottom}' == answer  # The form 01/2 of 1/2 is not canonical.
+    return rf'\frac{{{top}}}{{{bottom}}}' if is_canonical else answer

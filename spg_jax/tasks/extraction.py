@@ -1,8 +1,8 @@
-"""Where in a completion the answer stands: answer tags and boxes, by the published rules.
+"""The answer in a completion: answer tags and boxes, read by the published rules.
 
-Plain searches instead of regular expressions wherever a lazy pattern would be quadratic:
-completions are hostile input, and a hundred thousand unclosed tags must take no longer than as many
-letters.
+Completions are hostile input: a hundred thousand unclosed tags must take no longer than as many
+letters. Plain searches therefore replace every regular expression whose lazy pattern would need
+quadratic time.
 """
 
 import re
@@ -33,16 +33,16 @@ def last_answer(text: str) -> str | None:
 
     Tags pair from the left: an opening tag inside an answer is part of that answer's text.
     """
-    found, start = None, 0
+    last_span, start = None, 0
     while (span := _span(text, start)) is not None:
-        found, start = span, span[1] + len(CLOSE)
-    return None if found is None else text[slice(*found)].strip()
+        last_span, start = span, span[1] + len(CLOSE)
+    return None if last_span is None else text[slice(*last_span)].strip()
 
 
 def after_last_tag(text: str) -> str:
     """Returns the stripped text between the last `<answer>` and the next `</answer>`.
 
-    Without an opening tag that is the text up to the first closing one, or all of it.
+    Without an opening tag, the text up to the first closing tag is returned, or all of the text.
     """
     return text.rpartition(OPEN)[2].partition(CLOSE)[0].strip()
 
@@ -56,9 +56,10 @@ def until(text: str, ends: Sequence[str]) -> str | None:
 def last_box(text: str) -> str | None:
     r"""Returns the last boxed content of `text`, by the rules of MATH500 scoring.
 
-    `\boxed x` (with a space) anywhere comes first, its text up to the next `$`; else the last
-    `\boxed{…}`, brace-matched; else the last `\fbox{…}`, kept with its wrapper. Without any box the
-    whole text stands in. None if the box never closes.
+    If the text has a `\boxed x` (with a space), the text after it up to the next `$` is returned.
+    Otherwise the result is the content of the last `\boxed{…}` with its braces matched, or else the
+    last `\fbox{…}` including its wrapper, or else the whole text. It is None if the box never
+    closes.
     """
     spaced = text.rfind(BOX + ' ')
     if spaced >= 0:

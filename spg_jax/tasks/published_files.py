@@ -1,43 +1,46 @@
-"""Published problems as TFDS data sets: files found on disk or downloaded, then cut."""
+"""TFDS builders for published problems, whose files are on disk already or are downloaded.
+
+The builder cuts the problems of these files into train, validation and test splits.
+"""
 
 import hashlib
 import http.client
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from spg_jax import tasks
-from spg_jax.tasks.source import Example, Unavailable, one_line
+from spg_jax.errors import one_line
+from spg_jax.tasks.source import Example, Unavailable
 
 VALIDATION = 256  # problems cut off the published training set
-_LEAST_SHARE = 10  # but no more than one in ten, for a training set of one's own
-TIMEOUT = 30  # seconds a server may keep silent
+_LEAST_SHARE = 10  # At most one training problem in ten is cut off, if the user's set is small.
+TIMEOUT = 30  # seconds without any data until a download is given up
 _TEXTS = ('question', 'answer', 'solution')
 
 
 def cut(train: Sequence[Example], test: Sequence[Example]) -> dict[str, list[Example]]:
-    """Returns the problems of each split; none of the test problems is in another.
+    """Returns the problems of each split; no other split holds a test problem.
 
-    Which problems are for validation depends on their text alone: the same ones for ever, whatever
-    the order of the file.
+    The text of a problem alone decides whether it is for validation, so that the validation split
+    stays the same for ever, whatever the order of the file.
     """
-    tested = {_identity(example) for example in test}
-    others = {_identity(example): example for example in train}  # each problem once
-    left = {key: example for key, example in others.items() if key not in tested}
-    size = min(VALIDATION, len(left) // _LEAST_SHARE)
-    chosen = set(sorted(left)[:size])
+    test_keys = {_identity(example) for example in test}
+    distinct = {_identity(example): example for example in train}
+    learnable = {key: example for key, example in distinct.items() if key not in test_keys}
+    size = min(VALIDATION, len(learnable) // _LEAST_SHARE)
+    validation_keys = set(sorted(learnable)[:size])
     return {
-        'train': [example for key, example in left.items() if key not in chosen],
-        'validation': [example for key, example in left.items() if key in chosen],
+        'train': [example for key, example in learnable.items() if key not in validation_keys],
+        'validation': [example for key, example in learnable.items() if key in validation_keys],
         'test': list(test),
     }
 
 
 def _identity(example: Example) -> str:
-    """Returns a hash of the question, whatever its white space."""
+    """Returns a hash of the question that does not depend on its white space."""
     return hashlib.sha256(' '.join(example['question'].split()).encode()).hexdigest()
 
 
@@ -45,35 +48,35 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Published train and test files; the test split is the published test.
 
     `TASK_train.jsonl` and `TASK_test.jsonl` are taken from the data directory or from TFDS's manual
-    directory, and otherwise downloaded into the former.
+    directory. If neither holds them, they are downloaded into the data directory.
     """
 
     VERSION = tfds.core.Version('1.0.0')
     MANUAL_DOWNLOAD_INSTRUCTIONS = 'Put TASK_train.jsonl and TASK_test.jsonl here.'
-    URLS: ClassVar[Mapping[str, str]]  # of the published files 'train' and 'test'
+    URLS: ClassVar[Mapping[str, str]]  # addresses of the published files 'train' and 'test'
+    read_published: ClassVar[Callable[[str | Path], list[Example]]]  # reads one of these files
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             description=self.__doc__,
             features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in _TEXTS}),
-            # An example's place is its identity.
+            # The place of an example in its split is its identity.
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         files = {split: self._file(split, dl_manager) for split in self.URLS}
-        task = tasks.get(self.name, 'published_train')
         try:
-            read = {split: task.read_published(path) for split, path in files.items()}
+            examples = {split: self.read_published(path) for split, path in files.items()}
         except ValueError as error:
             raise Unavailable(f'{error}; mend that file, or delete it') from error
-        splits = cut(read['train'], read['test'])
+        splits = cut(examples['train'], examples['test'])
         if not splits['validation']:
             raise Unavailable(
-                f'{files["train"]}: {len(read["train"])} problems, expected {_LEAST_SHARE} or '
+                f'{files["train"]}: {len(examples["train"])} problems, expected {_LEAST_SHARE} or '
                 'more that are not in the test file; add some'
             )
-        return {split: self._generate_examples(examples) for split, examples in splits.items()}
+        return {split: self._generate_examples(part) for split, part in splits.items()}
 
     def _generate_examples(
         self, examples: Sequence[Example]
@@ -82,17 +85,16 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield index, {name: example[name] for name in _TEXTS}
 
     def _file(self, split: str, dl_manager: Any) -> Path:
-        """Returns where the published file of a split is, fetched into the data directory if need
-        be."""
+        """Returns the path of a split's published file; downloads the file if it is missing."""
         folders = [Path(self.data_dir_root)]
         try:
             folders.append(Path(dl_manager.manual_dir))
-        except AssertionError:  # there is none, which is the usual case
+        except AssertionError:  # TFDS raises it where no manual directory exists, as is usual.
             pass
         name = self._name(split)
-        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if found:
-            return found
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
         try:
             return _fetched(self.URLS[split], folders[0] / name)
         except (OSError, http.client.HTTPException) as error:

@@ -1,48 +1,72 @@
-"""The problems of a task: made once by its TFDS builder, then read at random."""
+"""The problems of a task: made once by its TFDS builder, then read in any order."""
 
 import contextlib
 import fcntl
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-Example = dict[str, Any]  # a problem; its keys are the task's own, besides 'index'
+from spg_jax.errors import check_one_of, one_line
+
+Example = dict[str, Any]  # a problem; each task has its own keys, and all have 'index'
 
 SPLITS = ('train', 'validation', 'test')
-_CHUNK = 1024  # examples read at once when reading all
+_CHUNK = 1024  # examples read at once when all are read
 
 
 class Unavailable(ValueError):
-    """Problems that cannot be made here; one line that says what a person has to do."""
+    """Problems cannot be made here; the message is one line that says what a person has to do."""
 
 
 class Source:
     """Random access to the examples of one split: dicts of plain Python values and 'index'.
 
-    The data is made on first use, if need be from files that only a person can bring (a ValueError
-    says which). Whatever goes wrong while reading it is a ValueError that says which directory to
-    delete, since everything in it can be made again.
+    The data is made on first use, and one line on standard error says so. Making it may need files
+    that only a person can bring; then a ValueError names them. Any failure to read the data is a
+    ValueError that names the directory to delete, since everything in it can be made again.
     """
 
-    def __init__(self, builder: Callable[..., Any], split: str, data_dir: Path):
-        if split not in SPLITS:
-            raise ValueError(f'unknown split {split!r}; expected one of {", ".join(SPLITS)}')
+    def __init__(
+        self,
+        builder: Callable[..., Any],
+        split: str,
+        data_dir: Path,
+        preparation: str = 'making them',
+    ):
+        """Makes the problems if `data_dir` does not hold them, and opens one split.
+
+        Args:
+          builder: the TFDS builder class.
+          split: one of SPLITS.
+          data_dir: the directory that holds the problems of all tasks.
+          preparation: what making the problems means, in the words of the line that announces it.
+        """
+        check_one_of('split', split, SPLITS)
         self._split = split
         self._directory = data_dir / builder.name
-        # Readers raise anything, from KeyError to a RuntimeError out of C++; none of it may end as
-        # a traceback.
+        # TFDS and its readers raise errors of any class, from KeyError to a RuntimeError out of
+        # C++. All of them are caught here, so that none ends a run with a traceback.
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            # One process makes the data, others wait for it. Standard output belongs to results.
-            with (data_dir / 'lock').open('w') as lock, contextlib.redirect_stdout(sys.stderr):
+            with (data_dir / 'lock').open('w') as lock, _silent_tfds():
+                # One process makes the data, and the others wait for it.
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                made = builder(data_dir=data_dir, file_format='array_record')
-                made.download_and_prepare()
-            self._records = made.as_data_source(split)
-            found, expected = len(self._records), made.info.splits[split].num_examples
+                dataset = builder(data_dir=data_dir, file_format='array_record')
+                if not dataset.data_path.exists():
+                    # Standard output belongs to results, so the line goes to standard error.
+                    print(
+                        f'problems of {builder.name}: {preparation}, once, under {self._directory}',
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                dataset.download_and_prepare()
+            self._records = dataset.as_data_source(split)
+            count, expected_count = len(self._records), dataset.info.splits[split].num_examples
         except Unavailable:
             raise
         except OSError as error:
@@ -51,9 +75,10 @@ class Source:
             ) from error
         except Exception as error:
             raise self._unreadable(split, one_line(error)) from error
-        if found != expected:
-            raise self._unreadable(split, f'{found} examples, expected {expected}')
-        self.__getitems__([0, found - 1])  # a file cut short fails here, not hours later
+        if count != expected_count:
+            raise self._unreadable(split, f'{count} examples, expected {expected_count}')
+        # Fail early: a file that was cut short must not stop a run hours later.
+        self.__getitems__([0, count - 1])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -68,7 +93,7 @@ class Source:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example]:
-        """Returns several examples at once: several times faster than one at a time."""
+        """Returns several examples at once, which is several times faster than one at a time."""
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f'example {index} of {len(self)}')
@@ -81,16 +106,28 @@ class Source:
         except Exception as error:
             raise self._unreadable(f'{self._split} examples', one_line(error)) from error
 
-    def _unreadable(self, what: str, found: str) -> ValueError:
+    def _unreadable(self, subject: str, cause: str) -> ValueError:
         return ValueError(
-            f'{self._directory}: {what} cannot be read ({found}); '
+            f'{self._directory}: {subject} cannot be read ({cause}); '
             f'delete {self._directory} and run again'
         )
 
 
-def one_line(error: Exception) -> str:
-    """Returns an exception as one line: its kind and what it says."""
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
+@contextlib.contextmanager
+def _silent_tfds() -> Iterator[None]:
+    """Keeps the messages, log lines and progress bars of TFDS off the screen."""
+    # The import is lazy because TFDS takes half a second to import; the builder has done it before.
+    import tensorflow_datasets as tfds
+
+    # TFDS offers no way to ask whether its bars are on, so they stay off afterwards.
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a task is: prompts, rewards, scores, demonstrations and problems, in one interface."""
+"""The interface of every task: prompts, rewards, scores, demonstrations and problems."""
 
 import abc
 import re
@@ -11,7 +11,7 @@ import numpy as np
 
 from spg_jax.tasks.source import Example, Source
 
-EXAMPLES = 'examples'  # the placeholder of worked examples, which a prompt may have besides
+EXAMPLES = 'examples'  # the placeholder that worked examples replace, if a prompt has it
 # Only {name} is a placeholder: braces around anything else, as in \boxed{}, are text.
 _PLACEHOLDER = re.compile(r'\{([A-Za-z_]+)\}')
 
@@ -19,50 +19,54 @@ _PLACEHOLDER = re.compile(r'\{([A-Za-z_]+)\}')
 class Score(NamedTuple):
     """The verdict on one completion."""
 
-    right: int  # items answered rightly: Sudoku cells; the whole of a Countdown expression
+    right: int  # items that are right; an item is a Sudoku cell or a whole Countdown expression
     total: int  # items asked for
-    solved: bool  # every item right
+    solved: bool  # True if every item is right
 
 
 @dataclass(frozen=True)
 class Format:
-    """How problem and answer are written, and who scores them."""
+    """How problem and answer are written, and which scorer judges the answer."""
 
-    template: str  # of the prompt, with the task's placeholders
-    completion: str  # of a demonstration, with {answer}; word problems have {reasoning}, too
-    separator: str  # between the numbers or cells of a prompt
-    scorer: str  # 'compact' | 'published'; figures name it
-    prefill: str = ''  # what a completion starts from; goes after the chat template, if any
-    examples: tuple[str, ...] = ()  # worked ones; the prompt shows the first `shots`
+    template: str  # the prompt, with the task's placeholders
+    completion: str  # a demonstration, with {answer}; that of word problems has {reasoning} too
+    separator: str  # the text between the numbers or cells of a prompt
+    scorer: str  # 'compact' | 'published'; the name that figures carry
+    prefill: str = ''  # the start of every completion; it follows the chat template, if any
+    examples: tuple[str, ...] = ()  # worked examples, of which the prompt shows the first `shots`
 
 
 @dataclass(frozen=True)
 class Task(abc.ABC):
     """A family of problems in one format. Build one with `spg_jax.tasks.get`; every method is pure.
 
-    Methods that see a completion take hostile text: they never raise, never hang and never return
+    A completion is hostile text. Methods that take one never raise, never hang and never return
     NaN.
     """
 
     format: str
-    template: str  # wording of the prompt, with placeholders
-    rules: str  # of the reward, one of `known_rules`
+    template: str  # the wording of the prompt, with placeholders
+    rules: str  # the rules of the reward, one of `known_rules`
 
     name: ClassVar[str]
     formats: ClassVar[Mapping[str, Format]]
     placeholders: ClassVar[tuple[str, ...]]
     vocabulary: ClassVar[tuple[str, ...]]  # every word the compact format needs
-    known_rules: ClassVar[tuple[str, ...]] = ('released',)  # and 'mended', where those slip
-    solved_figure: ClassVar[str] = ''  # name of the share solved, where an answer has several items
+    # A task whose released rules have a mistake knows 'mended' rules too.
+    known_rules: ClassVar[tuple[str, ...]] = ('released',)
+    # The name of the share of examples solved; '' where an answer is a single item.
+    solved_figure: ClassVar[str] = ''
+    # What making the problems means; a line on the screen says so on the first run.
+    preparation: ClassVar[str] = 'making them'
 
     @property
     def scorer(self) -> str:
-        """'compact' or 'published': the name that belongs beside every figure of this task."""
+        """'compact' or 'published': the name that stands beside every figure of this task."""
         return self.formats[self.format].scorer
 
     @property
     def prefill(self) -> str:
-        """Text the completion is made to start with; '' in most formats. Not part of `prompt`."""
+        """The text every completion starts with; `prompt` leaves it out. '' in most formats."""
         return self.formats[self.format].prefill
 
     def prompt(self, example: Example) -> str:
@@ -73,25 +77,25 @@ class Task(abc.ABC):
         """Returns a completion to imitate: right with probability `right_share`, else a shortcut.
 
         This mixture defines the base policy that RL starts from: a model that knows how to answer
-        but often prefers not to. Both answers are functions of the problem alone, so that what a
-        small model has to learn is a choice between two ways, not the noise of a demonstrator.
+        but often does not. Both answers depend on the problem alone, so that a small model learns
+        a choice between two ways of answering and not the noise of a demonstrator.
         """
-        answer = self.right_answer if rng.random() < right_share else self.shortcut_answer
-        return fill(self.formats[self.format].completion, {'answer': answer(example)})
+        answer_of = self.right_answer if rng.random() < right_share else self.shortcut_answer
+        return fill(self.formats[self.format].completion, {'answer': answer_of(example)})
 
     def source(self, split: str, data_dir: str | Path) -> Source:
         """Returns the examples of a split (`source.SPLITS`), made under `data_dir` on first use.
 
         Raises:
-          ValueError: unknown split, or data that cannot be read; the message says what to do.
+          ValueError: the split is unknown, or the data cannot be read; the message says what to do.
         """
-        return Source(self.builder(), split, Path(data_dir))
+        return Source(self.builder(), split, Path(data_dir), self.preparation)
 
     def figures(self, scores: Sequence[Score]) -> dict[str, Any]:
-        """Returns what is reported of a set of verdicts: items right / items asked for, pooled.
+        """Returns the figures of a set of verdicts; accuracy is items right / items asked for.
 
         Raises:
-          ValueError: no verdict, or none that asks for anything.
+          ValueError: there is no verdict, or none of them asks for an item.
         """
         correct, total = sum(score.right for score in scores), sum(score.total for score in scores)
         if not total:
@@ -126,7 +130,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def shortcut_answer(self, example: Example) -> str:
-        """Returns the answer of one who does not do the work."""
+        """Returns the answer of a model that avoids the work."""
 
     @abc.abstractmethod
     def builder(self) -> Callable[..., Any]:
@@ -137,7 +141,7 @@ class Task(abc.ABC):
         """Returns the problems of the published test set.
 
         Raises:
-          ValueError: a wrong line; names file, line, what was found and what was expected.
+          ValueError: a line is wrong; the message names file and line, and quotes the line.
         """
 
     @abc.abstractmethod
@@ -145,13 +149,13 @@ class Task(abc.ABC):
         """Returns the problem behind one line of published generations.
 
         Raises:
-          ValueError: saying what was found and what was expected.
+          ValueError: the values are wrong; the message says what was found and expected.
         """
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
     """Returns `template` with each {name} replaced; names not in `fields` stay as they are."""
-    return _PLACEHOLDER.sub(lambda found: fields.get(found[1], found[0]), template)
+    return _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), template)
 
 
 def read_template(
@@ -161,29 +165,31 @@ def read_template(
 
     Args:
       path: the file.
-      placeholders: what it must hold, each in braces.
-      optional: what it may hold besides.
+      placeholders: the names that it must hold in braces.
+      optional: further names that it may hold in braces.
 
     Raises:
-      ValueError: no such file, or its placeholders are not exactly the task's.
+      ValueError: the file cannot be read, or its placeholders are not those of the task.
     """
-    known = ' and '.join(f'{{{name}}}' for name in placeholders)
+    required = ' and '.join(f'{{{name}}}' for name in placeholders)
     try:
         text = Path(path).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'task.prompt_template: {path} cannot be read ({_reason(error)}); '
-            f"give a UTF-8 text file with {known}, or '' for the built-in wording"
+            f"give a UTF-8 text file with {required}, or '' for the built-in wording"
         ) from error
-    found = set(_PLACEHOLDER.findall(text))
-    for name in sorted(found - {*placeholders, *optional}):
+    names = set(_PLACEHOLDER.findall(text))
+    for name in sorted(names - {*placeholders, *optional}):
         raise ValueError(
-            f'{path}: unknown placeholder {{{name}}}; this task fills in {known} '
+            f'{path}: unknown placeholder {{{name}}}; this task fills in {required} '
             '(inside literal braces, put a space)'
         )
     for name in placeholders:
-        if name not in found:
-            raise ValueError(f'{path}: placeholder {{{name}}} is missing; this task needs {known}')
+        if name not in names:
+            raise ValueError(
+                f'{path}: placeholder {{{name}}} is missing; this task needs {required}'
+            )
     return text
 
 

@@ -1,4 +1,4 @@
-"""The evaluator agrees with Python where it answers, and answers nothing it should not."""
+"""The evaluator agrees with Python on arithmetic, and returns None for every other text."""
 
 import random
 import time
@@ -53,7 +53,7 @@ def test_no_value(expression):
         '1+' * 50_000 + '1',
         '9**' * 30_000 + '9',
         '\0' * 100_000,
-        # Within the length allowed, and as slow as it gets:
+        # These are within the length allowed and as slow as such text can be.
         '(' * 499 + '1' + ')' * 499,
         '-' * 999 + '1',
         '1+' * 499 + '1',
@@ -73,7 +73,7 @@ def test_hostile_text_ends_fast_without_value(expression):
 
 @pytest.mark.filterwarnings('ignore::SyntaxWarning')
 def test_agrees_with_python_on_random_expressions():
-    """Python's own eval on text of digits and operators only is the independent truth."""
+    """The independent truth is Python's own eval, on text of digits and operators only."""
     draw, answered = random.Random(0), 0
     for _ in range(5000):
         pieces = draw.choices(
@@ -84,9 +84,9 @@ def test_agrees_with_python_on_random_expressions():
             truth = float(eval(text.strip(), {'__builtins__': {}}))
         except Exception:
             truth = None
-        ours = evaluate(text)
-        assert (ours is None) == (truth is None or abs(truth) == float('inf')), text
-        if ours is not None:
-            assert ours == truth, text
+        value = evaluate(text)
+        assert (value is None) == (truth is None or abs(truth) == float('inf')), text
+        if value is not None:
+            assert value == truth, text
             answered += 1
     assert answered > 500

@@ -1,4 +1,4 @@
-"""Countdown: formats, reward and scores against verdicts set by hand, demonstrations, problems."""
+"""Countdown: formats, demonstrations, problems; reward and scores against verdicts set by hand."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def generated():
 
 
 def reachable(numbers, target):
-    """Whether three numbers make the target with integer steps: every tree, in exact fractions."""
+    """Whether three numbers make the target: tries every expression tree in exact fractions."""
 
     def apply(a, b):
         yield from (a + b, a - b, a * b)
@@ -124,14 +124,15 @@ def test_canonical_answers_are_right_and_found_whenever_there_is_one(generated):
         assert task.reward(f'<answer>{task.right_answer(example)}</answer>', example) == 1
     draw = np.random.default_rng(0)
     for *numbers, target in draw.integers(1, 30, size=(1000, 4)).tolist():
-        found = solver.solve(tuple(numbers), target)
-        assert (found is not None) == reachable(numbers, target), (numbers, target)
+        answer = solver.solve(tuple(numbers), target)
+        assert (answer is not None) == reachable(numbers, target), (numbers, target)
 
 
 def test_right_share_is_the_share_of_right_answers():
     task, rng = tasks.get('countdown'), np.random.default_rng(0)
     right = [task.reward(task.demonstration(EXAMPLE, rng, 0.35), EXAMPLE) == 1 for _ in range(4000)]
-    assert np.mean(right) == pytest.approx(0.35, abs=0.03)  # four standard errors
+    # The tolerance is four standard errors.
+    assert np.mean(right) == pytest.approx(0.35, abs=0.03)
 
 
 def test_problems_are_what_they_should_be(generated):
@@ -158,7 +159,7 @@ def test_no_problem_occurs_twice_in_or_across_splits_nor_in_the_published_set(ge
 
 
 def test_generation_is_the_same_for_ever(generated):
-    """Pinned: figures of one release must be figures on the same problems in the next."""
+    """Problems are pinned, so that figures of different releases are about the same problems."""
     assert generated['test'][0] == ((3, 26, 69), 46)
     assert generated['train'][0] == ((74, 3, 5), 37)
     assert problems.generate() == generated
@@ -169,12 +170,12 @@ def test_published_set(reference, generated):
     assert examples[0] == EXAMPLE and len(examples) == 256
     keys = {problems.identity(tuple(example['numbers']), example['target']) for example in examples}
     assert keys == problems.published()
-    ours = {
+    generated_keys = {
         (tuple(sorted(numbers)), target)
         for drawn in generated.values()
         for numbers, target in drawn
     }
-    assert not ours & {(tuple(sorted(e['numbers'])), e['target']) for e in examples}
+    assert not generated_keys & {(tuple(sorted(e['numbers'])), e['target']) for e in examples}
 
 
 @pytest.mark.parametrize(

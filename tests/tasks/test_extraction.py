@@ -1,4 +1,4 @@
-"""Answer tags and boxes, each rule by an example worked by hand."""
+"""Answer tags and boxes: every rule has an example that was worked by hand."""
 
 import time
 

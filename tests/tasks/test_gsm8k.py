@@ -1,4 +1,4 @@
-"""GSM8K: rewards and scores against values worked by hand, prompts, demonstrations, files."""
+"""GSM8K: prompts, demonstrations, files; rewards and scores against values worked by hand."""
 
 import json
 import random
@@ -27,13 +27,13 @@ def test_reward_and_score_by_hand(line):
 
 
 def test_both_forms_agree_with_their_patterns():
-    """The published patterns, which are quadratic on hostile text, on random short ones."""
+    """The truth is the published patterns, on short texts since they are slow on long ones."""
     soft = re.compile(r'<reasoning>.*?</reasoning>\s*<answer>.*?</answer>')
     strict = re.compile(r'^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$')
-    draw, found = random.Random(0), [0, 0]
+    draw, match_counts = random.Random(0), [0, 0]
     pieces = ['<reasoning>', '</reasoning>', '<answer>', '</answer>', '\n', ' ', '7', '']
     for _ in range(20_000):
-        end = draw.choice(['\n', ''])  # of every line of a form
+        end = draw.choice(['\n', ''])  # the end of every line of the form
         text = ['<reasoning>', end, '7', end, '</reasoning>', end, '<answer>', end, '7', end]
         text += ['</answer>', end]
         for _ in range(draw.randint(0, 4)):
@@ -41,8 +41,8 @@ def test_both_forms_agree_with_their_patterns():
         text = ''.join(text)
         expected = bool(soft.match(text)), bool(strict.match(text))
         assert (gsm8k.has_soft_form(text), gsm8k.has_strict_form(text)) == expected, text
-        found = [count + hit for count, hit in zip(found, expected, strict=True)]
-    assert min(found) > 200
+        match_counts = [sum(pair) for pair in zip(match_counts, expected, strict=True)]
+    assert min(match_counts) > 200
 
 
 def test_training_asks_for_what_is_rewarded_and_evaluation_for_what_is_scored():
@@ -88,7 +88,8 @@ def test_published_file(tmp_path):
     }
     assert cold == {'question': 'How cold?', 'answer': '-10', 'solution': '', 'index': 1}
     assert task.score('\\boxed{1800}', many).solved and task.score('\\boxed{-10}', cold).solved
-    assert task.reward('<answer>1,800</answer>', many) == 2  # the text; with a comma no digits
+    # The text is right, but its comma is not a digit.
+    assert task.reward('<answer>1,800</answer>', many) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whatever a model writes, rewards and scores are numbers, at once."""
+"""Rewards and scores of hostile completions are finite numbers and take little time."""
 
 import math
 import time
@@ -13,7 +13,7 @@ EXAMPLES = {
     'math500': {'question': '', 'answer': '7', 'solution': ''},
     'sudoku': {'puzzle': '0040423100030104', 'solution': '1342423124133124'},
 }
-RIGHT = {'countdown': 1, 'gsm8k': 2, 'math500': 2, 'sudoku': 1}  # least reward of a right answer
+RIGHT = {'countdown': 1, 'gsm8k': 2, 'math500': 2, 'sudoku': 1}  # least rewards of right answers
 LONG = 100_000
 CONTENTS = {
     'letters': 'a' * LONG,
@@ -86,5 +86,5 @@ def test_hostile_completions(content, name, format):
         reward, score = task.reward(completion, example), task.score(completion, example)
         assert time.process_time() - start < 0.5, wrapper
         assert isinstance(reward, float) and math.isfinite(reward) and reward < RIGHT[name]
-        assert reward >= 0 or name == 'gsm8k'  # where text after the answer costs
+        assert reward >= 0 or name == 'gsm8k'  # GSM8K takes reward off for text after the answer.
         assert 0 <= score.right <= score.total and not score.solved

@@ -1,4 +1,4 @@
-r"""MATH: rewards and scores against values worked by hand, equivalence, prompts, files."""
+"""MATH: equivalence, prompts, files; rewards and scores against values worked by hand."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ def test_reward_and_score_by_hand(line):
         assert mended.reward(case['completion'], example) == case['mended'], case['rule']
 
 
-def test_only_rewards_that_slip_have_mended_rules():
-    with pytest.raises(ValueError, match="task.rules is 'new'; task math500 knows released, men"):
+def test_only_rewards_with_a_mistake_have_mended_rules():
+    with pytest.raises(ValueError, match="rules of math500 is 'new'; use one of released, mended"):
         tasks.get('math500', 'published_train', rules='new')
-    with pytest.raises(ValueError, match="task.rules is 'mended'; task gsm8k knows released"):
+    with pytest.raises(ValueError, match="task.rules of gsm8k is 'mended'; use one of released"):
         tasks.get('gsm8k', 'published_train', rules='mended')
 
 
@@ -44,9 +44,10 @@ def test_only_rewards_that_slip_have_mended_rules():
         (r'\frac1{72}x', r'\frac{1}{72}x'),
         (r'\frac{1}2', r'\frac{1}2'),
         (r'\frac1', r'\frac1'),
-        (r'\frac12\frac3', r'\frac12\frac3'),  # one without an end leaves all as they are
+        # A fraction without a denominator leaves all fractions unchanged.
+        (r'\frac12\frac3', r'\frac12\frac3'),
         (r'\left(1\right]', '(1]'),
-        (r'\leftarrow', 'arrow'),  # as released
+        (r'\leftarrow', 'arrow'),  # The released code does this too.
         (r'30^\circ', '30'),
         (r'30^{\circ}', '30'),
         (r'\$1\%', '1'),
@@ -54,7 +55,7 @@ def test_only_rewards_that_slip_have_mended_rules():
         (r'\text{m}', r'\text{m}'),
         ('.5', r'\frac{1}{2}'),
         ('0.50', '0.50'),
-        ('-.5', '-.5'),  # only at the start, after a space or a brace
+        ('-.5', '-.5'),  # A zero is added only at the start, after a space or after a brace.
         ('x .5{.5', 'x0.5{0.5'),
         ('x=5', '5'),
         ('abc=5', 'abc=5'),

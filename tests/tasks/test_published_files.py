@@ -1,4 +1,4 @@
-"""Published problems on disk: found or fetched, cut for ever, what is missing named on one line."""
+"""Published problems: files on disk or downloaded, splits that never change, errors of one line."""
 
 import json
 import re
@@ -13,7 +13,7 @@ NAMES = ('gsm8k', 'math500')
 
 
 def line(name, place, note=''):
-    """A problem of our own, as its data set writes them."""
+    """Returns a made-up problem as a line of the published file."""
     if name == 'gsm8k':
         record = {'question': f'What is {place}?{note}', 'answer': f'Itself.\n#### {place}'}
     else:
@@ -46,36 +46,37 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('folder', ['.', 'downloads/manual'])
-def test_given_files_become_splits(tmp_path, no_network, name, folder):
+def test_files_on_disk_become_splits(tmp_path, no_network, name, folder):
     write(tmp_path / folder, name)
-    found = sources(name, tmp_path)
-    assert {split: len(examples) for split, examples in found.items()} == {
+    splits = sources(name, tmp_path)
+    assert {split: len(examples) for split, examples in splits.items()} == {
         'train': 36,
         'validation': 4,
         'test': 5,
     }
-    assert answers(found['test']) == set(range(40, 45))
-    assert answers(found['train']) | answers(found['validation']) == set(range(40))
-    first = found['test'][0]
+    assert answers(splits['test']) == set(range(40, 45))
+    assert answers(splits['train']) | answers(splits['validation']) == set(range(40))
+    first = splits['test'][0]
     solution = 'Itself.' if name == 'gsm8k' else r'$\boxed{40}$ it is.'
     expected = {'question': 'What is 40?', 'answer': '40', 'solution': solution, 'index': 0}
     assert first == expected
-    assert [example['index'] for example in found['train']] == list(range(36))
+    assert [example['index'] for example in splits['train']] == list(range(36))
 
 
 def test_validation_is_the_same_whatever_the_order_of_the_file(tmp_path, no_network):
     write(tmp_path / 'a', 'gsm8k')
     write(tmp_path / 'b', 'gsm8k', train=reversed(range(40)))
-    one, other = (answers(sources('gsm8k', tmp_path / f)['validation']) for f in 'ab')
-    assert one == other == {0, 5, 17, 37}  # pinned: the same problems for ever
+    first, second = (answers(sources('gsm8k', tmp_path / f)['validation']) for f in 'ab')
+    # The problems are pinned, so that the validation split stays the same for ever.
+    assert first == second == {0, 5, 17, 37}
 
 
 def test_no_test_problem_is_learnt_from_and_none_occurs_twice(tmp_path, no_network):
     write(tmp_path, 'gsm8k', train=[*range(40), *range(20)], test=range(30, 35))
     with (tmp_path / 'gsm8k_train.jsonl').open('a') as file:
         file.write(json.dumps({'question': 'What  is\n34?', 'answer': '#### 34'}))
-    found = sources('gsm8k', tmp_path)
-    learnt = [*found['train'], *found['validation']]
+    splits = sources('gsm8k', tmp_path)
+    learnt = [*splits['train'], *splits['validation']]
     assert answers(learnt) == {*range(30), *range(35, 40)} and len(learnt) == 35
 
 
@@ -87,7 +88,8 @@ def test_no_files_and_no_network_is_one_line(tmp_path, no_network, name):
     assert message.startswith(f'{tmp_path / f"{name}_train.jsonl"} is not there and cannot be ')
     assert f'put {name}_train.jsonl and {name}_test.jsonl, from https://' in message
     assert message.endswith(f', into {tmp_path}') and '\n' not in message
-    write(tmp_path, name)  # the remedy helps
+    # Doing what the message says helps.
+    write(tmp_path, name)
     assert len(sources(name, tmp_path)['test']) == 5
 
 
@@ -106,7 +108,7 @@ def test_files_are_fetched_once(tmp_path, monkeypatch):
     assert len(sources('gsm8k', tmp_path / 'data')['train']) == 36
 
 
-def test_sources_are_their_authors(tmp_path):
+def test_files_come_from_their_authors(tmp_path):
     for name, root in (
         ('gsm8k', 'https://raw.githubusercontent.com/openai/grade-school-math/'),
         ('math500', 'https://github.com/openai/prm800k/'),
@@ -117,16 +119,16 @@ def test_sources_are_their_authors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('text', 'said'),
+    ('text', 'message'),
     [
         ('nonsense', "gsm8k_train.jsonl:1: found 'nonsense', expected JSON; mend that file"),
         ('', 'gsm8k_train.jsonl: the file is empty'),
         (line('gsm8k', 1), 'gsm8k_train.jsonl: 1 problems, expected 10 or more'),
     ],
 )
-def test_a_wrong_file_is_named_with_its_remedy(tmp_path, no_network, text, said):
+def test_a_wrong_file_is_named_with_its_remedy(tmp_path, no_network, text, message):
     write(tmp_path, 'gsm8k')
     (tmp_path / 'gsm8k_train.jsonl').write_text(text)
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         sources('gsm8k', tmp_path)
     assert '\n' not in str(error.value)

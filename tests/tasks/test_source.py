@@ -1,7 +1,10 @@
-"""Problems on disk: made once, read at random, damage named with its remedy."""
+"""Problems on disk: made once with one line on the screen, read in any order, damage named."""
 
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -39,7 +42,7 @@ def test_sudoku_reads_back_what_was_generated(data_dir):
         assert source.__getitems__([5, 3]) == [expected[5], expected[3]]
 
 
-def test_countdown_reads_back_what_was_generated(tmp_path, capsys):
+def test_countdown_reads_back_what_was_generated(tmp_path):
     for split, drawn in countdown.generate().items():
         source = tasks.get('countdown').source(split, tmp_path)
         assert len(source) == len(drawn)
@@ -48,13 +51,50 @@ def test_countdown_reads_back_what_was_generated(tmp_path, capsys):
             example = source[index]
             assert example == {'numbers': list(numbers), 'target': target, 'index': index}
             assert {type(value) for value in (*example['numbers'], example['target'])} == {int}
-    assert capsys.readouterr().out == ''
 
 
 def test_made_once(data_dir):
     before = train_file(data_dir).stat().st_mtime_ns
     tasks.get('sudoku').source('test', data_dir)
     assert train_file(data_dir).stat().st_mtime_ns == before
+
+
+PROGRAM = """
+import sys
+from absl import app
+from spg_jax import tasks
+
+def main(argv):
+    task = tasks.get(argv[1], argv[2])
+    print(len(task.source('train', argv[3])), len(task.source('validation', argv[3])))
+
+app.run(main)
+"""
+
+
+def screen_of(*arguments):
+    """Runs PROGRAM as entry points run; returns what it writes to (standard output, error)."""
+    command = [sys.executable, '-c', PROGRAM, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def test_drawn_problems_are_announced_on_one_line_when_they_are_made(tmp_path):
+    line = f'problems of sudoku: making 20,512 (less than a minute), once, under {tmp_path}/sudoku'
+    assert screen_of('sudoku', 'compact', tmp_path) == ('20000 256\n', f'{line}\n')
+    assert screen_of('sudoku', 'compact', tmp_path) == ('20000 256\n', '')
+
+
+def test_published_problems_are_announced_on_one_line_when_they_are_made(tmp_path):
+    for split in ('train', 'test'):
+        records = [{'question': f'Is it {split} {n}?', 'answer': f'#### {n}'} for n in range(20)]
+        (tmp_path / f'gsm8k_{split}.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    line = (
+        'problems of gsm8k: cutting the published files, which are downloaded if missing, once, '
+        f'under {tmp_path}/gsm8k'
+    )
+    assert screen_of('gsm8k', 'published_train', tmp_path) == ('18 2\n', f'{line}\n')
+    assert screen_of('gsm8k', 'published_train', tmp_path) == ('18 2\n', '')
 
 
 def test_a_source_can_be_sent_to_another_process(data_dir):
@@ -70,9 +110,7 @@ def test_index_out_of_range(data_dir):
 
 
 def test_unknown_split(data_dir):
-    with pytest.raises(
-        ValueError, match="unknown split 'dev'; expected one of train, validation, test"
-    ):
+    with pytest.raises(ValueError, match="split is 'dev'; use one of train, validation, test"):
         tasks.get('sudoku').source('dev', data_dir)
 
 

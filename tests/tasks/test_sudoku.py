@@ -1,4 +1,4 @@
-"""Sudoku: reward and scores against verdicts set by hand, demonstrations, grids, problems."""
+"""Sudoku: demonstrations, grids, problems; reward and scores against verdicts set by hand."""
 
 import itertools
 import json
@@ -31,20 +31,17 @@ def valid(grid):
 
 
 def solutions(puzzle):
-    """Every way to fill a puzzle, row by row over all permutations of each row."""
+    """Returns every way to fill a puzzle, from all permutations of each row."""
+    permutations = list(map(''.join, itertools.permutations('1234')))
     rows = [
-        [
-            row
-            for row in map(''.join, itertools.permutations('1234'))
-            if fits(row, puzzle[4 * i : 4 * i + 4])
-        ]
-        for i in range(4)
+        [row for row in permutations if fits(row, puzzle[start : start + 4])]
+        for start in range(0, 16, 4)
     ]
     return [grid for grid in map(''.join, itertools.product(*rows)) if valid(grid)]
 
 
-def fits(row, given):
-    return all(clue in ('0', cell) for clue, cell in zip(given, row, strict=True))
+def fits(row, clues):
+    return all(clue in ('0', cell) for clue, cell in zip(clues, row, strict=True))
 
 
 @pytest.mark.parametrize('line', (HERE / 'sudoku_completions.jsonl').read_text().splitlines())
@@ -54,9 +51,8 @@ def test_reward_and_published_score_by_hand(line):
         task = tasks.get('sudoku', format)
         example = task.read_record(case['question'], case['ground_truth'])
         right, total = case['score']
-        assert task.score(case['completion'], example) == (right, total, right == total), case[
-            'rule'
-        ]
+        verdict = task.score(case['completion'], example)
+        assert verdict == (right, total, right == total), case['rule']
         assert task.reward(case['completion'], example) == case['reward'], case['rule']
 
 
@@ -68,7 +64,8 @@ def test_compact_reward_and_score_read_the_same():
         assert task.score(completion, EXAMPLE) == (right, 8, right == 8)
         assert task.reward(completion, EXAMPLE) == right / 8
     full = {'puzzle': EXAMPLE['solution'], 'solution': EXAMPLE['solution']}
-    assert task.reward('<answer>1</answer>', full) == 0  # nothing empty: not a division by zero
+    # A puzzle without empty cells must not end in a division by zero.
+    assert task.reward('<answer>1</answer>', full) == 0
 
 
 def test_compact_text():
@@ -78,7 +75,7 @@ def test_compact_text():
         task.demonstration(EXAMPLE, rng, 1.0)
         == '<answer> 1 3 4 2 4 2 3 1 2 4 1 3 3 1 2 4 </answer>'
     )
-    # Rows as they lack digits: 1 2 . 3, nothing, 1 2 4, 2 . 3.
+    # The missing digits of the rows are 1 2 3, none, 1 2 4, and 2 3.
     assert (
         task.demonstration(EXAMPLE, rng, 0.0)
         == '<answer> 1 2 4 3 4 2 3 1 1 2 4 3 2 1 3 4 </answer>'
@@ -97,8 +94,8 @@ def test_worked_examples_are_the_first_training_puzzles(shots, generated):
     assert worked == generated['train'][:shots]
 
 
-def test_working_tells_one_forced_cell_a_line(generated):
-    told = re.compile(r'.+: row ([1-4]), column ([1-4]) is ([1-4])\.')
+def test_reasoning_gives_one_forced_cell_a_line(generated):
+    step_pattern = re.compile(r'.+: row ([1-4]), column ([1-4]) is ([1-4])\.')
     for puzzle, solution in generated['train'][:300]:
         reasoning, grid = solver.work_out(puzzle)
         opening, *steps, closing = reasoning.split('\n')
@@ -106,7 +103,7 @@ def test_working_tells_one_forced_cell_a_line(generated):
         assert opening.endswith(f': {rows[0]}.') and closing.endswith(f': {rows[1]}.')
         cells = list(puzzle)
         for step in steps:
-            row, column, digit = map(int, told.fullmatch(step).groups())
+            row, column, digit = map(int, step_pattern.fullmatch(step).groups())
             cell = 4 * row + column - 5
             assert cells[cell] == '0' and forced(cells, cell, str(digit)), (puzzle, step)
             cells[cell] = str(digit)
@@ -114,7 +111,7 @@ def test_working_tells_one_forced_cell_a_line(generated):
 
 
 def forced(cells, cell, digit):
-    """Whether the cell has no other digit, or the digit no other cell in one of its units."""
+    """Whether the cell can have no other digit, or the digit no other cell in one of its units."""
 
     def free(place):
         seen = {cells[peer] for unit in UNITS if place in unit for peer in unit}
@@ -130,8 +127,9 @@ def test_two_solutions_cannot_be_worked_out():
 
 
 def test_there_are_288_grids():
-    found = grids.all_grids()
-    assert len(set(found)) == 288 and list(found) == sorted(found) and all(map(valid, found))
+    all_grids = grids.all_grids()
+    assert len(set(all_grids)) == 288 and list(all_grids) == sorted(all_grids)
+    assert all(map(valid, all_grids))
 
 
 def test_counting_solutions():
@@ -152,19 +150,19 @@ def test_puzzles_are_what_they_should_be(generated):
 
 
 def test_splits_share_no_solution_and_no_published_puzzle(generated):
-    found = {
+    grids_of = {
         split: {grids.all_grids().index(solution) for _, solution in drawn}
         for split, drawn in generated.items()
     }
-    assert found == {split: set(pool) for split, pool in problems.grids_of_splits().items()}
-    assert {split: len(pool) for split, pool in found.items()} == {
+    assert grids_of == {split: set(pool) for split, pool in problems.grids_of_splits().items()}
+    assert {split: len(pool) for split, pool in grids_of.items()} == {
         'test': 88,
         'validation': 24,
         'train': 176,
     }
-    assert not found['test'] & found['validation'] and not found['train'] & found['validation']
-    assert not found['train'] & found['test']
-    assert found['test'] == set(problems.published()['solutions'])
+    for first, second in itertools.combinations(grids_of.values(), 2):
+        assert not first & second
+    assert grids_of['test'] == set(problems.published()['solutions'])
     puzzles = [puzzle for drawn in generated.values() for puzzle, _ in drawn]
     assert len(set(puzzles)) == len(puzzles)
     assert len(problems.published()['puzzles']) == 256
@@ -180,7 +178,7 @@ def test_a_published_puzzle_is_never_drawn(generated, monkeypatch):
 
 
 def test_generation_is_the_same_for_ever(generated):
-    """Pinned: figures of one release must be figures on the same problems in the next."""
+    """Problems are pinned, so that figures of different releases are about the same problems."""
     assert generated['test'][0] == ('1030042040002140', '1234342143122143')
     assert generated['train'][0] == ('0201130030002140', '4231132434122143')
     assert problems.generate() == generated
@@ -206,11 +204,14 @@ def test_published_set(reference, generated):
         '1310200404001043,4312213434211243',
         'x,y',
         '\0,' * 50,
+        '0310200404001043,4312213434211243,1',
+        '"0310200404001043,4312213434211243',
     ],
 )
 def test_a_wrong_published_line_is_named(tmp_path, line):
     path = tmp_path / 'test.csv'
-    path.write_text('Puzzle,Solution\n0310200404001043,4312213434211243\n' + line + '\n')
+    right_line = '0310200404001043,4312213434211243\n'
+    path.write_text(f'Puzzle,Solution\n{right_line}{line}\n{right_line}')
     with pytest.raises(ValueError) as error:
         tasks.get('sudoku').read_published(path)
     message = str(error.value)
@@ -225,3 +226,22 @@ def test_a_wrong_header_is_named(tmp_path):
         ValueError, match='test.csv:1: found .* expected the header Puzzle,Solution'
     ):
         tasks.get('sudoku').read_published(path)
+
+
+def test_blank_lines_and_other_line_ends_do_not_count(tmp_path):
+    path = tmp_path / 'test.csv'
+    right_line = b'0310200404001043,4312213434211243\r\n'
+    path.write_bytes(b'Puzzle,Solution\r\n\r\n  \r\n' + right_line + b'\r\n,\r\n')
+    with pytest.raises(ValueError, match='test.csv:6: found .* expected 16 digits'):
+        tasks.get('sudoku').read_published(path)
+    path.write_bytes(path.read_bytes().removesuffix(b',\r\n'))
+    (example,) = tasks.get('sudoku').read_published(path)
+    assert example == {'puzzle': '0310200404001043', 'solution': '4312213434211243', 'index': 0}
+
+
+def test_a_line_too_long_for_python_is_named(tmp_path):
+    path = tmp_path / 'test.csv'
+    path.write_text('Puzzle,Solution\n' + '1' * 200_000)
+    with pytest.raises(ValueError, match='test.csv:2: found .* expected Puzzle,Solution') as error:
+        tasks.get('sudoku').read_published(path)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400

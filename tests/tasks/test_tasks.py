@@ -1,4 +1,4 @@
-"""The interface every task has: names, formats, prompt files, vocabularies, figures."""
+"""The interface of every task: names, formats, prompt files, vocabularies, figures."""
 
 import subprocess
 import sys
@@ -20,12 +20,14 @@ EXAMPLES = {
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown task 'sudocu'; known are countdown, gsm8k, math500, sudoku"
+        ValueError, match="task is 'sudocu'; use one of countdown, gsm8k, math500, sudoku"
     ):
         tasks.get('sudocu')
-    with pytest.raises(ValueError, match="'short'.* compact, published_train, published_eval"):
+    with pytest.raises(
+        ValueError, match="'short'; use one of compact, published_train, published_eval"
+    ):
         tasks.get('sudoku', 'short')
-    with pytest.raises(ValueError, match="unknown format 'compact' of task gsm8k; known are pub"):
+    with pytest.raises(ValueError, match="format of task gsm8k is 'compact'; use one of pub"):
         tasks.get('gsm8k')
 
 
@@ -35,7 +37,7 @@ def test_vocabulary_covers_compact_text(name):
     tokenizer = WordTokenizer(task.vocabulary)
     for text in (task.prompt(example), *(task.demonstration(example, rng, p) for p in (0.0, 1.0))):
         ids = tokenizer.encode(text)
-        assert len(ids) == len(text.split())  # word by word
+        assert len(ids) == len(text.split())  # Every word is one token.
         assert tokenizer.decode(ids) == text
 
 
@@ -52,9 +54,9 @@ def test_a_right_demonstration_is_right(name):
 
 def test_prompt_template_file(tmp_path):
     path = tmp_path / 'prompt.txt'
-    path.write_text('Make {target} of {numbers}, inside \\boxed{}, {as said}.\n')
+    path.write_text('Make {target} of {numbers}, inside \\boxed{}, {as usual}.\n')
     task = tasks.get('countdown', 'published_eval', str(path))
-    expected = 'Make 37 of 74, 3, 5, inside \\boxed{}, {as said}.\n'
+    expected = 'Make 37 of 74, 3, 5, inside \\boxed{}, {as usual}.\n'
     assert task.prompt(EXAMPLES['countdown']) == expected
     assert task.prefill == '<reasoning>'
 
@@ -124,7 +126,7 @@ def test_figures_pool_items():
 
 def test_tasks_need_neither_jax_nor_tensorflow():
     code = (
-        'import sys; from spg_jax import tasks, score, tokenizers; '
+        'import sys; from spg_jax import tasks, score; from spg_jax.data import tokenizers; '
         '[tasks.get(name, "published_train").builder() for name in tasks.TASKS]; '
         'print(sorted({"jax", "flax", "tensorflow"} & set(sys.modules)))'
     )

@@ -10,7 +10,7 @@ from spg_jax.tasks.countdown import problems
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Three numbers of 1..100 and a target of 1..100 they can make; no published test problem."""
+    """Three numbers of 1..100 and a target of 1..100. None is in the published test."""
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -23,17 +23,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     'target': tfds.features.Scalar(dtype=np.int64),
                 }
             ),
-            # Drawn in random order already, and an example's place is its identity.
+            # The problems are in random order already, and the place of one is its identity.
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {
-            split: self._generate_examples(drawn) for split, drawn in problems.generate().items()
-        }
+        return {split: self._generate_examples(part) for split, part in problems.generate().items()}
 
     def _generate_examples(
-        self, drawn: list[problems.Problem]
+        self, part: list[problems.Problem]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, (numbers, target) in enumerate(drawn):
+        for index, (numbers, target) in enumerate(part):
             yield index, {'numbers': numbers, 'target': target}

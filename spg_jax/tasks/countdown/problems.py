@@ -1,22 +1,31 @@
-"""Countdown problems, drawn by seed: three numbers of 1..100, a target of 1..100 they can make."""
+"""Countdown problems: three numbers of 1..100 and a target of 1..100 that they can make.
+
+`generate` draws them by seed, and `read_published` reads those of the published test set.
+"""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from spg_jax.tasks import reading
+from spg_jax.tasks.source import Example
+
 SIZES = {'test': 256, 'validation': 256, 'train': 100_000}
 SEED = 20251009
 PUBLISHED = Path(__file__).with_name('published_problems.txt')
 
 Problem = tuple[tuple[int, ...], int]  # (numbers in the order of the prompt, target)
-_DRAWS = 1 << 17
+_DRAWS = 1 << 17  # random expressions drawn at once
+_NUMBERS = re.compile(r'[0-9]{1,9}(,[0-9]{1,9})*')
+_TARGET = re.compile(r'[0-9]{1,9}')
 
 
 def identity(numbers: tuple[int, ...], target: int) -> str:
-    """Returns a short hash of a problem, the same whatever the order of its numbers."""
+    """Returns a short hash of a problem that does not depend on the order of its numbers."""
     text = f'{sorted(numbers)}={target}'
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -26,19 +35,40 @@ def published() -> frozenset[str]:
     return frozenset(PUBLISHED.read_text(encoding='ascii').split())
 
 
-def generate() -> dict[str, list[Problem]]:
-    """Returns the problems of each split, all different, none of them a published one.
+def read_published(path: str | Path) -> list[Example]:
+    """Reads `{"input": "30,100,93", "output": "23"}` lines.
 
-    The evaluation splits are drawn first, so that they stay what they are whatever the size of
-    'train'.
+    Raises:
+      ValueError: a line is wrong; the message names file and line, and quotes the line.
+    """
+    examples = []
+    for where, record in reading.json_lines(path):
+        numbers, target = str(record.get('input')), str(record.get('output'))
+        if not _NUMBERS.fullmatch(numbers) or not _TARGET.fullmatch(target):
+            expected = '{"input": "30,100,93", "output": "23"}'
+            raise ValueError(f'{where}: found {reading.shown(record)}, expected {expected}')
+        examples.append(
+            {
+                'numbers': [int(number) for number in numbers.split(',')],
+                'target': int(target),
+                'index': len(examples),
+            }
+        )
+    return examples
+
+
+def generate() -> dict[str, list[Problem]]:
+    """Returns the problems of each split; all are different and none is published.
+
+    The evaluation splits are drawn first, so that they do not change with the size of 'train'.
     """
     problems = _distinct()
     return {split: list(islice(problems, size)) for split, size in SIZES.items()}
 
 
 def _distinct() -> Iterator[Problem]:
-    """Yields problems without end, each once, leaving out the published ones."""
-    # RandomState and not Generator: NumPy promises that its stream never changes.
+    """Yields problems without end; none is published and none is yielded twice."""
+    # NumPy promises that the stream of a RandomState never changes; that of a Generator may.
     random = np.random.RandomState(SEED)
     seen = set(published())
     while True:
@@ -61,7 +91,7 @@ def _draw(random: np.random.RandomState) -> list[Problem]:
     swapped = random.randint(2, size=_DRAWS).astype(bool)
     left, right = np.where(swapped, c, first), np.where(swapped, first, c)
     target, exact = _apply(operators[:, 1], left, right)
-    # The prompt must not give away which number came first in the expression.
+    # The numbers are shuffled: their order must not tell which came first in the expression.
     order = random.random_sample(numbers.shape).argsort(axis=1)
     shown = np.take_along_axis(numbers, order, axis=1)
     good = exact_first & exact & (target >= 1) & (target <= 100)

@@ -8,20 +8,19 @@ from typing import Any
 
 from spg_jax.tasks import extraction, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate
+from spg_jax.tasks.countdown import problems
 from spg_jax.tasks.countdown.solver import solve
 from spg_jax.tasks.task import Example, Format, Score, Task
 
 TOLERANCE = 1e-5
-FORMAT_REWARD = 0.1  # an answer tag with anything wrong inside
-
+FORMAT_REWARD = 0.1  # earned by an answer tag whose content is wrong
 
 _HERE = Path(__file__).parent
-_SPOKEN = '\nThe expression {answer} uses each number once.\n</reasoning>\n<answer>\n'
+_WORKED_START = '\nThe expression {answer} uses each number once.\n</reasoning>\n<answer>\n'
 
 _INTEGER = re.compile(r'[0-9]+')
-_NUMBERS = re.compile(r'[0-9]{1,9}(,[0-9]{1,9})*')
-# `expression = number`. The look-behind starts a match only where a run of such characters starts,
-# so that a long run without `=` is read once.
+# The pattern finds `expression = number`. Its look-behind lets a match start only where a run of
+# these characters starts, so that a long run without `=` is read only once.
 _EQUATION = re.compile(r'(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]')
 _LATEX = {r'\div': '/', r'\times': '*', r'\cdot': '*'}
 
@@ -42,23 +41,24 @@ class Countdown(Task):
             separator=' ',
             scorer='compact',
         ),
-        # Training asks for the bare expression, which the reward wants; evaluation for a box, which
-        # the score wants.
+        # Training asks for the bare expression, which the reward expects, and evaluation asks for
+        # a box, which the score expects.
         'published_train': Format(
             template=(_HERE / 'published_train_prompt.txt').read_text(encoding='utf-8'),
-            completion=f'<reasoning>{_SPOKEN}{{answer}}\n</answer>',
+            completion=f'<reasoning>{_WORKED_START}{{answer}}\n</answer>',
             separator=', ',
             scorer='published',
         ),
         'published_eval': Format(
             template=(_HERE / 'published_eval_prompt.txt').read_text(encoding='utf-8'),
-            completion=f'{_SPOKEN}\\boxed{{{{answer}}}}\n</answer>',
+            completion=f'{_WORKED_START}\\boxed{{{{answer}}}}\n</answer>',
             separator=', ',
             scorer='published',
             prefill='<reasoning>',
         ),
     }
     vocabulary = ('<answer>', '</answer>', '=', ':', *'+-*/()', *map(str, range(101)))
+    preparation = f'making {sum(problems.SIZES.values()):,} (less than a minute)'
 
     def fields(self, example: Example) -> dict[str, str]:
         separator = self.formats[self.format].separator
@@ -68,10 +68,10 @@ class Countdown(Task):
         }
 
     def listed(self, example: Example) -> tuple[int, ...]:
-        """Returns the numbers in the order of the prompt: as given, or largest first in compact.
+        """Returns the numbers in the order of the prompt; the compact format has the largest first.
 
-        Their order means nothing, and a small model that sees only one of the six has six times
-        fewer problems to learn.
+        The order of the numbers means nothing. A small model that sees only one of the six orders
+        has six times fewer problems to learn.
         """
         numbers = example['numbers']
         return tuple(sorted(numbers, reverse=True) if self.format == 'compact' else numbers)
@@ -83,7 +83,7 @@ class Countdown(Task):
         return 1.0 if is_right(expression, example) else FORMAT_REWARD
 
     def score(self, completion: str, example: Example) -> Score:
-        """The compact scorer reads what the reward reads: the last answer tag, bare."""
+        """Returns the verdict; the compact scorer reads the last answer tag, as the reward does."""
         if self.scorer == 'compact':
             expression = extraction.last_answer(completion)
         else:
@@ -109,30 +109,16 @@ class Countdown(Task):
         return ' + '.join(map(str, self.listed(example)))
 
     def builder(self) -> type:
-        # Here and not above: TFDS takes half a second to import.
+        # The import is lazy because TFDS takes half a second to import.
         from spg_jax.tasks.countdown.countdown_dataset_builder import Builder
 
         return Builder
 
     def read_published(self, path: str | Path) -> list[Example]:
-        """Reads `{"input": "30,100,93", "output": "23"}` lines."""
-        examples = []
-        for where, record in reading.json_lines(path):
-            numbers, target = str(record.get('input')), str(record.get('output'))
-            if not _NUMBERS.fullmatch(numbers) or not re.fullmatch('[0-9]{1,9}', target):
-                expected = '{"input": "30,100,93", "output": "23"}'
-                raise ValueError(f'{where}: found {reading.shown(record)}, expected {expected}')
-            examples.append(
-                {
-                    'numbers': [int(n) for n in numbers.split(',')],
-                    'target': int(target),
-                    'index': len(examples),
-                }
-            )
-        return examples
+        return problems.read_published(path)
 
     def read_record(self, question: Any, ground_truth: Any) -> Example:
-        """The ground truth alone says the problem: `[[30, 100, 93], 23]`."""
+        """Returns the problem that the ground truth holds: `[[30, 100, 93], 23]`."""
         match ground_truth:
             case [[*numbers], target] if numbers and all(
                 type(n) is int for n in [*numbers, target]
@@ -144,7 +130,7 @@ class Countdown(Task):
 
 
 def is_right(expression: str, example: Example) -> bool:
-    """Whether the integers are exactly the given ones, as a multiset, and make the target."""
+    """Whether an expression uses each number of the problem once and makes the target."""
     if not _same_integers(expression, example['numbers']):
         return False
     value = evaluate(expression)
@@ -152,7 +138,7 @@ def is_right(expression: str, example: Example) -> bool:
 
 
 def published_expression(completion: str) -> str:
-    """Returns the expression the published scorer looks at."""
+    """Returns the expression that the published scorer evaluates."""
     text = extraction.last_box(completion)
     if text is None:
         text = extraction.first_answer(completion)
@@ -165,8 +151,9 @@ def published_expression(completion: str) -> str:
 
 
 def _same_integers(expression: str, numbers: Sequence[int]) -> bool:
-    found = _INTEGER.findall(expression)
-    too_long = any(len(digits) > MAX_CHARACTERS for digits in found)  # int() may refuse them
-    if too_long or len(found) != len(numbers):
+    integers = _INTEGER.findall(expression)
+    # int() raises an error for an integer with too many digits.
+    too_long = any(len(digits) > MAX_CHARACTERS for digits in integers)
+    if too_long or len(integers) != len(numbers):
         return False
-    return Counter(map(int, found)) == Counter(numbers)
+    return Counter(map(int, integers)) == Counter(numbers)

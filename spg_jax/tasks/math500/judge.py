@@ -1,7 +1,7 @@
-"""MATH500 judged by math-verify, which knows some mathematics; never what published figures use.
+"""MATH500 judged by math-verify, which knows some mathematics. Published figures never use it.
 
-It runs in a process of its own: no alarm can interrupt Python in the middle of a power of powers,
-and what a model wrote must never hang a scorer.
+The judge runs in a process of its own. Text that a model wrote must never hang a scorer, and no
+alarm can interrupt Python while it computes a power of powers.
 """
 
 import functools
@@ -15,7 +15,7 @@ from spg_jax.tasks.task import Example, Score
 
 NAME = 'math-verify'
 TIMEOUT = 30.0  # seconds for one verdict
-LONGEST = 20_000  # characters of a completion that are read, from its end: answers stand there
+LONGEST = 20_000  # characters read from the end of a completion, where its answer stands
 
 
 class JudgedByMathVerify(Math500):
@@ -31,10 +31,10 @@ class JudgedByMathVerify(Math500):
 
 
 def judged(task: Math500) -> JudgedByMathVerify:
-    """Returns a task with math-verify for its judge.
+    """Returns the task with math-verify as its judge.
 
     Raises:
-      ValueError: it is not MATH500, or the package is missing.
+      ValueError: the task is not MATH500, or the package is missing.
     """
     if not isinstance(task, Math500):
         raise ValueError(f'--judge={NAME} is for --task=math500, not {task.name}; leave it out')
@@ -44,7 +44,7 @@ def judged(task: Math500) -> JudgedByMathVerify:
 
 
 class _Worker:
-    """The process that judges; one that takes too long is ended and its verdict is wrong."""
+    """The judging process. If it takes too long, it is ended and the completion counts as wrong."""
 
     def __init__(self) -> None:
         self._start()
@@ -55,7 +55,7 @@ class _Worker:
             self._pipe.send((reference, completion))
             if self._pipe.poll(TIMEOUT):
                 return self._pipe.recv()
-        except (EOFError, OSError):  # it died of what it read
+        except (EOFError, OSError):  # The text made the process die.
             pass
         self._process.kill()
         self._process.join()
@@ -64,11 +64,12 @@ class _Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context('spawn')
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._pipe, worker_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(worker_end,), daemon=True)
         self._process.start()
-        theirs.close()
-        self._pipe.recv()  # it is ready: a slow import must not count as a slow verdict
+        worker_end.close()
+        # Wait until the process is ready: a slow import must not count as a slow verdict.
+        self._pipe.recv()
 
 
 @functools.cache
@@ -77,11 +78,12 @@ def _worker() -> _Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """Answers (reference, completion) pairs for ever, until the other end is closed."""
+    """Answers (reference, completion) pairs until the other end of the pipe is closed."""
     import math_verify
 
-    logging.disable()  # it tells of each text it cannot read, in full
-    math_verify.parse('$1$', parsing_timeout=None)  # which imports the rest of it
+    logging.disable()  # math-verify would log each text that it cannot read.
+    # The first call imports the rest of the package.
+    math_verify.parse('$1$', parsing_timeout=None)
     pipe.send(True)
     while True:
         try:
@@ -89,12 +91,12 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            # Without its own time limit of 5 seconds, which a busy machine exceeds on 1/2.
-            gold, found = (
+            # math-verify's own limit of 5 seconds is off: a busy machine needs longer even for 1/2.
+            gold, answer = (
                 math_verify.parse(text, parsing_timeout=None)
                 for text in (f'${reference}$', completion)
             )
-            verdict = bool(math_verify.verify(gold, found, timeout_seconds=None))
-        except Exception:  # of many kinds, all because of the text
+            verdict = bool(math_verify.verify(gold, answer, timeout_seconds=None))
+        except Exception:  # Hostile text makes it raise errors of many classes.
             verdict = False
         pipe.send(verdict)

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-# Cells that must differ from cell i, among those before it in reading order.
+# For each cell i, the cells before it in reading order that must differ from it.
 _PEERS = tuple(
     tuple(
         j
@@ -45,8 +45,8 @@ def count_solutions(puzzles: np.ndarray) -> np.ndarray:
       [N] int.
     """
     digits = np.arange(1, 5)
-    # A grid fits when it agrees in as many cells as the puzzle has clues; one matrix product counts
-    # agreements.
+    # A grid fits if it agrees with the puzzle in as many cells as the puzzle has clues. One matrix
+    # product counts the agreements of all pairs.
     agreements = _one_hot(puzzles, digits) @ _one_hot(grid_array(), digits).T
     clues = (puzzles > 0).sum(axis=1)
     return (agreements == clues[:, None]).sum(axis=1)

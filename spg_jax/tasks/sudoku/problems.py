@@ -1,4 +1,7 @@
-"""Sudoku puzzles of 4 x 4, drawn by seed, each with exactly one solution."""
+"""Sudoku puzzles of 4 x 4, each with exactly one solution.
+
+`generate` draws them by seed, and `read_published` reads those of the published test set.
+"""
 
 import functools
 import hashlib
@@ -8,15 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from spg_jax.tasks import reading
+from spg_jax.tasks.source import Example
 from spg_jax.tasks.sudoku.grids import all_grids, count_solutions, grid_array
 
+CELLS = 16
 SIZES = {'test': 256, 'validation': 256, 'train': 20_000}
 SEED = 20251009
 VALIDATION_GRIDS = 24
-# Empty cells -> puzzles of that kind in the published test set, whose mix every split has.
+# Number of empty cells: number of such puzzles in the published test set. Every split has this mix.
 EMPTIES = {7: 82, 8: 83, 9: 76, 11: 12, 12: 3}
 PUBLISHED = Path(__file__).with_name('published_problems.json')
-_TRIES = 1 << 12
+_TRIES = 1 << 12  # puzzles tried in a round of drawing
 
 
 def identity(puzzle: str) -> str:
@@ -30,14 +36,40 @@ def published() -> dict[str, Any]:
     return json.loads(PUBLISHED.read_text(encoding='ascii'))
 
 
-def grids_of_splits() -> dict[str, list[int]]:
-    """Returns the indices of the grids behind each split: 88, 24 and 176 of the 288.
+def read_published(path: str | Path) -> list[Example]:
+    """Reads a CSV file with the columns Puzzle and Solution.
 
-    Testing is on the grids of the published test, so that nothing learnt in training can be one of
-    its solutions.
+    Raises:
+      ValueError: a line is wrong; the message names file and line, and quotes the line.
+    """
+    examples = []
+    for where, record in reading.csv_lines(path, ('Puzzle', 'Solution')):
+        puzzle, solution = record['Puzzle'], record['Solution']
+        if len(record) != 2 or not _consistent(puzzle, solution):
+            expected = '16 digits of 0-4, a comma and 16 of 1-4 that agree with them'
+            raise ValueError(f'{where}: found {reading.shown(record)}, expected {expected}')
+        examples.append({'puzzle': puzzle, 'solution': solution, 'index': len(examples)})
+    return examples
+
+
+def _consistent(puzzle: str, solution: str) -> bool:
+    """Whether these are a puzzle and a filled grid that keeps the puzzle's digits."""
+    return (
+        len(puzzle) == len(solution) == CELLS
+        and set(puzzle) <= set('01234')
+        and set(solution) <= set('1234')
+        and all(clue in ('0', cell) for clue, cell in zip(puzzle, solution, strict=True))
+    )
+
+
+def grids_of_splits() -> dict[str, list[int]]:
+    """Returns the indices of the grids that each split uses: 88, 24 and 176 of the 288.
+
+    The test split has the grids of the published test, so that no solution of that test can be
+    learnt in training.
     """
     held_out = published()['solutions']
-    # RandomState and not Generator: NumPy promises that its stream never changes.
+    # NumPy promises that the stream of a RandomState never changes; that of a Generator may.
     random = np.random.RandomState(SEED)
     others = random.permutation(np.setdiff1d(np.arange(len(all_grids())), held_out)).tolist()
     return {
@@ -48,7 +80,7 @@ def grids_of_splits() -> dict[str, list[int]]:
 
 
 def generate() -> dict[str, list[tuple[str, str]]]:
-    """Returns the (puzzle, solution) pairs of each split: all different, none published."""
+    """Returns the (puzzle, solution) pairs of each split; puzzles differ and none is published."""
     pools = grids_of_splits()
     return {
         split: _draw(pools[split], size, np.random.RandomState([SEED, place]))
@@ -57,7 +89,7 @@ def generate() -> dict[str, list[tuple[str, str]]]:
 
 
 def _draw(pool: list[int], size: int, random: np.random.RandomState) -> list[tuple[str, str]]:
-    """Fixes each puzzle's grid and number of empty cells, then draws cells until they will do."""
+    """Fixes each puzzle's grid and number of empty cells, then draws until one solution fits."""
     mix = np.repeat(list(EMPTIES), list(EMPTIES.values()))
     empties = random.permutation(np.resize(mix, size))
     grids = grid_array()[pool]
@@ -66,7 +98,7 @@ def _draw(pool: list[int], size: int, random: np.random.RandomState) -> list[tup
     drawn: list[tuple[str, str] | None] = [None] * size
     pending = np.arange(size)
     while pending.size:
-        # Few clues seldom do, so the last puzzles to be found get many tries a round.
+        # A puzzle with few clues seldom has one solution, so the last ones get many tries a round.
         tries = np.repeat(pending, max(1, _TRIES // pending.size))
         filled = grids[solutions[tries]]
         rank = random.random_sample(filled.shape).argsort(axis=1).argsort(axis=1)

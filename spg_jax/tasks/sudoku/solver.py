@@ -1,4 +1,4 @@
-"""Solves a Sudoku of 4 x 4 as a person does, one cell after another, and says why."""
+"""Solves a Sudoku of 4 x 4 as a person does: one cell after another, with a reason for each."""
 
 from collections.abc import Iterator
 
@@ -19,13 +19,13 @@ _UNITS = (
 
 
 def work_out(puzzle: str) -> tuple[str, str]:
-    """Returns (the reasoning, one line a step; the full grid of 16 digits).
+    """Returns (the reasoning with one line a step, the full grid of 16 digits).
 
     Args:
       puzzle: 16 digits in reading order, 0 where empty.
 
     Raises:
-      ValueError: some cell cannot be told by one step from the others.
+      ValueError: the puzzle reaches a point where no single step determines another cell.
     """
     grid = list(puzzle)
     lines = [_rows('I write the puzzle as rows', grid)]
@@ -41,7 +41,7 @@ def work_out(puzzle: str) -> tuple[str, str]:
 
 
 def _steps(grid: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Yields (cell, digit, reason) for every cell that can be told, the plainest reasons first."""
+    """Yields (cell, digit, reason) for every cell a step determines, the plainest reasons first."""
     allowed = {cell: _allowed(grid, cell) for cell, digit in enumerate(grid) if digit == '0'}
     for name, cells in _UNITS:
         empty = [cell for cell in cells if cell in allowed]
@@ -59,7 +59,7 @@ def _steps(grid: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _allowed(grid: list[str], cell: int) -> tuple[str, ...]:
-    """Returns the digits that no row, column or box of an empty cell holds."""
+    """Returns the digits that are not yet in the row, column or box of an empty cell."""
     held = {grid[peer] for _, cells in _UNITS if cell in cells for peer in cells}
     return tuple(digit for digit in '1234' if digit not in held)
 

@@ -9,7 +9,7 @@ from spg_jax.tasks.sudoku import problems
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Puzzles of 4 x 4 with one solution; splits share no solution; no published test puzzle."""
+    """Puzzles of 4 x 4 with one solution each; splits share no solution. None is published."""
 
     VERSION = tfds.core.Version('1.0.0')
 
@@ -19,17 +19,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {'puzzle': tfds.features.Text(), 'solution': tfds.features.Text()}
             ),
-            # Drawn in random order already, and an example's place is its identity.
+            # The puzzles are in random order already, and the place of one is its identity.
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
-        return {
-            split: self._generate_examples(drawn) for split, drawn in problems.generate().items()
-        }
+        return {split: self._generate_examples(part) for split, part in problems.generate().items()}
 
     def _generate_examples(
-        self, drawn: list[tuple[str, str]]
+        self, part: list[tuple[str, str]]
     ) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, (puzzle, solution) in enumerate(drawn):
+        for index, (puzzle, solution) in enumerate(part):
             yield index, {'puzzle': puzzle, 'solution': solution}

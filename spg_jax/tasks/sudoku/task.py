@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from spg_jax.tasks import extraction, reading
+from spg_jax.tasks.sudoku import problems
+from spg_jax.tasks.sudoku.problems import CELLS
 from spg_jax.tasks.sudoku.solver import work_out
 from spg_jax.tasks.task import Example, Format, Score, Task
 
-CELLS = 16
-
 _WORDING = Path(__file__).with_name('published_prompt.txt').read_text(encoding='utf-8')
-_SPOKEN = '\nI fill in each row.\n</reasoning>\n<answer>\n{answer}\n</answer>'
+_COMPLETION = '\nI fill in each row.\n</reasoning>\n<answer>\n{answer}\n</answer>'
 
-# The first puzzles of the train split: whoever learns from it may know them.
+# The first puzzles of the train split, which a model may know, since it is trained on them.
 _WORKED = ('0201130030002140', '0003401021340001', '0204143240000140')
 _EXAMPLES = tuple(
     f'Puzzle: {puzzle}\n<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{grid}\n</answer>\n\n'
@@ -33,8 +33,8 @@ _NAMED_PUZZLE = re.compile(r'Sudoku puzzle: ([0-9]{16})')
 class Sudoku(Task):
     """Examples: {'puzzle': 16 digits, 0 where empty, 'solution': 16 digits, 'index': int}.
 
-    A completion is compact as `<answer> 4 3 1 2 … </answer>`, the whole grid. The reward is the
-    share of the empty cells that are right, in every format.
+    A compact completion is the whole grid, `<answer> 4 3 1 2 … </answer>`. In every format the
+    reward is the share of the empty cells that are right.
     """
 
     name = 'sudoku'
@@ -48,14 +48,14 @@ class Sudoku(Task):
         ),
         'published_train': Format(
             template=_WORDING,
-            completion=f'<reasoning>{_SPOKEN}',
+            completion=f'<reasoning>{_COMPLETION}',
             separator='',
             scorer='published',
             examples=_EXAMPLES,
         ),
         'published_eval': Format(
             template=_WORDING,
-            completion=_SPOKEN,
+            completion=_COMPLETION,
             separator='',
             scorer='published',
             prefill='<reasoning>',
@@ -64,6 +64,7 @@ class Sudoku(Task):
     }
     vocabulary = ('<answer>', '</answer>', ':', *'01234')
     solved_figure = 'grid_accuracy'
+    preparation = f'making {sum(problems.SIZES.values()):,} (less than a minute)'
 
     def fields(self, example: Example) -> dict[str, str]:
         return {'puzzle': self.formats[self.format].separator.join(example['puzzle'])}
@@ -73,15 +74,15 @@ class Sudoku(Task):
         return score.right / score.total if score.total else 0.0
 
     def score(self, completion: str, example: Example) -> Score:
-        """The compact scorer reads what the reward reads: the digits of the last answer tag."""
-        read = answer_digits if self.scorer == 'compact' else published_cells
-        return count_right(read(completion), example)
+        """Returns the verdict; the compact scorer reads the last answer tag, as the reward does."""
+        cells_of = answer_digits if self.scorer == 'compact' else published_cells
+        return count_right(cells_of(completion), example)
 
     def right_answer(self, example: Example) -> str:
         return ' '.join(example['solution'])
 
     def shortcut_answer(self, example: Example) -> str:
-        """Returns each row with its missing digits in ascending order, whatever column and box."""
+        """Fills each row with its missing digits in ascending order, ignoring columns and boxes."""
         puzzle = example['puzzle']
         cells = []
         for row in (puzzle[start : start + 4] for start in range(0, CELLS, 4)):
@@ -90,36 +91,19 @@ class Sudoku(Task):
         return ' '.join(cells)
 
     def builder(self) -> type:
-        # Here and not above: TFDS takes half a second to import.
+        # The import is lazy because TFDS takes half a second to import.
         from spg_jax.tasks.sudoku.sudoku_dataset_builder import Builder
 
         return Builder
 
     def read_published(self, path: str | Path) -> list[Example]:
-        """Reads a CSV file with the columns Puzzle and Solution."""
-        examples = []
-        header, *lines = reading.read_text(path).split('\n')
-        if header.strip() != 'Puzzle,Solution':
-            raise ValueError(
-                f'{path}:1: found {reading.shown(header)}, expected the header Puzzle,Solution'
-            )
-        for number, line in enumerate(map(str.strip, lines), 2):
-            if not line:
-                continue
-            puzzle, _, solution = line.partition(',')
-            if not _consistent(puzzle, solution):
-                expected = '16 digits of 0-4, a comma and 16 of 1-4 that agree with them'
-                raise ValueError(
-                    f'{path}:{number}: found {reading.shown(line)}, expected {expected}'
-                )
-            examples.append({'puzzle': puzzle, 'solution': solution, 'index': len(examples)})
-        return examples
+        return problems.read_published(path)
 
     def read_record(self, question: Any, ground_truth: Any) -> Example:
-        """The puzzle is the first 16 characters of the question, or follows 'Sudoku puzzle: '."""
-        asked, solution = str(question), str(ground_truth)
-        named = _NAMED_PUZZLE.search(asked)
-        puzzle = named[1] if named and not _GRID.match(asked) else asked[:CELLS]
+        """Returns the puzzle that starts the question or follows 'Sudoku puzzle: ' in it."""
+        text, solution = str(question), str(ground_truth)
+        named_puzzle = _NAMED_PUZZLE.search(text)
+        puzzle = named_puzzle[1] if named_puzzle and not _GRID.match(text) else text[:CELLS]
         if not _GRID.fullmatch(puzzle) or not _GRID.fullmatch(solution):
             raise ValueError(
                 f'found question {reading.shown(question)} with '
@@ -130,20 +114,20 @@ class Sudoku(Task):
 
 
 def answer_digits(completion: str) -> str:
-    """Returns the digits of the last answer tag; '' without one.
+    """Returns the digits of the last answer tag, or '' without such a tag.
 
-    Any digit Unicode knows takes up a place, as released; only 1 to 4 can be right.
+    As released, every Unicode digit takes up a cell, although only 1 to 4 can be right.
     """
     return ''.join(filter(str.isdigit, extraction.last_answer(completion) or ''))
 
 
 def published_cells(completion: str) -> str:
-    """Returns what the published scorer reads as the grid, without white space; '' if nothing."""
+    """Returns the text that the published scorer reads as the grid, without white space, or ''."""
     return ''.join(next(filter(None, map(str.strip, _candidates(completion))), '').split())
 
 
 def _candidates(completion: str) -> Iterator[str]:
-    """Yields what the published scorer looks at, in order of preference; any may be blank."""
+    """Yields the texts that may hold the grid, in the published order; each may be blank."""
     _, opened, inside = completion.partition(extraction.OPEN)
     _, closed, after = completion.partition(extraction.CLOSE)
     if opened:
@@ -155,23 +139,13 @@ def _candidates(completion: str) -> Iterator[str]:
         end = extraction.until(after, _ENDS)
         yield after if end is None else end
     for pattern in (_BEFORE_CLOSE, _ALONE):
-        found = pattern.search(completion)
-        yield found[1] if found else ''
+        match = pattern.search(completion)
+        yield match[1] if match else ''
 
 
 def count_right(cells: str, example: Example) -> Score:
-    """Counts the empty cells that `cells`, padded with 0 or cut to 16, fills rightly."""
+    """Counts the empty cells that `cells` fills rightly, after padding with 0 or a cut to 16."""
     cells = cells[:CELLS].ljust(CELLS, '0')
-    empty = [place for place, given in enumerate(example['puzzle']) if given == '0']
+    empty = [place for place, clue in enumerate(example['puzzle']) if clue == '0']
     right = sum(cells[place] == example['solution'][place] for place in empty)
     return Score(right=right, total=len(empty), solved=right == len(empty))
-
-
-def _consistent(puzzle: str, solution: str) -> bool:
-    """Whether these are a puzzle and a filled grid that keeps its digits."""
-    return (
-        len(puzzle) == len(solution) == CELLS
-        and set(puzzle) <= set('01234')
-        and set(solution) <= set('1234')
-        and all(given in ('0', cell) for given, cell in zip(puzzle, solution, strict=True))
-    )
