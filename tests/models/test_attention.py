@@ -160,7 +160,6 @@ def test_the_platform_decides():
     assert resolve('auto', 'cuda') == 'cudnn'
     assert resolve('auto', 'gpu', 'float32') == 'einsum'  # in which cuDNN does not compute
     assert resolve('auto', 'tpu', 'float32') == 'splash'
-    assert resolve('xla', 'tpu') == 'splash'  # the name that older runs hold
 
 
 def test_what_cannot_be_says_what_to_use():
