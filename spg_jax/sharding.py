@@ -34,8 +34,8 @@ RULES: Mapping[str, str | None] = {
     'layers': None,
     'norm': None,
     'rank': None,
-    # The scales of quantised kernels have one entry a tile. They stay whole where the mesh axis does
-    # not divide the number of tiles.
+    # The scales of quantised kernels have one entry for each tile. They stay whole where the mesh
+    # axis does not divide the number of tiles.
     'embed_tiles': 'fsdp',
     'heads_tiles': 'tensor',
     'mlp_tiles': 'tensor',
@@ -64,7 +64,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     for axis, size in shape.items():
         if size != -1 and size < 1:
             raise ValueError(
-                f'mesh.{axis} is {size}; use a positive number of devices, or -1 for all that remain'
+                f'mesh.{axis} is {size}; use a positive number, or -1 for all that remain'
             )
     open_axes = [axis for axis, size in shape.items() if size == -1]
     if len(open_axes) > 1:
