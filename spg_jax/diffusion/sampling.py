@@ -112,11 +112,10 @@ def generate(
     eos_id: int,
     allowed: Array,
 ) -> Completion:
-    """Completes a batch of prompts. The function is pure; callers jit it.
+    """Completes a batch of prompts. The function is pure, and callers jit it.
 
-    The tokens of a row depend on its own prompt and key and not on the rest of the batch, because
-    its noise is a function of (row key, step, position). With `config.stop_early` the loop ends
-    once every row has an EOS in a finished block.
+    The tokens of a row depend on its prompt and key alone: its noise is a function of (row key,
+    step, position). With `stop_early` the loop ends once every row has an EOS in a finished block.
 
     Args:
       hidden_fn: (tokens [B, L] int32, valid [B, L] bool) -> hidden states [B, L, D].
