@@ -1,7 +1,9 @@
-"""Randomness as a function of identity: what a key is for, which step, which example. Never of
-position.
+"""Random keys that depend on identity: what a number is for, at which step, for which example.
 
-A row keeps its random numbers whatever batch, microbatch, device or process it lands in.
+No key depends on a position, so a row draws the same random numbers in any batch or microbatch and
+on any device or process.
+
+Shapes: `B` rows, `G` rows of one group.
 """
 
 import enum
@@ -12,7 +14,7 @@ from jax import Array
 
 
 class Purpose(enum.IntEnum):
-    """What random numbers are for; different purposes never share a key."""
+    """What a random number is for. Different purposes never share a key."""
 
     SAMPLE = 0
     CORRUPT = 1
@@ -22,35 +24,39 @@ class Purpose(enum.IntEnum):
 
 
 def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Array) -> Array:
-    """One key a row, [B], from (seed, purpose, step) and the row's identity.
+    """One key for each row, [B], from (seed, purpose, step) and the identity of the row.
 
     Args:
-      seed: root of the run.
-      purpose: what the numbers are for.
-      step: [] the update (or rollout) they belong to.
+      seed: the root seed of the run.
+      purpose: what the random numbers are for.
+      step: [] the update, or the rollout, that uses them.
       example_id: [B] uint32, prompt index * G + member.
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key(seed, purpose, step), example_id)
 
 
 def step_key(seed: int, purpose: Purpose, step: Array | int) -> Array:
-    """What the rows of a step share: the key from (seed, purpose, step)."""
+    """The key that all rows of a step share, from (seed, purpose, step)."""
     root = jax.random.fold_in(jax.random.key(seed), purpose)
     return jax.random.fold_in(root, step)
 
 
 def example_ids(prompt_index: Array, group_size: int) -> Array:
-    """[B] uint32 identity of each row of a rollout: prompt index * G + member, prompt by prompt."""
-    members = jnp.arange(group_size, dtype=jnp.uint32)
+    """The identity of each row of a rollout, prompt index * G + member, in order of prompts.
+
+    Args:
+      prompt_index: [B / G] index of each prompt in its dataset.
+      group_size: G.
+
+    Returns:
+      [B] uint32.
+    """
+    members = jnp.arange(group_size, dtype=jnp.uint32)  # [G]
     return (prompt_index.astype(jnp.uint32)[:, None] * group_size + members[None, :]).reshape(-1)
 
 
 def check_range(prompts: int, group_size: int) -> None:
-    """Refuses a dataset whose row identities do not fit uint32.
-
-    Raises:
-      ValueError: with the count and the largest group that fits.
-    """
+    """Raises ValueError if a dataset has more row identities than uint32 can hold."""
     if prompts * group_size > 2**32:
         raise ValueError(
             f'{prompts} prompts x rl.group_size {group_size} exceed 2^32 row identities; '

@@ -1,4 +1,4 @@
-"""Meshes, and parameters that are the same numbers, really split, on each of them."""
+"""Meshes give the same parameters and gradients, and really split them over their devices."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ CONFIG = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=
 
 @pytest.fixture(scope='module')
 def alone():
-    """Parameters, gradient and logits on one device."""
+    """The parameters, gradient and logits of one device."""
     return outcome(mesh_of())
 
 
@@ -44,7 +44,10 @@ def spread():
 
 
 def test_a_mesh_gives_the_same_numbers(spread, alone):
-    """Parameters, gradient and logits; tests/test_distributed.py has more meshes, and updates."""
+    """Compares parameters, gradient and logits.
+
+    tests/process/test_distributed.py compares whole updates, on more meshes.
+    """
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), spread, alone)
 
 
@@ -66,7 +69,7 @@ def test_parameters_are_split_as_the_rules_say(spread):
     assert shards['layers']['attention_out']['kernel'] == (2, 8, 8)
     assert shards['layers']['down']['kernel'] == (2, 16, 8)
     assert shards['layers']['mlp_norm']['scale'] == (2, 16)
-    # Row shards, not copies: the constraint on activations holds through to the logits.
+    # Rows are split and not copied: the pinned layout of activations reaches the logits.
     assert logits.addressable_shards[0].data.shape[0] == 2
     per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     assert per_device < 0.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -93,11 +96,14 @@ def test_impossible_meshes_say_what_to_use(sizes, message):
         sharding.make_mesh(sizes)
 
 
-def test_contradicting_rules_name_the_tensor_and_both_axes():
-    rules = dict(sharding.RULES, embed='tensor')
+def test_contradicting_rules_name_the_tensor_and_both_axes(monkeypatch):
+    monkeypatch.setitem(sharding.RULES, 'embed', 'tensor')
     message = "embedding: logical axes 'vocab' and 'embed' both map to mesh axis 'tensor'"
     with pytest.raises(ValueError, match=message):
-        sharding.param_shardings(Transformer(CONFIG), mesh_of(2, 2, 2), rules)
+        sharding.param_shardings(Transformer(CONFIG), mesh_of(2, 2, 2))
+
+
+def test_logical_axes_become_mesh_axes_by_the_rules():
     with pytest.raises(ValueError, match="x: logical axis 'head' has no rule"):
         sharding.partition_spec('x', ('head',))
     assert sharding.partition_spec('x', ('embed', None, 'layers')) == P('fsdp', None, None)
@@ -125,8 +131,8 @@ def test_batches_are_split_by_rows():
 def test_rows_are_pinned_only_where_that_is_possible():
     mesh = mesh_of(2, 2, 2)
     pin = jax.jit(lambda x: sharding.constrain(x, 'rows', None))
-    whole = jnp.zeros((8, 4))
-    assert pin(whole).sharding.is_fully_replicated
+    rows = jnp.zeros((8, 4))
+    assert pin(rows).sharding.is_fully_replicated
     with jax.set_mesh(mesh):
-        assert pin(whole).addressable_shards[0].data.shape == (2, 4)
+        assert pin(rows).addressable_shards[0].data.shape == (2, 4)
         assert pin(jnp.zeros((6, 4))).shape == (6, 4)

@@ -1,14 +1,17 @@
 """Bounds on the log-likelihood of ONE completion from its M draws, in nats per sequence.
 
-Arguments shared by every bound:
+Every bound takes these arguments:
   logp: [M, C] log-probability of each completion token under each draw, in nats.
   masked: [M, C] bool, the completion part of `Draws.masked`.
   scored: [C] bool, True from the first token through the first EOS; n = scored.sum().
-  block: [M] int32, the chosen block of each draw (read by the block estimator only).
+  block: [M] int32, the chosen block of each draw. Only the block estimator reads it.
 
-S_k are the positions both masked by draw k and scored. A draw with no such position carries no
-information and is left out; without any draw left the bound is 0. Values and gradients are finite
-for every finite logp.
+In the formulas, i is a position, k a draw, and S_k the set of positions that draw k masks and that
+are scored. A draw whose S_k is empty carries no information and is left out; if no draw remains,
+the bound is 0. Values and gradients are finite for every finite logp.
+
+A comment such as `# [M, C]` after an assignment is the shape of the value: `M` draws, `C`
+completion positions, `V` vocabulary; `[]` is a scalar.
 """
 
 from collections.abc import Callable
@@ -20,28 +23,28 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import KINDS, Corruption
 
-# Estimator -> the corruptions under which it bounds what it says it bounds. As released, the
-# estimate is used with all of them.
+# Estimator -> the corruptions that it may be used with. 'paper' and 'block' bound a likelihood
+# under these only; the released code uses its estimate with all of them.
 PAIRINGS = {'released': KINDS, 'paper': ('uniform',), 'block': ('block',)}
 
 
 class Estimator(NamedTuple):
-    """The bounds of one estimator. Each returns nats per sequence, a float32 scalar."""
+    """The bounds of one estimator. Each returns a float32 scalar, in nats per sequence."""
 
     elbo: Callable[[Array, Array, Array, Array], Array]  # (logp, masked, scored, block)
     eubo: Callable[..., Array]  # (logp, masked, scored, block, beta)
     loose_eubo: Callable[..., Array]  # as eubo, with log x replaced by its tangent x - 1
-    strict_eubo: Callable[..., Array]  # as eubo, but above log p for every beta >= 1
+    strict_eubo: Callable[..., Array]  # as eubo, but at least log p for every beta >= 1
 
 
 def estimator(name: str, block_length: int) -> Estimator:
     """The estimator called `name`.
 
     Args:
-      name: 'released' (SPG code: all masked scored tokens of every draw), 'paper' (SPG as written,
-        under `uniform` corruption) or 'block' (block-autoregressive likelihood under `block`
-        corruption with clean earlier blocks).
-      block_length: completion positions a block; read by 'block' only.
+      name: 'released' scores all masked tokens of every draw, as the code of SPG does; 'paper' is
+        SPG as written, under `uniform` corruption; 'block' bounds the block-autoregressive
+        likelihood, under `block` corruption with clean earlier blocks.
+      block_length: completion positions in a block. Only 'block' reads it.
 
     Raises:
       ValueError: on an unknown name, or a block length below 1 with 'block'.
@@ -49,8 +52,8 @@ def estimator(name: str, block_length: int) -> Estimator:
     if name not in PAIRINGS:
         raise ValueError(f'rl.estimator is {name!r}; use one of {", ".join(PAIRINGS)}')
     if name != 'block':
-        # With exact counts w = n/|S_k| is both the released 1/t_k and the paper's weight 1/t: one
-        # formula. What differs is the corruption allowed, which `check_pairing` sees to.
+        # Draws mask exact numbers of positions, so n/|S_k| is both the 1/t_k of the released code
+        # and the paper's weight 1/t: one formula. `check_pairing` allows them other corruptions.
         return Estimator(sequence_elbo, sequence_eubo, sequence_loose_eubo, sequence_strict_eubo)
     if block_length < 1:
         raise ValueError(f'block_length is {block_length}; the block estimator needs at least 1')
@@ -68,15 +71,12 @@ def estimator(name: str, block_length: int) -> Estimator:
 
 
 def check_pairing(name: str, corruption: Corruption) -> None:
-    """Refuses an estimator under a corruption for which it bounds nothing.
+    """Raises ValueError if an estimator bounds no likelihood under a corruption.
 
     Args:
-      name: of the estimator, as `estimator()` takes it.
-      corruption: what draws the masks. The block estimator needs clean earlier blocks and blocks
-        that are drawn uniformly.
-
-    Raises:
-      ValueError: with the pair found and what goes with the estimator.
+      name: name of the estimator, as in `estimator`.
+      corruption: the corruption that draws the masks. The block estimator needs one that leaves
+        earlier blocks clean and chooses blocks uniformly.
     """
     if name not in PAIRINGS:
         raise ValueError(f'rl.estimator is {name!r}; use one of {", ".join(PAIRINGS)}')
@@ -107,13 +107,13 @@ def completion_log_probs(logits: Array, completion: Array) -> Array:
     Returns:
       [..., C] float32.
     """
-    index = jnp.broadcast_to(completion, logits.shape[:-1])[..., None]
-    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0].astype(jnp.float32)
+    index = jnp.broadcast_to(completion, logits.shape[:-1])[..., None]  # [..., C, 1]
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0].astype(jnp.float32)  # [..., C]
     return chosen - jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
 
 
 def mixture(eubo: Array, elbo: Array, omega: float) -> Array:
-    """omega * EUBO + (1 - omega) * ELBO, the negative estimate of SPG-Mixture; any shape."""
+    """The negative estimate of SPG-Mixture, omega * EUBO + (1 - omega) * ELBO, of any shape."""
     return omega * eubo + (1.0 - omega) * elbo
 
 
@@ -125,9 +125,9 @@ def sequence_elbo(logp: Array, masked: Array, scored: Array, block: Array) -> Ar
 def sequence_eubo(logp: Array, masked: Array, scored: Array, block: Array, beta: float) -> Array:
     """Evidence upper bound of order beta (SPG eq. 7).
 
-    (n/beta) * mean over positions masked in some draw of
-    log mean_k [ 1(i in S_k) exp(beta logp_{k,i}) n/|S_k| ]. As in the paper the constant C(T) is
-    left out: below beta = n this is an upper bound only up to that constant.
+    (n/beta) * mean_i log mean_k [ 1(i in S_k) exp(beta logp_{k,i}) n/|S_k| ], where mean_i runs
+    over the positions that at least one draw masks. The constant C(T) is left out, as in the paper:
+    for beta < n this is an upper bound only up to that constant.
     """
     return _upper(logp, masked & scored[None, :], scored.sum(), beta, _PLAIN)
 
@@ -135,17 +135,18 @@ def sequence_eubo(logp: Array, masked: Array, scored: Array, block: Array, beta:
 def sequence_loose_eubo(
     logp: Array, masked: Array, scored: Array, block: Array, beta: float
 ) -> Array:
-    """`sequence_eubo` with log x replaced by its tangent x - 1 >= log x (SPG ablation)."""
+    """`sequence_eubo` with log x replaced by its tangent, x - 1 >= log x (ablation in SPG)."""
     return _upper(logp, masked & scored[None, :], scored.sum(), beta, _TANGENT)
 
 
 def sequence_strict_eubo(
     logp: Array, masked: Array, scored: Array, block: Array, beta: float
 ) -> Array:
-    """`sequence_eubo` divided by max(beta, n) in place of beta: no constant, for every beta >= 1.
+    """`sequence_eubo` divided by max(beta, n) instead of beta.
 
-    Hoelder's inequality gives log p <= (1/n) sum_i log E[w 1 pi_i^n], and pi^n <= pi^beta for
-    beta <= n because probabilities are at most 1.
+    In expectation this is an upper bound for every beta >= 1, without any constant: Hoelder's
+    inequality gives log p <= (1/n) sum_i log E[w 1 pi_i^n], and pi^n <= pi^beta for beta <= n
+    because probabilities are at most 1.
     """
     return _upper(logp, masked & scored[None, :], scored.sum(), beta, _STRICT)
 
@@ -153,51 +154,69 @@ def sequence_strict_eubo(
 def block_elbo(logp: Array, masked: Array, scored: Array, block: Array, block_length: int) -> Array:
     """Lower bound of the block-autoregressive likelihood, log p = sum_b log p(x_b | x_<b).
 
-    N_b * mean_k [ (n_b/|S_k|) sum_{i in S_k} logp_{k,i} ], with S_k inside the chosen block, N_b
-    the blocks reached and n_b the scored positions in the chosen one.
+    N_b * mean_k [ (n_b/|S_k|) sum_{i in S_k} logp_{k,i} ], where S_k is cut to the chosen block,
+    N_b is the number of blocks that the completion reaches, and n_b the number of scored positions
+    in the chosen block.
     """
-    masked, reached, lengths = _within_block(masked, scored, block, block_length)
-    return reached * _lower(logp, masked, lengths)
+    masked, blocks_reached, block_lengths = _within_block(masked, scored, block, block_length)
+    return blocks_reached * _lower(logp, masked, block_lengths)
 
 
 def _within_block(
     masked: Array, scored: Array, block: Array, block_length: int
 ) -> tuple[Array, Array, Array]:
-    """masked [M, C] cut to the chosen blocks, blocks reached [], scored positions in each [M]."""
-    chosen = (jnp.arange(len(scored)) // block_length)[None, :] == block[:, None]
+    """What the block estimator reads instead of the whole completion.
+
+    Returns:
+      masked [M, C] cut to the chosen blocks, N_b [] the number of blocks reached, and n_b [M] the
+      number of scored positions in each chosen block.
+    """
+    block_of_position = (jnp.arange(len(scored)) // block_length)[None, :]  # [1, C]
+    chosen = block_of_position == block[:, None]  # [M, C]
     chosen &= scored[None, :]
     return masked & chosen, -(-scored.sum() // block_length), chosen.sum(-1)
 
 
 def _block_upper(logp, masked, scored, block, beta, block_length, form) -> Array:
-    """N_b * mean over the blocks drawn of the bound within a block from that block's draws."""
-    masked, reached, lengths = _within_block(masked, scored, block, block_length)
+    """Upper bound of the block-autoregressive likelihood.
+
+    N_b * mean over the blocks drawn of `_upper` within the block, from the draws that chose it.
+    """
+    masked, blocks_reached, block_lengths = _within_block(masked, scored, block, block_length)
     same_block = block[:, None] == block[None, :]  # [M, M]
 
-    def of_block(same: Array, length: Array) -> Array:
-        return _upper(logp, masked & same[:, None], length, beta, form)
+    def bound_of_block(draw_chose_it: Array, block_length: Array) -> Array:
+        """draw_chose_it: [M] bool; block_length: [] -> []."""
+        return _upper(logp, masked & draw_chose_it[:, None], block_length, beta, form)
 
-    values = jax.vmap(of_block)(same_block, lengths)
-    # Draws of one block all hold that block's value: a share each, so that every block counts once.
-    used = masked.any(-1)
-    sharing = jnp.maximum((same_block & used[None, :]).sum(-1), 1)
-    share = jnp.where(used, 1.0 / sharing, 0.0)
-    return reached * (share * values).sum() / jnp.maximum(share.sum(), 1.0)
+    values = jax.vmap(bound_of_block)(same_block, block_lengths)  # [M], the block of each draw
+    # Draws that chose the same block repeat its value. Each gets an equal share of that block's
+    # weight, so that every block counts once.
+    nonempty = masked.any(-1)  # [M]
+    draws_of_block = jnp.maximum((same_block & nonempty[None, :]).sum(-1), 1)  # [M]
+    share = jnp.where(nonempty, 1.0 / draws_of_block, 0.0)  # [M]; the sum is the blocks drawn
+    return blocks_reached * (share * values).sum() / jnp.maximum(share.sum(), 1.0)
 
 
 def _lower(logp: Array, masked: Array, length: Array) -> Array:
-    """Mean over non-empty draws of length_k times the mean logp over S_k; length is [M]."""
-    size = masked.sum(-1)
-    total = jnp.where(masked, logp, 0.0).sum(-1)
-    per_draw = length * total / jnp.maximum(size, 1)
+    """mean_k [ (n_k/|S_k|) sum_{i in S_k} logp_{k,i} ] over the draws whose S_k is not empty.
+
+    Args:
+      logp: [M, C].
+      masked: [M, C], the sets S_k.
+      length: [M], n_k.
+    """
+    size = masked.sum(-1)  # [M] |S_k|
+    total = jnp.where(masked, logp, 0.0).sum(-1)  # [M] sum over S_k of logp
+    per_draw = length * total / jnp.maximum(size, 1)  # [M]
     return per_draw.sum() / jnp.maximum((size > 0).sum(), 1)
 
 
 class _Form(NamedTuple):
-    """What an upper bound does with the mean over draws, and what it divides by."""
+    """In what an upper bound departs from SPG eq. 7."""
 
-    tangent: bool  # log x replaced by x - 1
-    strict: bool  # divided by max(beta, length) in place of beta
+    tangent: bool  # whether log x is replaced by x - 1
+    strict: bool  # whether the bound is divided by max(beta, n) instead of beta
 
 
 _PLAIN = _Form(tangent=False, strict=False)
@@ -206,15 +225,24 @@ _STRICT = _Form(tangent=False, strict=True)
 
 
 def _upper(logp: Array, masked: Array, length: Array, beta: float, form: _Form) -> Array:
-    """Upper bound over the positions some draw masks, scaled up to all `length` of them."""
-    size = masked.sum(-1, keepdims=True)
-    draws = jnp.maximum((size > 0).sum(), 1)
-    seen = masked.any(0)
-    # In log space: p**beta underflows in float32, and log 0 would silently drop such tokens from
-    # the mean. Positions no draw masked come out as -inf and are left out, values and gradients.
-    weight = jnp.log(jnp.maximum(length, 1) / jnp.maximum(size, 1) / draws)
-    log_terms = jnp.where(masked, beta * logp + weight, -jnp.inf)
-    log_mean = jax.nn.logsumexp(log_terms, axis=0)
-    per_token = jnp.expm1(log_mean) if form.tangent else log_mean
-    order = jnp.maximum(beta, length) if form.strict else beta
-    return length * jnp.where(seen, per_token, 0.0).sum() / jnp.maximum(seen.sum(), 1) / order
+    """(n/beta) * mean_i log mean_k [ 1(i in S_k) exp(beta logp_{k,i}) n/|S_k| ] (SPG eq. 7).
+
+    mean_k leaves out draws whose S_k is empty; mean_i runs over U, the positions that at least one
+    draw masks. `form` may change the formula.
+
+    Args:
+      logp: [M, C].
+      masked: [M, C], the sets S_k.
+      length: [], n.
+    """
+    size = masked.sum(-1, keepdims=True)  # [M, 1] |S_k|
+    draws = jnp.maximum((size > 0).sum(), 1)  # [] the draws that the mean over k runs over
+    seen = masked.any(0)  # [C] whether i is in U
+    # In log space, because exp(beta logp) underflows in float32, and log 0 would silently drop such
+    # tokens. Positions outside U become -inf; the last line keeps them out of value and gradient.
+    log_weight = jnp.log(jnp.maximum(length, 1) / jnp.maximum(size, 1) / draws)  # [M, 1]
+    log_terms = jnp.where(masked, beta * logp + log_weight, -jnp.inf)  # [M, C] summands over k
+    log_mean = jax.nn.logsumexp(log_terms, axis=0)  # [C] log mean_k [ ... ]
+    per_token = jnp.expm1(log_mean) if form.tangent else log_mean  # [C] x - 1 or log x
+    divisor = jnp.maximum(beta, length) if form.strict else beta  # []
+    return length * jnp.where(seen, per_token, 0.0).sum() / jnp.maximum(seen.sum(), 1) / divisor

@@ -1,7 +1,11 @@
 """Corruption: which tokens of a sequence become MASK, one example with all its M draws at a time.
 
-A corruption maps (key, one example) to the masks of all M draws together, so that draws can share
-something (blocks without replacement, complementary pairs, ...). Callers `vmap` it over the batch.
+A corruption maps (key, one example) to the masks of all M draws together, so that the draws of an
+example can depend on each other: they can choose blocks without replacement, for instance. Callers
+`vmap` it over the batch.
+
+A comment such as `# [M, C]` after an assignment is the shape of the value: `M` draws, `L` tokens of
+a sequence, `P` of its prompt and `C` of its completion; `[]` is a scalar.
 """
 
 import dataclasses
@@ -20,32 +24,33 @@ BLOCK_DRAWS = ('balanced', 'released')
 class Draws:
     """The M corruptions of one sequence of L = P + C tokens."""
 
-    masked: Array  # [M, L] bool, True where the token is replaced by MASK; never on prompt padding
-    block: Array  # [M] int32, the chosen block; 0 where the corruption has no blocks
+    masked: Array  # [M, L] bool, True where MASK replaces the token; never on prompt padding
+    block: Array  # [M] int32, the chosen block; 0 if the corruption has no blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
     """Draws masks for one example (SPG's block-wise masking and its ablations).
 
-    Completion tokens: `full` masks all of them; `uniform` a uniformly drawn number, at least one,
-    of the scored positions; `block` a uniformly drawn number, at least one, of the scored positions
-    of a random block among those the completion reaches, and every later block; `block_full` that
-    block and every later one. Positions after the first EOS are masked under every kind.
+    `kind` says which completion tokens are masked. `full` masks all of them. `uniform` masks a
+    uniformly drawn number, at least one, of the scored positions. `block` chooses one of the blocks
+    that the completion reaches; it masks a uniformly drawn number, at least one, of the scored
+    positions in that block, and all later blocks. `block_full` masks the chosen block and all later
+    ones. Every kind masks the positions after the first EOS.
 
-    Prompt tokens are masked with probability `prompt_rate`, and so are, as released, completion
-    tokens of blocks before the chosen one, unless `perturb_completion` is off (the block estimator
-    bounds a likelihood only when earlier blocks are seen clean). The chosen block's unmasked tokens
-    are never perturbed.
+    Prompt tokens are masked with probability `prompt_rate`. So are completion tokens of blocks
+    before the chosen one, as in the released code, unless `perturb_completion` is off: the block
+    estimator bounds a likelihood only if earlier blocks stay clean. Unmasked tokens of the chosen
+    block are never perturbed.
 
     Attributes:
       kind: one of KINDS.
-      draws: M, the number of draws a sequence.
-      block_length: completion positions a block; read by the block kinds only.
+      draws: M, the number of draws of a sequence.
+      block_length: completion positions in a block. Only the block kinds read it.
       prompt_rate: probability that a real prompt token is masked, within [0, 1].
-      block_draw: 'balanced' goes through a fresh permutation of the blocks reached and starts it
-        again when M exceeds them; 'released' reproduces the published code, randperm(all blocks)
-        modulo the blocks reached, which is neither uniform nor free of repeats.
+      block_draw: 'balanced' walks through a fresh permutation of the blocks reached, again and
+        again if M exceeds their number. 'released' reproduces the published code, randperm(all
+        blocks) modulo the blocks reached, which is neither uniform nor free of repeats.
       perturb_completion: whether completion tokens before the chosen block are perturbed as well.
 
     Raises:
@@ -81,25 +86,27 @@ class Corruption:
         """Draws the M masks of one example.
 
         Args:
-          key: typed PRNG key of this example at this step; everything random comes from it.
+          key: typed PRNG key of this example at this step, the only source of randomness.
           prompt_mask: [P] bool, False on padding.
           scored: [C] bool, True from the first completion token through the first EOS.
 
         Returns:
-          Draws with masked [M, P + C] and block [M]. Draw k depends on k, not on M.
+          Draws with masked [M, P + C] and block [M]. Draw k is the same whatever M is.
         """
-        keys = jax.random.split(key, 1 + self.draws)
-        block = jnp.zeros(self.draws, jnp.int32)
+        keys = jax.random.split(key, 1 + self.draws)  # one for the blocks, one for each draw
+        block = jnp.zeros(self.draws, jnp.int32)  # [M]
         if self.kind in BLOCK_KINDS:
             block = self._choose_blocks(keys[0], scored)
         length = scored.size
 
         def draw(key: Array, block: Array) -> Array:
-            # All of a draw's randomness from one call, for each call adds to the compile time. The
-            # prompt comes last and from its end, so that padding on its left moves nothing.
+            """One draw over the whole sequence, [L] bool."""
+            # One call yields all random numbers of a draw, because each call adds to the compile
+            # time. The numbers of the prompt come last and are used from its end, so that padding
+            # on its left does not move them to other tokens.
             noise = jax.random.uniform(key, (1 + 2 * length + prompt_mask.size,))
             choice, earlier, prompt = jnp.split(noise, [1 + length, 1 + 2 * length])
-            prompt = prompt[::-1]
+            prompt = prompt[::-1]  # [P]
             completion = self._mask_completion(choice, earlier < self.prompt_rate, scored, block)
             return jnp.concatenate([(prompt < self.prompt_rate) & prompt_mask, completion])
 
@@ -108,47 +115,63 @@ class Corruption:
     def _choose_blocks(self, key: Array, scored: Array) -> Array:
         """The chosen block of each draw, [M] int32, among those the completion reaches."""
         total = -(-len(scored) // self.block_length)
-        reached = jnp.maximum(-(-scored.sum() // self.block_length), 1)
-        turn = jnp.arange(self.draws)
+        reached = jnp.maximum(-(-scored.sum() // self.block_length), 1)  # []
+        turn = jnp.arange(self.draws)  # [M]
         if self.block_draw == 'released':
             return jax.random.permutation(key, total)[turn % total].astype(jnp.int32) % reached
-        # Blocks not reached sort last, so the first `reached` entries permute those that are.
-        order = jax.random.uniform(key, (total,)) + jnp.where(jnp.arange(total) < reached, 0, 2)
-        return jnp.argsort(order)[turn % reached].astype(jnp.int32)
+        # Blocks that are not reached sort last: the first `reached` entries are a permutation of
+        # the blocks reached.
+        sort_key = jax.random.uniform(key, (total,)) + jnp.where(jnp.arange(total) < reached, 0, 2)
+        return jnp.argsort(sort_key)[turn % reached].astype(jnp.int32)
 
     def _mask_completion(
         self, choice: Array, perturbed: Array, scored: Array, block: Array
     ) -> Array:
-        """One draw over the completion, [C] bool; choice [1 + C] uniform, perturbed [C] bool."""
+        """One draw over the completion.
+
+        Args:
+          choice: [1 + C] uniform in [0, 1), which choose the masked positions.
+          perturbed: [C] bool, where a token is masked if it lies before the chosen block.
+          scored: [C] bool.
+          block: [] int32, the chosen block.
+
+        Returns:
+          [C] bool.
+        """
         if self.kind == 'full':
             return jnp.ones_like(scored)
         if self.kind == 'uniform':
             return _random_subset(choice, scored) | ~scored
-        position_block = jnp.arange(len(scored)) // self.block_length
-        chosen = (position_block == block) & scored
+        block_of_position = jnp.arange(len(scored)) // self.block_length  # [C]
+        in_block = (block_of_position == block) & scored
         if self.kind == 'block':
-            chosen = _random_subset(choice, chosen)
-        masked = chosen | (position_block > block) | ~scored
+            in_block = _random_subset(choice, in_block)
+        masked = in_block | (block_of_position > block) | ~scored
         if self.perturb_completion:
-            masked |= perturbed & (position_block < block)
+            masked |= perturbed & (block_of_position < block)
         return masked
 
 
 def _random_subset(noise: Array, eligible: Array) -> Array:
-    """A uniformly drawn number, at least one, of the eligible positions.
+    """A random subset, of uniformly drawn size and at least one position, of those eligible.
 
-    noise [1 + C] uniform in [0, 1): the first gives the number, the others the order of choice;
-    eligible [C] bool -> [C] bool.
+    Args:
+      noise: [1 + C] uniform in [0, 1); the first entry gives the size, the others rank positions.
+      eligible: [C] bool.
+
+    Returns:
+      [C] bool.
     """
-    count = 1 + jnp.floor(noise[0] * eligible.sum()).astype(jnp.int32)
-    order = noise[1:] + jnp.where(eligible, 0, 2)
-    # The rank, not a threshold on `order`: equal floats would otherwise mask one position too many.
-    rank = jnp.argsort(jnp.argsort(order))
+    count = 1 + jnp.floor(noise[0] * eligible.sum()).astype(jnp.int32)  # []
+    sort_key = noise[1:] + jnp.where(eligible, 0, 2)  # [C], eligible positions first
+    # Ranks are compared with the count because a threshold on `sort_key` would mask one position
+    # too many where two floats are equal.
+    rank = jnp.argsort(jnp.argsort(sort_key))  # [C]
     return eligible & (rank < count)
 
 
 def scored_positions(completion: Array, eos_id: int) -> Array:
-    """Positions of a completion that count: through the first EOS inclusive, all if there is none.
+    """The positions of a completion through its first EOS, inclusive; without an EOS, all.
 
     Args:
       completion: [..., C] int32.

@@ -1,7 +1,11 @@
 """Sampling: denoise a fully masked completion, block after block, committing a few tokens a step.
 
-Independent of any model class: it needs a function from tokens to hidden states and one from hidden
-states to logits, so that only the positions of the current block are ever unembedded.
+Nothing here depends on a model class. Callers pass two functions, one from tokens to hidden states
+and one from hidden states to logits, so that only positions of the current block are unembedded.
+
+A comment such as `# [B, b, V]` after an assignment is the shape of the value: `B` sequences, `L`
+tokens of prompt (`P`) and completion (`C`), `b` positions of a block, `V` vocabulary, `D` width;
+`[]` is a scalar.
 """
 
 import dataclasses
@@ -20,20 +24,20 @@ class SamplingConfig:
     """How completions are decoded (LLaDA, arXiv 2502.09992, algorithms 4 and 5).
 
     Attributes:
-      length: C, the completion positions.
+      length: C, the number of completion positions.
       steps: denoising steps over the whole completion, spread evenly over its blocks.
-      block_length: positions a block; a block is finished before the next one starts.
+      block_length: b, the positions in a block; a block is finished before the next one starts.
         `block_length == length` decodes the whole completion at once.
-      temperature: of the Gumbel-max choice of tokens; 0 takes the most likely.
-      commit: which predicted tokens a step keeps: 'low_confidence' the most probable (the published
-        name: those of low confidence are masked again), 'random', 'entropy' those whose
-        distribution has the lowest entropy, 'margin' those whose two likeliest allowed tokens
-        differ most in probability.
+      temperature: of the Gumbel-max choice of tokens; 0 takes the most likely token.
+      commit: which predicted tokens a step keeps. 'low_confidence' keeps the most probable ones;
+        its published name says that tokens of low confidence are masked again. 'random' keeps
+        random ones, 'entropy' those whose distribution has the lowest entropy, and 'margin' those
+        whose two likeliest allowed tokens differ most in probability.
       guidance: s of classifier-free guidance, logits_u + (1 + s)(logits_c - logits_u); 0 is off.
-      stop_early: a completion ends with the block that holds its first EOS.
+      stop_early: whether a completion ends with the block that holds its first EOS.
 
     Raises:
-      ValueError: on a combination that cannot be decoded, with the fix.
+      ValueError: for settings that cannot be decoded with; the message names the fix.
     """
 
     length: int
@@ -85,11 +89,13 @@ class Completion:
     """Completions of a batch of prompts."""
 
     tokens: Array  # [B, C] int32, EOS in the blocks after an early stop
-    commit_step: Array  # [B, C] int32, step at which each token was fixed, -1 after a stop
+    commit_step: Array  # [B, C] int32, step that committed each token, -1 after an early stop
 
 
 @struct.dataclass
 class _Carry:
+    """What one denoising step hands to the next."""
+
     step: Array  # [] int32, the next denoising step, counted over the whole completion
     tokens: Array  # [B, L] int32, prompt and completion, MASK where not yet committed
     commit_step: Array  # [B, C] int32
@@ -106,22 +112,21 @@ def generate(
     eos_id: int,
     allowed: Array,
 ) -> Completion:
-    """Completes a batch of prompts. Pure, to be jitted by the caller: one program, one loop.
+    """Completes a batch of prompts. The function is pure, and callers jit it.
 
-    A row's tokens depend on its own prompt and key alone, not on the batch it is in: its noise is a
-    function of (row key, step, position). The program stops once every row has an EOS in a block
-    that is complete.
+    The tokens of a row depend on its prompt and key alone: its noise is a function of (row key,
+    step, position). With `stop_early` the loop ends once every row has an EOS in a finished block.
 
     Args:
-      hidden_fn: (tokens [B, L] int32, valid [B, L] bool) -> [B, L, D].
-      unembed_fn: [B, block_length, D] -> logits [B, block_length, V] float32.
+      hidden_fn: (tokens [B, L] int32, valid [B, L] bool) -> hidden states [B, L, D].
+      unembed_fn: hidden states [B, b, D] -> logits [B, b, V] float32.
       prompt: [B, P] int32, left-padded.
       prompt_mask: [B, P] bool, False on padding.
-      keys: [B] typed PRNG keys, one a row.
+      keys: [B] typed PRNG keys, one for each row.
       config: how to decode.
-      mask_id: the MASK token; never chosen, but part of the softmax that gives confidence.
+      mask_id: the MASK token, never chosen, but part of the softmax that gives confidence.
       eos_id: the end-of-sequence token.
-      allowed: [V] bool, ids that may be chosen.
+      allowed: [V] bool, True for ids that may be chosen.
 
     Raises:
       ValueError: if the shapes do not agree or MASK and EOS are the same token.
@@ -145,21 +150,21 @@ def generate(
         eos_id=eos_id,
         allowed=allowed & (jnp.arange(allowed.size) != mask_id),
     )
-    begin = _Carry(
+    initial = _Carry(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.concatenate(
             [prompt.astype(jnp.int32), jnp.full(shape, mask_id, jnp.int32)], axis=1
         ),
         commit_step=jnp.full(shape, -1, jnp.int32),
     )
-    end = jax.lax.while_loop(decoder.unfinished, decoder.denoise, begin)
-    completion = Completion(end.tokens[:, prompt.shape[1] :], end.commit_step)
+    final = jax.lax.while_loop(decoder.unfinished, decoder.denoise, initial)
+    completion = Completion(final.tokens[:, prompt.shape[1] :], final.commit_step)
     return _end_at_eos(completion, eos_id, config) if config.stop_early else completion
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Decoder:
-    """The loop of `generate`: what does not change from step to step, and the step."""
+    """The loop of `generate`: its methods are the step, its fields do not change between steps."""
 
     hidden_fn: Callable[[Array, Array], Array]
     unembed_fn: Callable[[Array], Array]
@@ -172,26 +177,26 @@ class _Decoder:
     allowed: Array  # [V] bool, without MASK
 
     def unfinished(self, carry: _Carry) -> Array:
-        """Whether there is a step left, and a row that has not ended."""
-        more = carry.step < self.config.steps
+        """Whether a step is left and, with `stop_early`, some row has not ended; [] bool."""
+        step_left = carry.step < self.config.steps
         if not self.config.stop_early:
-            return more
+            return step_left
         between_blocks = carry.step % self.config.steps_per_block == 0
-        ended = (carry.tokens[:, self.prompt_length :] == self.eos_id).any(-1).all()
-        return more & ~(between_blocks & ended)
+        all_ended = (carry.tokens[:, self.prompt_length :] == self.eos_id).any(-1).all()
+        return step_left & ~(between_blocks & all_ended)
 
     def denoise(self, carry: _Carry) -> _Carry:
         """Predicts the masked positions of the current block and commits some of them."""
         config = self.config
-        start = carry.step // config.steps_per_block * config.block_length
-        current = _block(carry.tokens, self.prompt_length + start, config.block_length)
-        logits = self.logits(carry.tokens, start)
-        token, score = _predict(logits, self.keys, carry.step, self.allowed, config)
-        commit = _most_confident(
-            score, current == self.mask_id, _commits(config)[carry.step % config.steps_per_block]
+        start = carry.step // config.steps_per_block * config.block_length  # []
+        tokens = _block(carry.tokens, self.prompt_length + start, config.block_length)  # [B, b]
+        logits = self.logits(carry.tokens, start)  # [B, b, V]
+        prediction, score = _predict(logits, self.keys, carry.step, self.allowed, config)
+        commit = _most_confident(  # [B, b]
+            score, tokens == self.mask_id, _commits(config)[carry.step % config.steps_per_block]
         )
-        tokens = jnp.where(commit, token, current)
-        commit_step = _block(carry.commit_step, start, config.block_length)
+        tokens = jnp.where(commit, prediction, tokens)
+        commit_step = _block(carry.commit_step, start, config.block_length)  # [B, b]
         commit_step = jnp.where(commit, carry.step, commit_step)
         put = jax.lax.dynamic_update_slice_in_dim
         return _Carry(
@@ -201,7 +206,7 @@ class _Decoder:
         )
 
     def logits(self, tokens: Array, start: Array) -> Array:
-        """Logits [B, b, V] of the block that begins at completion position `start`."""
+        """The logits [B, b, V], with guidance, of the block at completion position `start`."""
         conditional = self._unguided(tokens, start)
         if self.config.guidance == 0.0:
             return conditional
@@ -210,24 +215,29 @@ class _Decoder:
         return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
 
     def _unguided(self, tokens: Array, start: Array) -> Array:
-        hidden = self.hidden_fn(tokens, self.valid)
+        """The logits [B, b, V] of the model itself."""
+        hidden = self.hidden_fn(tokens, self.valid)  # [B, L, D]
         return self.unembed_fn(_block(hidden, self.prompt_length + start, self.config.block_length))
 
 
 def _block(x: Array, start: Array, size: int) -> Array:
+    """`size` positions of x from `start`: [B, L, ...] -> [B, size, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 
 def _commits(config: SamplingConfig) -> Array:
-    """Tokens to commit at each step of a block, [steps_per_block]; the remainder comes first."""
-    even, remainder = divmod(config.block_length, config.steps_per_block)
-    return even + (jnp.arange(config.steps_per_block) < remainder)
+    """How many tokens each step of a block commits, [steps_per_block].
+
+    Where the block does not divide evenly, the first steps commit one token more.
+    """
+    share, remainder = divmod(config.block_length, config.steps_per_block)
+    return share + (jnp.arange(config.steps_per_block) < remainder)
 
 
 def _predict(
     logits: Array, keys: Array, step: Array, allowed: Array, config: SamplingConfig
 ) -> tuple[Array, Array]:
-    """A token for every position of the block and how strongly it asks to be committed.
+    """Predicts a token for each position of the block, with a score for committing it.
 
     Args:
       logits: [B, b, V] float32.
@@ -236,60 +246,77 @@ def _predict(
       allowed: [V] bool.
 
     Returns:
-      token [B, b] int32 and score [B, b] float32, higher committed first.
+      token [B, b] int32 and score [B, b] float32; a step commits the tokens of highest score.
     """
 
     def draw(sampler: Callable, purpose: int, shape: tuple[int, ...]) -> Array:
+        """Noise [B, *shape], which depends on the key of the row, the step and the purpose."""
         return jax.vmap(lambda key: sampler(jax.random.fold_in(key, 2 * step + purpose), shape))(
             keys
         )
 
-    # The floor keeps an allowed id ahead of the others even where the model rules out all of them.
-    floor = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
-    choosable = jnp.where(allowed[None, None, :], floor, -jnp.inf)
+    # Where the model gives -inf to all allowed ids, the finite floor keeps them ahead of the ids
+    # that are not allowed.
+    floored = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # [B, b, V]
+    choosable = jnp.where(allowed[None, None, :], floored, -jnp.inf)  # [B, b, V]
     noisy = choosable
     if config.temperature > 0.0:
         noisy = choosable + config.temperature * draw(jax.random.gumbel, 0, logits.shape[1:])
-    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)  # [B, b]
     if config.commit == 'random':
         return token, draw(jax.random.uniform, 1, logits.shape[1:2])
-    # Untempered and noise-free, over all ids: what the model believes, not how it was sampled.
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # Scores come from the distribution over all ids at temperature 1 without noise: they express
+    # what the model believes and not how the token was sampled.
+    log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, b]
     if config.commit == 'entropy':
-        log_prob = logits - log_z[..., None]
-        prob = jnp.exp(log_prob)
+        log_prob = logits - log_z[..., None]  # [B, b, V]
+        prob = jnp.exp(log_prob)  # [B, b, V]
         return token, jnp.where(prob > 0.0, prob * log_prob, 0.0).sum(-1)
     if config.commit == 'margin':
-        best = jnp.argmax(choosable, axis=-1)[..., None]
-        ids = jnp.arange(logits.shape[-1])[None, None, :]
-        first = choosable.max(-1)
-        second = jnp.where(ids == best, -jnp.inf, choosable).max(-1)
-        return token, jnp.exp(first - log_z) - jnp.exp(second - log_z)
-    # The logarithm of the probability orders as the probability does, without ties near 0 and 1.
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        best_id = jnp.argmax(choosable, axis=-1)[..., None]  # [B, b, 1]
+        ids = jnp.arange(logits.shape[-1])[None, None, :]  # [1, 1, V]
+        best = choosable.max(-1)  # [B, b]
+        second = jnp.where(ids == best_id, -jnp.inf, choosable).max(-1)  # [B, b]
+        return token, jnp.exp(best - log_z) - jnp.exp(second - log_z)
+    # The log-probability orders tokens as the probability does, without ties near 0 and 1.
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]  # [B, b]
     return token, chosen - log_z
 
 
 def _most_confident(score: Array, eligible: Array, count: Array) -> Array:
-    """The `count` eligible positions of highest score, the earlier on a tie; [B, b] bool."""
+    """The `count` eligible positions of highest score; of equal scores, the earlier position.
+
+    Args:
+      score: [B, b] float32.
+      eligible: [B, b] bool.
+      count: [] int32.
+
+    Returns:
+      [B, b] bool.
+    """
     lowest = jnp.finfo(score.dtype).min
-    # A score of NaN or -inf must not keep an eligible position from ever being committed.
+    # An eligible position with score NaN or -inf must still rank before those not eligible;
+    # otherwise it might never be committed.
     score = jnp.where(eligible, jnp.nan_to_num(score, nan=lowest, neginf=lowest), -jnp.inf)
-    # Comparing all pairs of a block costs less than sorting it, and leaves no tie undecided.
-    position = jnp.arange(score.shape[-1])
-    earlier = position[None, None, :] < position[None, :, None]
-    other, own = score[:, None, :], score[:, :, None]
-    rank = ((other > own) | ((other == own) & earlier)).sum(-1)
+    # Comparing all pairs of positions costs less than sorting, and decides every tie. The axes of
+    # a comparison are [B, position i, position j].
+    position = jnp.arange(score.shape[-1])  # [b]
+    j_is_earlier = position[None, None, :] < position[None, :, None]  # [1, b, b]
+    score_j, score_i = score[:, None, :], score[:, :, None]  # [B, 1, b], [B, b, 1]
+    rank = ((score_j > score_i) | ((score_j == score_i) & j_is_earlier)).sum(-1)  # [B, b]
     return eligible & (rank < count)
 
 
 def _end_at_eos(completion: Completion, eos_id: int, config: SamplingConfig) -> Completion:
-    """EOS and commit_step -1 in every block after the one that holds a row's first EOS."""
-    is_eos = completion.tokens == eos_id
-    first = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1), config.length)
-    position_block = jnp.arange(config.length) // config.block_length
-    after = position_block[None, :] > (first // config.block_length)[:, None]
-    # Also covers blocks the loop never reached: it stops only when every row has its EOS.
+    """Writes EOS and commit_step -1 into the blocks after the one with the first EOS of a row.
+
+    These include the blocks that the loop did not reach: it stops early only when every row has an
+    EOS.
+    """
+    is_eos = completion.tokens == eos_id  # [B, C]
+    first = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1), config.length)  # [B]
+    block_of_position = jnp.arange(config.length) // config.block_length  # [C]
+    after = block_of_position[None, :] > (first // config.block_length)[:, None]  # [B, C]
     return Completion(
         tokens=jnp.where(after, eos_id, completion.tokens),
         commit_step=jnp.where(after, -1, completion.commit_step),

@@ -1,9 +1,11 @@
 """Bidirectional attention with grouped key/value heads, in the form each platform runs fastest.
 
-Shapes: `B` sequences, `L` length, `N` query heads, `K` key/value heads (N a multiple of K), `H`
-head dim. Query head n reads key/value head n // (N // K). Invalid keys are never attended to; a row
-whose keys are all invalid attends to something, which is meaningless but finite, so padding can
-never put a NaN in a sum.
+Query head n reads key/value head n // (N // K). Invalid keys are never attended to. The output of a
+row without any valid key is meaningless but finite, so that padding never puts a NaN into a sum.
+
+A comment such as `# [B, L, N, H]` after an assignment is the shape of the value: `B` sequences, `L`
+length, `N` query heads, `K` key/value heads (N is a multiple of K), `H` head dim; `L'` is the axis
+of the keys where queries have `L`, and `g` = N / K the query heads of one key/value head.
 """
 
 from collections.abc import Callable
@@ -14,13 +16,13 @@ from jax import Array
 
 from spg_jax.models.splash import splash_attention
 
-# Finite, so that softmax over a row without a valid key is uniform instead of 0/0; with one valid
-# key or more, exp(MASKED - max) is exactly 0 in float32.
+# The score of an invalid key. It is finite so that the softmax of a row without a valid key is
+# uniform instead of 0/0; beside a valid key, exp(MASKED - max) is exactly 0 in float32.
 MASKED = -1e30
 
-FUSED = ('splash', 'cudnn')  # no scores in memory
+FUSED = ('splash', 'cudnn')  # kernels that keep no scores in memory
 AUTO = 'auto'
-# JAX calls the platform of a CUDA device 'gpu', and that of a program compiled for one 'cuda'.
+# A CUDA device has two names: the devices of JAX say 'gpu', programs compiled for one say 'cuda'.
 _FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
 
 
@@ -32,33 +34,31 @@ def attention(q: Array, k: Array, v: Array, valid: Array, implementation: str = 
       k: [B, L, K, H] keys, already rotated.
       v: [B, L, K, H] values.
       valid: [B, L] bool, False on padding.
-      implementation: 'einsum' runs anywhere, 'folded' suits CPUs, 'splash' is for TPUs, 'cudnn' for
-        CUDA; `resolve` chooses.
+      implementation: 'einsum' runs anywhere, 'folded' is for CPUs, 'splash' for TPUs and 'cudnn'
+        for CUDA; `resolve` chooses one of them.
 
     Returns:
-      [B, L, N, H] in the dtype of q; scores and softmax are float32 whatever that is.
+      [B, L, N, H] in the dtype of q. Scores and softmax are float32 in any case.
 
     Raises:
-      ValueError: for an implementation that does not exist, or does not take these arrays.
+      ValueError: for an implementation that does not exist or does not accept these arrays.
     """
     check_implementation(implementation)
     return _IMPLEMENTATIONS[implementation](q, k, v, valid)
 
 
 def resolve(implementation: str, platform: str, dtype: str = 'bfloat16') -> str:
-    """The implementation that `model.attention` means on a platform.
+    """The implementation that the setting `model.attention` means on a platform.
 
     Args:
-      implementation: one that `attention` knows stands for itself; 'auto' is the fastest of the
-        platform that computes in `dtype`.
-      platform: of the devices that the program is for, which need not be those that compile it.
+      implementation: the setting: a name that `attention` accepts, which is returned as it is, or
+        'auto' for the fastest implementation on the platform that computes in `dtype`.
+      platform: platform of the devices that will run the program; others may compile it.
       dtype: the compute dtype.
 
     Raises:
       ValueError: for an implementation that does not exist, or 'auto' on an unknown platform.
     """
-    if implementation == 'xla':  # what configurations saved before there was a choice call 'auto'
-        implementation = AUTO
     if implementation != AUTO:
         check_implementation(implementation, AUTO)
         return implementation
@@ -71,26 +71,27 @@ def resolve(implementation: str, platform: str, dtype: str = 'bfloat16') -> str:
     return 'einsum' if fastest == 'cudnn' and dtype == 'float32' else fastest
 
 
-def check_implementation(implementation: str, *others: str) -> None:
-    """Raise ValueError unless `attention` knows the name, or it is one of `others`."""
-    known = (*others, *_IMPLEMENTATIONS)
-    if implementation not in known:
+def check_implementation(implementation: str, *more_names: str) -> None:
+    """Raises ValueError unless `attention` accepts the name or it is one of `more_names`."""
+    names = (*more_names, *_IMPLEMENTATIONS)
+    if implementation not in names:
         raise ValueError(
-            f'model.attention {implementation!r} does not exist; use one of {", ".join(known)}'
+            f'model.attention {implementation!r} does not exist; use one of {", ".join(names)}'
         )
 
 
 def cudnn_attention(
     q: Array, k: Array, v: Array, valid: Array, implementation: str = 'cudnn'
 ) -> Array:
-    """`attention` by the fused kernel of cuDNN, which holds no scores and splits over a mesh.
+    """`attention` by the fused kernel of cuDNN, which keeps no scores and splits over a mesh.
 
     Args:
-      q, k, v, valid: as in `attention`; bfloat16.
-      implementation: of `jax.nn.dot_product_attention`; 'xla' takes the same arguments anywhere.
+      q, k, v, valid: as in `attention`, in bfloat16.
+      implementation: the argument of `jax.nn.dot_product_attention`. 'xla' accepts the same arrays
+        on any platform.
 
     Raises:
-      ValueError: for float32, in which cuDNN does not compute; where there is no cuDNN.
+      ValueError: for float32, in which cuDNN does not compute, or if cuDNN is not installed.
     """
     if q.dtype != jnp.bfloat16:
         raise ValueError(
@@ -98,11 +99,14 @@ def cudnn_attention(
             'einsum, or model.dtype bfloat16'
         )
     L = q.shape[1]
-    # With a mask its backward pass takes even lengths only.
-    fill = ((0, 0), (0, L % 2), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, fill) for x in (q, k, v))
-    valid = jnp.pad(valid, fill[:2])
-    mask = jnp.broadcast_to(valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1]))
+    # The length is padded to an even one, because the backward pass of the masked kernel accepts no
+    # odd lengths. Below, L stands for the padded length in the shapes.
+    padding = ((0, 0), (0, L % 2), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))  # [B, L, N, H], [B, L, K, H] twice
+    valid = jnp.pad(valid, padding[:2])  # [B, L]
+    mask = jnp.broadcast_to(  # [B, 1, L, L']
+        valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1])
+    )
     try:
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     except RuntimeError as error:
@@ -113,37 +117,41 @@ def cudnn_attention(
 
 
 def _folded(q: Array, k: Array, v: Array, valid: Array) -> Array:
-    """Heads folded into the batch: [B*K] plain matrix products, which CPUs run fastest.
+    """`attention` as B K plain matrix products, with heads folded into the batch: fast on CPUs.
 
-    Not for sharded accelerators: merging a data-sharded and a tensor-sharded axis makes the
-    compiler gather.
+    Sharded accelerators should not use it, because merging a data-sharded with a tensor-sharded
+    axis makes the compiler gather.
     """
     B, L, N, H = q.shape
     K = k.shape[2]
-    # Queries that share a key/value head become further rows of one product, so keys are never
-    # repeated.
-    queries = q.transpose(0, 2, 1, 3).reshape(B * K, (N // K) * L, H)
-    keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, L)
-    values = v.transpose(0, 2, 1, 3).reshape(B * K, L, H)
-    scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
-    weights = _softmax(scores.reshape(B, N * L, L), valid[:, None, :], H)
-    mixed = jnp.matmul(weights.astype(v.dtype).reshape(B * K, (N // K) * L, L), values)
+    # Queries that share a key/value head become more rows of one product, so that no key is copied.
+    queries = q.transpose(0, 2, 1, 3).reshape(B * K, (N // K) * L, H)  # [B K, g L, H]
+    keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, L)  # [B K, H, L']
+    values = v.transpose(0, 2, 1, 3).reshape(B * K, L, H)  # [B K, L', H]
+    scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)  # [B K, g L, L']
+    weights = _softmax(scores.reshape(B, N * L, L), valid[:, None, :], H)  # [B, N L, L']
+    mixed = jnp.matmul(  # [B K, g L, H]
+        weights.astype(v.dtype).reshape(B * K, (N // K) * L, L), values
+    )
     return mixed.reshape(B, N, L, H).transpose(0, 2, 1, 3)
 
 
 def _einsum(q: Array, k: Array, v: Array, valid: Array) -> Array:
-    """Axes kept apart: rows stay sharded over data and heads over tensor without a gather."""
+    """`attention` with separate axes: rows and heads keep their sharding without a gather.
+
+    The subscripts are the axis letters in lower case, with m for L'.
+    """
     B, L, N, H = q.shape
     K = k.shape[2]
-    queries = q.reshape(B, L, K, N // K, H)
+    queries = q.reshape(B, L, K, N // K, H)  # [B, L, K, g, H]
     scores = jnp.einsum('blkgh,bmkh->bkglm', queries, k, preferred_element_type=jnp.float32)
-    weights = _softmax(scores, valid[:, None, None, None, :], H)
+    weights = _softmax(scores, valid[:, None, None, None, :], H)  # [B, K, g, L, L']
     mixed = jnp.einsum('bkglm,bmkh->blkgh', weights.astype(v.dtype), v)
     return mixed.reshape(B, L, N, H)
 
 
 def _softmax(scores: Array, valid: Array, head_dim: int) -> Array:
-    """Float32 softmax over the last axis of scores / sqrt(head_dim), with invalid keys left out."""
+    """Softmax over the valid keys, the last axis, of scores / sqrt(head_dim), in float32."""
     return jax.nn.softmax(jnp.where(valid, scores * head_dim**-0.5, MASKED), axis=-1)
 
 

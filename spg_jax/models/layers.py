@@ -1,6 +1,7 @@
 """The parts of a transformer block: products, norms, rotary positions, the gated activation.
 
-Shapes: `B` sequences, `L` length, `N` heads, `H` head dim.
+A comment such as `# [B, L, H]` after an assignment is the shape of the value: `B` sequences, `L`
+length, `D` width, `N` heads, `H` head dim; `in` and `features` are the two sides of a kernel.
 """
 
 import functools
@@ -16,10 +17,10 @@ from spg_jax.models.lora import ADAPTER, Adapter, LoRA
 
 
 class Linear(nn.Module):
-    """Product with a kernel [in, features], no bias; initial std gain / sqrt(in).
+    """Product with a kernel [in, features] of initial std gain / sqrt(in), without a bias.
 
-    With `lora`, and if the module's name is one of its targets, an adapter adds its own product.
-    With `quantize` the kernel is kept in that format.
+    If the name of the module is a target of `lora`, an adapter adds its product. With `quantize`
+    the kernel is stored in that format.
     """
 
     features: int
@@ -41,7 +42,7 @@ class Linear(nn.Module):
             init = normal(std, *self.axes)
         kernel = self.param('kernel', init, (fan_in, self.features), self.param_dtype)
         if self.quantize:
-            y = quantized_product(x, kernel, self.dtype)
+            y = quantized_product(x, kernel, self.dtype)  # [B, L, features]
         else:
             y = product(x, kernel.astype(self.dtype))
         if self.lora is None or self.name not in self.lora.targets:
@@ -71,8 +72,9 @@ class RMSNorm(nn.Module):
 def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
     """[..., in] times [in, out] -> [..., out], accumulated and returned in dtype.
 
-    Flattened to two axes: the kernel's gradient is then one plain product. With three, the CPU
-    compiler writes a transposed copy of both operands first.
+    The leading axes of x are flattened, so that the gradient of the kernel is a product of two
+    matrices. For arrays of three axes the CPU compiler would first transpose both operands in
+    memory.
     """
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -80,52 +82,56 @@ def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def quantized_product(x: Array, kernel: Any, dtype: str) -> Array:
-    """The product with a quantised kernel; the backward pass dequantises again, or the scan over
-    layers would keep every layer's kernel for it."""
+    """The product of x with a quantised kernel.
+
+    The backward pass dequantises the kernel again. Otherwise the scan over layers would keep the
+    dequantised kernels of all layers until then.
+    """
     return product(x, quantized.dequantize(kernel).astype(dtype))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up; the backward keeps only the two inputs, not more arrays of their size."""
+    """silu(gate) * up. The backward pass keeps the two inputs and no other array of their size."""
     return nn.silu(gate) * up
 
 
 def rotary_table(valid: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, each [B, L, H/2] float32.
 
-    Computed once for all layers, and looked up by position rather than computed for every row: on
-    CPU sines of [B, L, H/2] in each layer would cost as much as the attention itself.
+    They are computed once for all layers, and once for each position rather than for every row: on
+    CPUs the sines of [B, L, H/2] in each layer would cost as much as attention itself.
 
     Args:
-      valid: [B, L] bool, False on padding, which is never attended to wherever it is.
+      valid: [B, L] bool, False on padding, whose angles do not matter: nothing attends to it.
       head_dim: H, even.
       theta: base of the geometric series of wavelengths.
     """
-    index = jnp.arange(valid.shape[-1])
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = index.astype(jnp.float32)[:, None] * frequency[None, :]
-    position = positions(valid)
+    index = jnp.arange(valid.shape[-1])  # [L]
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [H/2]
+    angles = index.astype(jnp.float32)[:, None] * frequency[None, :]  # [L, H/2]
+    position = positions(valid)  # [B, L]
     return jnp.cos(angles)[position], jnp.sin(angles)[position]
 
 
 def positions(valid: Array) -> Array:
-    """[B, L] int32, counted from the first valid token of a row; 0 on left padding."""
-    index = jnp.arange(valid.shape[-1])
+    """Positions [B, L] int32, counted from the first valid token of a row; 0 on left padding."""
+    index = jnp.arange(valid.shape[-1])  # [L]
     return jnp.maximum(index[None, :] - jnp.argmax(valid, axis=-1)[:, None], 0)
 
 
 def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
-    """Rotate the pairs (i, i + H/2) of x [B, L, N, H] in float32; the dtype of x is kept.
+    """x [B, L, N, H] with its pairs (i, i + H/2) rotated by the angles of `rotary_table`.
 
-    Bfloat16 has 8 bits: a rotation in it would blur positions beyond 256 into each other.
+    The rotation is in float32, because bfloat16 has 8 bits and would not tell positions beyond 256
+    apart. The result has the dtype of x.
     """
-    cos, sin = (table[:, :, None, :] for table in rotary)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    cos, sin = (table[:, :, None, :] for table in rotary)  # [B, L, 1, H/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, L, N, H/2]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def normal(std: float, *axes: str) -> nn.initializers.Initializer:
-    """Normal initialiser of a parameter with these logical axes."""
+    """Initialiser that draws normal values for a parameter with the given logical axes."""
     return nn.with_logical_partitioning(nn.initializers.normal(std), axes)

@@ -1,7 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a frozen kernel W acts as W + alpha/rank A B.
 
-Adapters live in a Flax collection of their own, 'lora', so that what is trained and what is frozen
-are two trees. B starts at zero: an adapted policy begins as exactly the policy it adapts.
+Adapters have a Flax collection of their own, 'lora', so that trained and frozen parameters are two
+trees. The factor B starts at zero, so that an adapted policy starts as exactly the policy that it
+adapts.
+
+A comment such as `# [in, rank]` after an assignment is the shape of the value: `B` sequences, `L`
+length, `in` and `features` (or `out`) the two sides of a kernel.
 """
 
 import dataclasses
@@ -13,25 +17,25 @@ from flax import linen as nn
 from jax import Array
 
 COLLECTION = 'lora'
-ADAPTER = 'adapter'  # name of the adapter beside its kernel
+ADAPTER = 'adapter'  # name of an adapter in the tree, beside its kernel
 TARGETS = ('query', 'key', 'value', 'attention_out', 'gate', 'up', 'down')
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which kernels have adapters, and of what size.
+    """Which kernels have adapters, and the size of the adapters.
 
     Raises:
-      ValueError: from the constructor, naming the value that cannot be and what to use instead.
+      ValueError: from the constructor, for an impossible value; it says what to use instead.
     """
 
     rank: int
-    alpha: float  # the product A B is scaled by alpha / rank
+    alpha: float  # the product A B is multiplied by alpha / rank
     dropout: float = 0.0  # share of an adapter's inputs that training drops
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
-        object.__setattr__(self, 'targets', tuple(self.targets))  # lists come from JSON
+        object.__setattr__(self, 'targets', tuple(self.targets))  # JSON yields a list
         if self.rank < 1:
             raise ValueError(f'lora.rank is {self.rank}; use a positive integer')
         if not self.alpha > 0:
@@ -50,7 +54,15 @@ class LoRA:
 
 
 class Adapter(nn.Module):
-    """The low-rank product beside a kernel [in, features]: scale * drop(x) A B."""
+    """The low-rank product scale * drop(x) A B, which is added to that of a kernel [in, features].
+
+    Attributes:
+      features: width of the output.
+      axes: logical axes of the kernel.
+      lora: rank, alpha and dropout.
+      target: name of the kernel, one of TARGETS.
+      dtype: the compute dtype.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -63,11 +75,11 @@ class Adapter(nn.Module):
         """[B, L, in] -> [B, L, features] in the compute dtype.
 
         Args:
-          x: input of the kernel.
-          dropout: [B, L] keys, one a token; None drops nothing.
+          x: the input of the kernel.
+          dropout: [B, L] keys, one for each token; None drops nothing.
         """
         fan_in, rank = x.shape[-1], self.lora.rank
-        # The initialisation PEFT uses: uniform with bound 1 / sqrt(in).
+        # PEFT initialises the first factor in the same way: uniform with bound 1 / sqrt(in).
         bound = fan_in**-0.5
         a = self._factor('a', _uniform(bound), (fan_in, rank), (self.axes[0], 'rank'))
         zeros = nn.initializers.zeros_init()
@@ -83,37 +95,41 @@ class Adapter(nn.Module):
         shape: tuple[int, int],
         axes: tuple[str, str],
     ) -> Array:
+        """The factor of the given name and shape, from the collection 'lora'."""
         boxed = nn.with_logical_partitioning(init, axes)
         return self.variable(
             COLLECTION, name, lambda: boxed(self.make_rng('params'), shape, jnp.float32)
         ).value
 
     def _drop(self, x: Array, keys: Array) -> Array:
-        keep = 1.0 - self.lora.dropout
+        """x [B, L, in] with random entries dropped by the keys [B, L] and the others scaled up."""
+        keep_rate = 1.0 - self.lora.dropout
 
-        def kept_of(key: Array) -> Array:
-            own = jax.random.fold_in(key, TARGETS.index(self.target))
-            return jax.random.bernoulli(own, keep, x.shape[2:])
+        def keep_mask(token_key: Array) -> Array:
+            """[in] bool, independent for each target."""
+            key = jax.random.fold_in(token_key, TARGETS.index(self.target))
+            return jax.random.bernoulli(key, keep_rate, x.shape[2:])
 
-        kept = jax.vmap(jax.vmap(kept_of))(keys)
-        return jnp.where(kept, x / keep, 0).astype(x.dtype)
+        keep = jax.vmap(jax.vmap(keep_mask))(keys)  # [B, L, in]
+        return jnp.where(keep, x / keep_rate, 0).astype(x.dtype)
 
 
 def merged_kernel(kernel: Array, factors: Mapping[str, Array], lora: LoRA) -> Array:
-    """The kernel that acts as the adapted one does: kernel + scale A B.
+    """The single kernel that acts as a kernel with its adapter: kernel + scale A B.
 
     Args:
-      kernel: [..., in, out], frozen; of one layer, or stacked over layers.
-      factors: 'a' [..., in, rank] and 'b' [..., rank, out] of its adapter, stacked as it is.
-      lora: their sizes.
+      kernel: [..., in, out], of one layer or stacked over layers.
+      factors: 'a' [..., in, rank] and 'b' [..., rank, out] of its adapter, with the same leading
+        axes.
+      lora: the size of the adapter.
 
     Returns:
-      [..., in, out] in the type of `kernel`; the sum is taken in float32.
+      [..., in, out] in the dtype of `kernel`; the sum is taken in float32.
     """
-    product = jnp.einsum('...ir,...ro->...io', factors['a'], factors['b'])
+    product = jnp.einsum('...ir,...ro->...io', factors['a'], factors['b'])  # [..., in, out]
     return (kernel.astype(jnp.float32) + lora.scale * product).astype(kernel.dtype)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
-    """Uniform over [-bound, bound]."""
+    """Initialiser that draws uniformly from [-bound, bound)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

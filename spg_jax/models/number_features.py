@@ -1,5 +1,4 @@
-"""A start for embeddings of numbers: waves of their value, so that arithmetic need not begin from
-nothing."""
+"""Initial embeddings of numbers as waves of their value, which help a model to learn arithmetic."""
 
 from collections.abc import Sequence
 
@@ -8,25 +7,27 @@ import numpy as np
 
 from spg_jax.models.policy import Params
 
-# The short ones tell residues, such as parity and the last digit; the long ones tell size. Trained
-# models find such waves by themselves (Nanda et al., arXiv 2301.05217), only later.
+# Short periods tell residues, such as parity and the last digit; long periods tell size. Models
+# trained without them find such waves by themselves (Nanda et al., arXiv 2301.05217), but later.
 PERIODS = (2, 3, 4, 5, 7, 10, 20, 33, 50, 100, 200, 400)
-WAVE_GAIN = 1.2  # times the standard deviation of the random embedding
-NOISE_GAIN = 0.5
+WAVE_GAIN = 1.2  # amplitude of a wave over the standard deviation of the random embedding
+NOISE_GAIN = 0.5  # share of the random embedding that stays beside the waves
 
 
 def with_number_features(params: Params, words: Sequence[str], first_id: int) -> Params:
-    """Parameters whose embeddings of number words start with cosines and sines of the number.
+    """Parameters in which the embedding of a number word starts with cosines and sines of it.
 
     Args:
-      params: of a `Transformer`; 'embedding' is [V, D] with D at least twice the number of PERIODS.
-      words: the words of ids `first_id`, `first_id` + 1, ...; those that are no number stay as
-        they are.
+      params: parameters of a `Transformer`; 'embedding' is [V, D], where D is at least twice the
+        number of PERIODS.
+      words: the words of the ids `first_id`, `first_id` + 1, ...; the embeddings of words that are
+        not numbers do not change.
+      first_id: the id of the first word.
 
     Raises:
       ValueError: if the width is too small for the waves.
     """
-    embedding = np.array(params['embedding'])
+    embedding = np.array(params['embedding'])  # [V, D]
     waves = 2 * len(PERIODS)
     if embedding.shape[1] < waves:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
 
-A factor is named after the published tensor it adapts, in PEFT's wrapping; kernels are stored
-transposed there, [rank, in] and [out, rank].
+The name of a factor contains the name of the published tensor that it adapts. PEFT stores factors
+transposed, 'a' as [rank, in] and 'b' as [out, rank].
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from spg_jax.sharding import abstract_params
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
-FACTORS = {'a': 'lora_A', 'b': 'lora_B'}
+FACTORS = {'a': 'lora_A', 'b': 'lora_B'}  # names here -> names of PEFT
 
-# What PEFT can add to the plain product, and what it is when it adds nothing.
+# Settings with which PEFT can change the plain product -> the values that leave it plain.
 PLAIN: Mapping[str, Any] = {
     'bias': 'none',
     'use_rslora': False,
@@ -39,20 +39,22 @@ PLAIN: Mapping[str, Any] = {
 
 
 def source_of(target: str, factor: str) -> Source:
-    """PEFT's tensors of a factor, 'a' or 'b', of the adapters of one product."""
+    """The tensors of PEFT for the factor 'a' or 'b' of the adapters of one target."""
     published = weights.TABLE['layers', target, 'kernel'].name.removesuffix('.weight')
     return Source(f'base_model.model.{published}.{FACTORS[factor]}.weight', transposed=True)
 
 
 def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base: str) -> None:
-    """Writes adapters for PEFT to load.
+    """Writes adapters in the layout that PEFT loads.
+
+    Every process that holds a part of the adapters has to call this function; the first process
+    writes.
 
     Args:
-      directory: made if need be.
-      adapters: the 'lora' collection, on any devices. Every process that holds a part of it has to
-        call this, and the first one writes.
-      lora: their sizes.
-      base: the checkpoint they adapt, for `base_model_name_or_path`.
+      directory: where to write; it is created if it does not exist.
+      adapters: the 'lora' collection, on any devices.
+      lora: the size of the adapters.
+      base: the checkpoint that they adapt, for `base_model_name_or_path`.
     """
     tensors = {}
     for target in lora.targets:
@@ -76,7 +78,7 @@ def _write_description(path: Path, lora: LoRA, base: str) -> None:
         'r': lora.rank,
         'lora_alpha': lora.alpha,
         'lora_dropout': lora.dropout,
-        # An expression, since the output layer is called ff_out as well, outside of the blocks.
+        # A regular expression that ends in 'blocks', because the output layer is also named ff_out.
         'target_modules': rf'.*\.blocks\.\d+\.({modules})',
         **PLAIN,
     }
@@ -88,19 +90,19 @@ def load_adapter(
 ) -> tuple[LoRA, dict[str, Any]]:
     """Reads adapters that PEFT wrote.
 
-    Which products have one is read from the tensors: `target_modules` may name some that the
-    architecture does not have, as those of published adapters do.
+    The names of the tensors tell which targets have an adapter. `target_modules` does not: in
+    published adapters it also names modules that the architecture does not have.
 
     Args:
       directory: holds adapter_config.json and adapter_model.safetensors.
-      config: of the model they are for.
-      mesh: where to put them; without it they are host arrays.
+      config: the configuration of the model that they adapt.
+      mesh: the mesh to put them on; with None they are host arrays.
 
     Returns:
-      (their sizes, the 'lora' collection).
+      (size of the adapters, the 'lora' collection).
 
     Raises:
-      FileNotFoundError: for a file that is not there.
+      FileNotFoundError: for a file that does not exist.
       ValueError: for adapters of another kind, rank or model, or a tensor that is missing or
         surplus; the message names it.
     """
@@ -115,17 +117,22 @@ def load_adapter(
 def check_adapter(
     directory: Path, config: TransformerConfig
 ) -> tuple[LoRA, Mapping[str, safe_open]]:
-    """Sizes and opened file of adapters whose tensors all fit; none of them is read. Arguments and
-    errors are those of `load_adapter`."""
-    described = _describe(directory / CONFIG)
+    """Checks that all tensors of an adapter fit, without reading any of them.
+
+    Arguments and errors are those of `load_adapter`.
+
+    Returns:
+      (size of the adapters, tensor name -> the open file that holds it).
+    """
+    settings = _read_settings(directory / CONFIG)
     path = directory / WEIGHTS
     files = open_file(path)
     targets = _targets(path, files, config.layers)
-    lora = LoRA(described['r'], described['lora_alpha'], described['lora_dropout'], targets)
-    expected = abstract_params(_adapted(config, lora), collection=COLLECTION)
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+    lora = LoRA(settings['r'], settings['lora_alpha'], settings['lora_dropout'], targets)
+    adapters = abstract_params(_adapted(config, lora), collection=COLLECTION)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
         for name, shape in _source(key_path).shapes(leaf.shape).items():
-            _check(path, files, name, shape, lora)
+            _check_tensor(path, files, name, shape, lora)
     return lora, files
 
 
@@ -134,41 +141,47 @@ def _adapted(config: TransformerConfig, lora: LoRA) -> Transformer:
 
 
 def _source(path: tuple[Any, ...]) -> Source:
+    """The tensors of PEFT for the factor at a path of the tree."""
     _, target, _, factor = (key.key for key in path)
     return source_of(target, factor)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """The contents of adapter_config.json, if plain LoRA of one rank is all it asks for."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json; raises ValueError unless it asks for plain LoRA."""
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist; expected an adapter that PEFT saved')
     try:
-        found = json.loads(path.read_text())
-        kind, _ = found.get('peft_type'), (found['r'], found['lora_alpha'], found['lora_dropout'])
+        settings = json.loads(path.read_text())
+        kind = settings.get('peft_type')
+        _ = settings['r'], settings['lora_alpha'], settings['lora_dropout']
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f'{path} describes no LoRA adapter ({error}); expected r, lora_alpha and lora_dropout'
         ) from None
     if kind != 'LORA':
-        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'; use such an adapter")
-    for key, plain in PLAIN.items():
-        if (found.get(key) or plain) != plain:
+        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'; use a LoRA adapter")
+    for key, plain_value in PLAIN.items():
+        if (settings.get(key) or plain_value) != plain_value:
             raise ValueError(
-                f'{path}: {key} is {found[key]!r}, expected {plain!r}; merge that adapter into '
-                'its checkpoint with PEFT and use the result'
+                f'{path}: {key} is {settings[key]!r}, expected {plain_value!r}; merge that adapter '
+                'into its checkpoint with PEFT and use the result'
             )
-    return found
+    return settings
 
 
 def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    """The products that have an adapter in some layer; ValueError if anything else is there."""
-    owner = {
+    """The targets that have an adapter in at least one layer.
+
+    Raises:
+      ValueError: if the file has no tensors, or tensors that belong to no target.
+    """
+    target_of = {
         source_of(target, factor).name.format(layer=layer): target
         for target in TARGETS
         for factor in FACTORS
         for layer in range(layers)
     }
-    surplus = sorted(set(files) - set(owner))
+    surplus = sorted(set(files) - set(target_of))
     if surplus:
         raise ValueError(
             f'{path}: {surplus[0]!r} is surplus, nothing in a model of {layers} layers uses it; '
@@ -176,26 +189,26 @@ def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ..
         )
     if not files:
         raise ValueError(f'{path} holds no tensor; export the adapter again')
-    present = {owner[name] for name in files}
-    return tuple(target for target in TARGETS if target in present)
+    targets = {target_of[name] for name in files}
+    return tuple(target for target in TARGETS if target in targets)
 
 
-def _check(
+def _check_tensor(
     path: Path, files: Mapping[str, Any], name: str, shape: tuple[int, ...], lora: LoRA
 ) -> None:
-    """Raises ValueError unless the file holds the tensor in this shape and a floating type."""
+    """Raises ValueError unless the file has the tensor, in the given shape and a floating type."""
     if name not in files:
         raise ValueError(
-            f'{path}: {name!r} is missing, expected {list(shape)}; every layer has an adapter '
-            'where one has: use an adapter of this model'
+            f'{path}: {name!r} is missing, expected {list(shape)}, because another layer has this '
+            'adapter; use an adapter of this model'
         )
-    found = files[name].get_slice(name)
-    if tuple(found.get_shape()) != shape:
+    stored = files[name].get_slice(name)
+    if tuple(stored.get_shape()) != shape:
         raise ValueError(
-            f'{path}: {name!r} is {found.get_shape()}, expected {list(shape)} for rank '
+            f'{path}: {name!r} is {stored.get_shape()}, expected {list(shape)} for rank '
             f'{lora.rank} of {CONFIG}; use an adapter of this model, with its own {CONFIG}'
         )
-    if found.get_dtype() not in FLOATS:
+    if stored.get_dtype() not in FLOATS:
         raise ValueError(
-            f'{path}: {name!r} holds {found.get_dtype()}, expected one of {", ".join(FLOATS)}'
+            f'{path}: {name!r} holds {stored.get_dtype()}, expected one of {", ".join(FLOATS)}'
         )

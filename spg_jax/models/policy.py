@@ -1,4 +1,7 @@
-"""A policy: the functions of parameters that sampling and objectives need, and its special ids."""
+"""A policy: the functions of parameters that sampling and objectives need, and its special ids.
+
+Shapes: `B` sequences, `L` tokens of prompt (`P`) and completion (`C`), `V` vocabulary, `D` width.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -16,17 +19,17 @@ from spg_jax.random import Purpose
 from spg_jax.sharding import init_params
 
 Params = Any  # one collection of a model's parameters
-Variables = dict[str, Params]  # 'params', beside it 'lora' where the policy has adapters
+Variables = dict[str, Params]  # collection -> parameters: 'params', and 'lora' for adapters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """A model without its parameters, over a vocabulary."""
+    """A model over a vocabulary, without its parameters."""
 
     config: TransformerConfig
     mask_id: int
     eos_id: int
-    allowed: np.ndarray  # [V] bool, what may be generated: not MASK, nor ids without a word
+    allowed: np.ndarray  # [V] bool, False for MASK and for ids without a word
 
     @property
     def model(self) -> Transformer:
@@ -34,14 +37,20 @@ class Policy:
 
     @property
     def trained(self) -> str:
-        """The collection that training changes: with adapters, nothing else."""
+        """The collection that training changes: the adapters, or without any 'params'."""
         return COLLECTION if self.config.lora else 'params'
 
     def hidden(
         self, variables: Variables, tokens: Array, valid: Array, dropout: Array | None = None
     ) -> Array:
-        """Final hidden states [B, L, D] of tokens [B, L] where valid [B, L]; dropout: [B] keys of
-        the adapters' dropout, None for none."""
+        """Final hidden states [B, L, D].
+
+        Args:
+          variables: the collections of parameters.
+          tokens: [B, L] int32.
+          valid: [B, L] bool, False on padding.
+          dropout: [B] keys of the adapters' dropout; None drops nothing.
+        """
         return self.model.apply(variables, tokens, valid, dropout, method='hidden')
 
     def unembed(self, variables: Variables, hidden: Array) -> Array:
@@ -59,35 +68,35 @@ class Policy:
         """Logits [B, C, V] at the completion positions only.
 
         Args:
-          prompt: [B, P] int32, possibly corrupted; valid: [B, P] bool, False on padding.
+          variables: the collections of parameters.
+          prompt: [B, P] int32, possibly corrupted.
+          valid: [B, P] bool, False on padding of the prompt.
           completion: [B, C] int32, corrupted.
           dropout: as in `hidden`.
         """
-        tokens = jnp.concatenate([prompt, completion], axis=1)
-        valid = jnp.concatenate([valid, jnp.ones(completion.shape, bool)], axis=1)
-        hidden = self.hidden(variables, tokens, valid, dropout)
+        tokens = jnp.concatenate([prompt, completion], axis=1)  # [B, L]
+        valid = jnp.concatenate([valid, jnp.ones(completion.shape, bool)], axis=1)  # [B, L]
+        hidden = self.hidden(variables, tokens, valid, dropout)  # [B, L, D]
         return self.unembed(variables, hidden[:, prompt.shape[1] :])
 
 
 def with_adapters(
     policy: Policy, variables: Variables, lora: LoRA | None, seed: int, mesh: Mesh
 ) -> tuple[Policy, Variables]:
-    """The policy with new adapters, which change nothing yet; one that has adapters keeps them.
+    """The policy with adapters: those it has already, else new ones, which change no output yet.
 
     Args:
       policy: a model, with adapters or without.
-      variables: its collections.
-      lora: the adapters wanted; None wants none.
-      seed: of the initial factors.
-      mesh: where they go.
+      variables: its collections of parameters.
+      lora: the adapters that the result must have; None means none.
+      seed: seed of the initial factors.
+      mesh: the mesh on which new adapters are created.
 
     Raises:
-      ValueError: the policy has other adapters than those wanted.
+      ValueError: if the policy has adapters, and they are not `lora`.
     """
     check_adapters(policy.config.lora, lora)
-    if policy.config.lora:
-        return policy, variables
-    if lora is None:
+    if policy.config.lora or lora is None:
         return policy, variables
     policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, lora=lora))
     key = jax.random.fold_in(jax.random.key(seed), Purpose.INIT)
@@ -96,28 +105,33 @@ def with_adapters(
 
 
 def check_adapters(
-    found: LoRA | None, wanted: LoRA | None, where: Path | str = 'the policy'
+    actual: LoRA | None, expected: LoRA | None, where: Path | str = 'the policy'
 ) -> None:
-    """Raises ValueError if there are adapters, and others than those wanted.
+    """Raises ValueError if a policy has adapters other than the expected ones.
+
+    A policy without adapters passes, because it can still get them.
 
     Args:
-      found: those of a policy.
-      wanted: those that the configuration asks for; None for none.
-      where: what has them, for the message.
+      actual: the adapters of the policy; None for none.
+      expected: the adapters that the configuration asks for; None for none.
+      where: what has the adapters, for the message.
     """
-    if found is None or found == wanted:
+    if actual is None or actual == expected:
         return
-    have, want = dataclasses.asdict(found), dataclasses.asdict(wanted) if wanted else {}
-    differing = {name: value for name, value in have.items() if want.get(name) != value}
-    has = ', '.join(f'{name} {value}' for name, value in differing.items())
-    asked = ', '.join(f'{name} {want[name]}' for name in differing) if want else 'none'
-    remedy = ' '.join(
+    actual_fields = dataclasses.asdict(actual)
+    expected_fields = dataclasses.asdict(expected) if expected else {}
+    differing = {
+        name: value for name, value in actual_fields.items() if expected_fields.get(name) != value
+    }
+    actual_text = ', '.join(f'{name} {value}' for name, value in differing.items())
+    expected_text = ', '.join(f'{name} {expected_fields[name]}' for name in differing if expected)
+    flags = ' '.join(
         f'--config.lora.{name}={value}'
         if name != 'targets'
-        else f'--config.lora.{name}="{value}"'  # a shell would read the parentheses
+        else f'--config.lora.{name}="{value}"'  # quoted, because a shell would read the parentheses
         for name, value in differing.items()
     )
     raise ValueError(
-        f'{where} has adapters of {has}, the configuration asks for {asked}; set {remedy}, or '
-        'merge them first'
+        f'{where} has adapters of {actual_text}, the configuration asks for '
+        f'{expected_text or "none"}; set {flags}, or merge the adapters first'
     )

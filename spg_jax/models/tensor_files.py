@@ -13,32 +13,33 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-FLOATS = ('F32', 'BF16', 'F16')  # types of tensors that are read
-_NAMES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
-_METADATA = {'format': 'pt'}  # what transformers and PEFT insist on
+FLOATS = ('F32', 'BF16', 'F16')  # the types of tensors that can be read
+_TYPE_NAMES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}  # numpy's -> safetensors'
+_METADATA = {'format': 'pt'}  # transformers and PEFT refuse files without it
 
 
 def open_tensors(directory: Path) -> dict[str, safe_open]:
-    """Tensor name -> the open file that holds it. Files are mapped into memory, not read.
+    """Tensor name -> the open file that holds it. Files are mapped into memory and not read.
 
     Args:
       directory: holds model.safetensors, or the shards that model.safetensors.index.json lists.
 
     Raises:
-      FileNotFoundError: when there are no weights, or a listed shard is not there.
-      ValueError: for a damaged file or index, a tensor in two shards or not in its own.
+      FileNotFoundError: if there are no weights, or a listed shard does not exist.
+      ValueError: for a damaged file or index, and for a tensor that is in two shards or missing
+        from the shard that the index names.
     """
     index = directory / INDEX
     if index.is_file():
         try:
-            listed = json.loads(index.read_text())['weight_map']
-            shards = sorted(set(listed.values()))
+            shard_of = json.loads(index.read_text())['weight_map']
+            shards = sorted(set(shard_of.values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f'{index} has no "weight_map" of tensor to file; download it again'
             ) from None
     elif (directory / WEIGHTS).is_file():
-        listed, shards = {}, [WEIGHTS]
+        shard_of, shards = {}, [WEIGHTS]
     else:
         raise FileNotFoundError(
             f'{directory} holds neither {WEIGHTS} nor {INDEX}; expected one of them'
@@ -48,14 +49,14 @@ def open_tensors(directory: Path) -> dict[str, safe_open]:
         path = directory / shard
         if not path.is_file():
             raise FileNotFoundError(f'{path} does not exist, but {INDEX} lists it; download it')
-        opened = open_file(path)
-        twice = sorted(files.keys() & opened.keys())
-        if twice:
+        shard_files = open_file(path)
+        duplicates = sorted(files.keys() & shard_files.keys())
+        if duplicates:
             raise ValueError(
-                f'{path}: {twice[0]!r} is also in another shard; download the checkpoint again'
+                f'{path}: {duplicates[0]!r} is also in another shard; download the checkpoint again'
             )
-        files |= opened
-    for name, shard in listed.items():
+        files |= shard_files
+    for name, shard in shard_of.items():
         if name not in files:
             raise ValueError(
                 f'{directory / shard}: {name!r} is missing, but {INDEX} lists it; download it again'
@@ -64,41 +65,41 @@ def open_tensors(directory: Path) -> dict[str, safe_open]:
 
 
 def open_file(path: Path) -> dict[str, safe_open]:
-    """Tensor name -> the open file, mapped into memory and not read.
+    """Tensor name -> the open file, which is mapped into memory and not read.
 
     Raises:
-      FileNotFoundError: when it is not there.
-      ValueError: when it is damaged.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist; download it')
     try:
-        opened = safe_open(path, 'np')
+        file = safe_open(path, 'np')
     except SafetensorError as error:
         raise ValueError(
-            f'{path} is damaged or no safetensors file ({error}); download it again'
+            f'{path} is damaged or not a safetensors file ({error}); download it again'
         ) from None
-    return dict.fromkeys(opened.keys(), opened)
+    return dict.fromkeys(file.keys(), file)
 
 
 class Tensor(NamedTuple):
-    """What is to be written: its size is known before its values are fetched."""
+    """A tensor to write. Its size is known before its values are fetched."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    fetch: Callable[[], np.ndarray]  # the values; every process has to ask for them
+    fetch: Callable[[], np.ndarray]  # returns the values; every process has to call it
 
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Writes tensors as shards of about `shard_bytes` with an index, or as one file if they fit."""
     shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+    last_shard_bytes = 0
     for name, tensor in tensors.items():
-        if filled and filled + _bytes(tensor) > shard_bytes:
+        if last_shard_bytes and last_shard_bytes + _bytes(tensor) > shard_bytes:
             shards.append({})
-            filled = 0
+            last_shard_bytes = 0
         shards[-1][name] = tensor
-        filled += _bytes(tensor)
+        last_shard_bytes += _bytes(tensor)
     if len(shards) == 1:
         write_tensors(directory / WEIGHTS, tensors)
         return
@@ -114,37 +115,39 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], shard_bytes
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, with never more than one of the tensors in host memory.
+    """Writes one safetensors file, with at most one of the tensors in host memory at any time.
 
-    The library's own writer wants all of them at once; the layout is 8 bytes of header length, a
-    JSON header and the values. Every process has to call this, and the first one writes.
+    The writer of the library needs all tensors at once, so the file is written here: 8 bytes of
+    header length, a JSON header and the values. Every process has to call this function; the first
+    process writes.
 
     Raises:
-      ValueError: for a tensor of a type that is not written.
+      ValueError: for a tensor of a type that cannot be written.
     """
     header: dict[str, Any] = {'__metadata__': _METADATA}
     offset = 0
     for name, tensor in tensors.items():
         dtype = np.dtype(tensor.dtype)
-        if dtype.name not in _NAMES:
-            raise ValueError(f'{path}: {name!r} is {dtype.name}; write one of {", ".join(_NAMES)}')
+        if dtype.name not in _TYPE_NAMES:
+            types = ', '.join(_TYPE_NAMES)
+            raise ValueError(f'{path}: {name!r} is {dtype.name}; use one of {types}')
         header[name] = {
-            'dtype': _NAMES[dtype.name],
+            'dtype': _TYPE_NAMES[dtype.name],
             'shape': list(tensor.shape),
             'data_offsets': [offset, offset + _bytes(tensor)],
         }
         offset += _bytes(tensor)
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # values start aligned
-    first = jax.process_index() == 0
-    with path.open('wb') if first else contextlib.nullcontext() as file:
-        if first:
-            file.write(len(text).to_bytes(8, 'little') + text)
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b' ' * (-len(header_bytes) % 8)  # so that the values start aligned
+    is_writer = jax.process_index() == 0
+    with path.open('wb') if is_writer else contextlib.nullcontext() as file:
+        if is_writer:
+            file.write(len(header_bytes).to_bytes(8, 'little') + header_bytes)
         for tensor in tensors.values():
             values = np.ascontiguousarray(tensor.fetch())
-            if first:
-                file.write(values.reshape(-1).view(np.uint8))  # no copy of it, unlike tobytes
-            del values  # before the next is fetched
+            if is_writer:
+                file.write(values.reshape(-1).view(np.uint8))  # unlike tobytes, without a copy
+            del values  # frees the memory before the next tensor is fetched
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,9 +1,10 @@
 """Parameters between published files and devices, one published tensor in host memory at a time.
 
-Parameters of the layers are stacked on a leading axis where published ones are a tensor a layer,
-and our kernels are [in, out] where published ones are [out, in]. The devices stack and transpose:
-on the host one kernel of all layers of an 8B model would be 3 GB. Arrays may span several
-processes, each of which then calls the same functions in the same order.
+Two things differ. A published checkpoint has one tensor for each layer, whereas the parameters here
+stack all layers along a leading axis. Published kernels are [out, in], and those here [in, out].
+The devices stack and transpose, because on the host one kernel of all layers of an 8B model would
+take 3 GB. Arrays may span several processes; all of them then have to call the same functions in
+the same order.
 """
 
 import functools
@@ -25,56 +26,59 @@ from spg_jax.models.tensor_files import Tensor
 
 
 class Source(NamedTuple):
-    """The published tensor of a parameter; '{layer}' in its name means one tensor a layer."""
+    """The published tensor of a parameter; '{layer}' in its name means one tensor per layer."""
 
     name: str
-    transposed: bool = False  # published kernels are [out, in], ours [in, out]
+    transposed: bool = False  # whether published [out, in] is the parameter's [in, out]
 
     @property
     def stacked(self) -> bool:
+        """Whether the parameter stacks one published tensor of each layer."""
         return '{layer}' in self.name
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the published tensors, in order, of a parameter of this shape."""
-        layers, one = (shape[0], shape[1:]) if self.stacked else (1, shape)
-        one = one[::-1] if self.transposed else one
-        return {self.name.format(layer=layer): one for layer in range(layers)}
+        """Name -> shape of the published tensors of a parameter of this shape, in layer order."""
+        layers, layer_shape = (shape[0], shape[1:]) if self.stacked else (1, shape)
+        layer_shape = layer_shape[::-1] if self.transposed else layer_shape
+        return {self.name.format(layer=layer): layer_shape for layer in range(layers)}
 
 
 def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) -> Any:
-    """Reads a parameter; each process reads only what its devices hold.
+    """Reads a parameter. Each process reads only the parts that its devices hold.
 
     Args:
       files: tensor name -> the open file that holds it, in the shape that `leaf` implies.
-      source: the tensors it comes from.
-      leaf: what it becomes, from `abstract_params`; without a sharding, a host array. A quantised
-        kernel is quantised tensor by tensor, on the devices, and has to have shardings.
+      source: the published tensors of the parameter.
+      leaf: what the parameter shall be, from `abstract_params`. Without a sharding it becomes a
+        host array. A quantised kernel needs shardings; it is quantised on the devices, tensor by
+        tensor.
 
     Returns:
-      The parameter, bit for bit as stored unless `leaf` has another type.
+      The parameter, bit for bit as stored unless `leaf` has another dtype.
     """
     shapes = source.shapes(leaf.shape)
-    # The codes of a quantised kernel lie as the kernel would.
+    # The codes of a quantised kernel have the layout that the kernel would have.
     sharding = leaf.qvalue.sharding if is_quantized(leaf) else leaf.sharding
     if sharding is None:
         tensors = [files[name].get_tensor(name).astype(leaf.dtype) for name in shapes]
         tensors = [tensor.T if source.transposed else tensor for tensor in tensors]
         return np.stack(tensors) if source.stacked else tensors[0]
-    # The tensor's own axes lie as those of the parameter do.
+    # Each axis of a published tensor is split like the same axis of the parameter.
     spec = sharding.spec[1:] if source.stacked else sharding.spec
-    spread = NamedSharding(sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
+    tensor_sharding = NamedSharding(sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
     tensors = (
-        _read_tensor(files[name], name, shape, leaf.dtype, spread) for name, shape in shapes.items()
+        _read_tensor(files[name], name, shape, leaf.dtype, tensor_sharding)
+        for name, shape in shapes.items()
     )
     if not source.stacked:
-        own = jax.jit(_own_order, static_argnums=1, out_shardings=sharding)
-        return own(next(tensors), source.transposed)
-    where = jax.tree.map(lambda part: part.sharding, leaf)
+        transpose = jax.jit(_transpose, static_argnums=1, out_shardings=sharding)
+        return transpose(next(tensors), source.transposed)
+    shardings = jax.tree.map(lambda part: part.sharding, leaf)
     stacked = jax.tree.map(_zeros, leaf)
-    place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=where)
+    place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=shardings)
     for layer, tensor in enumerate(tensors):
         stacked = place(stacked, tensor, layer, source.transposed)
-        jax.block_until_ready(stacked)  # else reading runs ahead of it, and tensors pile up
+        jax.block_until_ready(stacked)  # otherwise reading runs ahead, and tensors pile up
     return stacked
 
 
@@ -84,13 +88,15 @@ def published_tensors(
     factors: Mapping[str, Array] | None = None,
     lora: LoRA | None = None,
 ) -> dict[str, Tensor]:
-    """What a parameter is written as; a tensor is gathered, and merged, when it is fetched.
+    """The published tensors of a parameter, by name.
+
+    A tensor is gathered, and its adapter merged, only when `Tensor.fetch` is called.
 
     Args:
-      source: the tensors it becomes.
+      source: the published tensors that the parameter becomes.
       leaf: the parameter, on any devices of any processes.
-      factors: 'a' and 'b' of its adapter, to merge into it, on the same devices; None for none.
-      lora: their sizes.
+      factors: 'a' and 'b' of the adapter to merge, on the same devices; None merges nothing.
+      lora: the size of the adapter.
     """
     return {
         name: Tensor(
@@ -103,17 +109,17 @@ def published_tensors(
 def _read_tensor(
     file: safe_open, name: str, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding
 ) -> Array:
-    """One published tensor on the devices; replicas of a part share one reading of it."""
+    """One published tensor on the devices. A part that several devices hold is read once."""
     parts: dict[tuple[Any, ...], np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple((one.start, one.stop) for one in index)
+        key = tuple((part.start, part.stop) for part in index)
         if key not in parts:
             parts[key] = file.get_slice(name)[index].astype(dtype, copy=False)
         return parts[key]
 
     tensor = jax.make_array_from_callback(shape, sharding, read)
-    return tensor.block_until_ready()  # what it was read into is free from here on
+    return tensor.block_until_ready()  # after this the host arrays in `parts` can be freed
 
 
 def _gather(
@@ -123,27 +129,31 @@ def _gather(
     source: Source,
     lora: LoRA | None,
 ) -> np.ndarray:
-    """One published tensor, whole, in the memory of every process."""
+    """One whole published tensor as a host array, in every process."""
     tensor = jax.jit(_take, static_argnums=(3, 4))(leaf, factors, layer, source, lora)
     return multihost_utils.process_allgather(tensor, tiled=True)
 
 
-# At the level of the module: a function made anew is compiled anew.
-def _own_order(tensor: Array, transposed: bool) -> Array:
+# The functions below are not nested in others, because jit would compile a new function object
+# again at every call.
+def _transpose(tensor: Array, transposed: bool) -> Array:
+    """A published tensor in the axis order of the parameter, or the reverse."""
     return tensor.T if transposed else tensor
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> Array:
+    """Zeros in the shape, dtype and sharding of `leaf`."""
     make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=leaf.sharding)
     return make(leaf.shape, leaf.dtype)
 
 
 def _place(stacked: Any, tensor: Array, layer: Array, transposed: bool) -> Any:
-    one = _own_order(tensor, transposed)
+    """The stacked parameter with a published tensor written into one layer, quantised if it is."""
+    kernel = _transpose(tensor, transposed)
     if is_quantized(stacked):
-        one = quantize(one, stacked.qtype)
+        kernel = quantize(kernel, stacked.qtype)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
-    return jax.tree.map(put, stacked, one)
+    return jax.tree.map(put, stacked, kernel)
 
 
 def _take(
@@ -153,9 +163,11 @@ def _take(
     source: Source,
     lora: LoRA | None,
 ) -> Array:
-    if source.stacked:  # first of all: merging a stack would take float32 copies of all its layers
+    """The published tensor of one layer of a parameter, with its adapter merged."""
+    # The layer is taken before the merge, which would otherwise make float32 copies of all layers.
+    if source.stacked:
         leaf, factors = jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, factors)
         )
-    one = merged_kernel(leaf, factors, lora) if factors else leaf
-    return _own_order(one, source.transposed)
+    kernel = merged_kernel(leaf, factors, lora) if factors else leaf
+    return _transpose(kernel, source.transposed)

@@ -1,11 +1,13 @@
 """The denoiser: a bidirectional pre-norm transformer with the blocks of LLaDA (arXiv 2502.09992).
 
-Shapes: `B` sequences, `L` length, `V` vocabulary, `D` width, `N` heads, `K` key/value heads, `H`
-head dim, `F` MLP width. Hidden states and logits are separate methods because logits are the
-memory: callers slice the hidden states to the positions they score before unembedding them.
+Hidden states and logits have separate methods because logits need the most memory: callers cut the
+hidden states to the positions that they score, and unembed only those.
 
 Each parameter names its logical axes where it is created; `spg_jax.sharding` maps them to mesh
-axes. Parameters of the layers are stacked on a leading 'layers' axis, which `nn.scan` walks.
+axes. The parameters of all layers are stacked along a leading axis 'layers', which `nn.scan` walks.
+
+A comment such as `# [B, L, D]` after an assignment is the shape of the value: `B` sequences, `L`
+length, `V` vocabulary, `D` width, `N` heads, `K` key/value heads, `H` head dim, `F` MLP width.
 """
 
 import dataclasses
@@ -33,7 +35,8 @@ from spg_jax.models.quantized import check_format
 from spg_jax.sharding import constrain
 
 DTYPES = ('float32', 'bfloat16')
-# Fields of `TransformerConfig` that say how to compute, not what; a policy is saved without them.
+_COUNTS = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'mlp_width', 'scan_unroll')
+# Fields of `TransformerConfig` that say how to compute and not what; saved policies omit them.
 EXECUTION = ('remat', 'scan_unroll', 'attention', 'quantize')
 
 
@@ -42,37 +45,29 @@ class TransformerConfig:
     """Everything that fixes the shapes and arithmetic of a `Transformer`.
 
     Raises:
-      ValueError: from the constructor, naming the value that cannot be and what to use instead.
+      ValueError: from the constructor, for an impossible value; it says what to use instead.
     """
 
-    vocab_size: int  # rows of the embedding table, MASK included
-    width: int
+    vocab_size: int  # V, the rows of the embedding table, MASK included
+    width: int  # D
     layers: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
+    heads: int  # N
+    kv_heads: int  # K
+    mlp_width: int  # F
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # unembed with the embedding table
-    scale_logits: bool = False  # logits * width**-0.5
+    tie_embeddings: bool = False  # whether the embedding table also unembeds
+    scale_logits: bool = False  # whether logits are multiplied by width**-0.5
     dtype: str = 'float32'  # of activations; norms, rotary, softmax and logits are always float32
     param_dtype: str = 'float32'
-    remat: bool = False  # recompute each layer in the backward pass
-    scan_unroll: int = 1  # layers per iteration of the scan; all of them is fastest on CPU
-    attention: str = 'einsum'  # see models.attention
+    remat: bool = False  # whether the backward pass recomputes each layer
+    scan_unroll: int = 1  # layers in one iteration of the scan; on CPUs `layers` is fastest
+    attention: str = 'einsum'  # an implementation of models.attention
     lora: LoRA | None = None  # adapters beside frozen kernels
-    quantize: str = ''  # format of those kernels, see models.quantized; '' is param_dtype
+    quantize: str = ''  # format of frozen kernels, see models.quantized; '' keeps param_dtype
 
     def __post_init__(self):
-        for name in (
-            'vocab_size',
-            'width',
-            'layers',
-            'heads',
-            'kv_heads',
-            'mlp_width',
-            'scan_unroll',
-        ):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f'model.{name} is {getattr(self, name)}; use a positive integer')
         if self.width % self.heads:
@@ -83,12 +78,12 @@ class TransformerConfig:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f'model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}; '
-                f'use kv_heads {self.heads} for one key/value head a query head'
+                f'use kv_heads {self.heads} for one key/value head per query head'
             )
         if self.head_dim % 2:
             raise ValueError(
                 f'model.width {self.width} over model.heads {self.heads} gives head dim '
-                f'{self.head_dim}, rotary positions need an even one; change either'
+                f'{self.head_dim}, but rotary positions need an even one; change either'
             )
         for name in ('dtype', 'param_dtype'):
             if getattr(self, name) not in DTYPES:
@@ -131,7 +126,7 @@ class Transformer(nn.Module):
             (config.vocab_size, config.width),
             config.param_dtype,
         )
-        # A loop keeps the compiler from merging the recomputation with the forward pass by itself.
+        # Outside of a loop the compiler could merge the recomputation with the forward pass.
         prevent_cse = config.scan_unroll >= config.layers
         block = nn.remat(Block, prevent_cse=prevent_cse) if config.remat else Block
         self.layers = nn.scan(
@@ -160,34 +155,35 @@ class Transformer(nn.Module):
         """Final hidden states, after the last norm.
 
         Args:
-          tokens: [B, L] int32 in [0, V); those on padding are ignored.
+          tokens: [B, L] int32 in [0, V). Tokens on padding are ignored.
           valid: [B, L] bool, False on padding. Positions count from the first valid token of a row.
-          dropout: [B] keys of the adapters' dropout, one a row; None drops nothing.
+          dropout: [B] keys of the adapters' dropout, one for each row; None drops nothing.
 
         Returns:
-          [B, L, D] in the compute dtype; finite but meaningless where not valid.
+          [B, L, D] in the compute dtype, finite but meaningless on padding.
         """
         config = self.config
-        # Whole along 'embed': tokens are split over 'fsdp' too, and a lookup cannot be over both.
-        table = constrain(self.embedding.astype(config.dtype), 'vocab', None)
-        x = jnp.take(table, tokens, axis=0)
+        # The table is gathered along 'embed', because tokens are split over the mesh axis 'fsdp'
+        # already and a lookup cannot split its result over one axis twice.
+        table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
+        x = jnp.take(table, tokens, axis=0)  # [B, L, D]
         x = constrain(x, 'rows', None, None)
         rotary = rotary_table(valid, config.head_dim, config.rope_theta)
         if dropout is not None:
-            dropout = _token_keys(dropout, valid, config.layers)
+            dropout = _token_keys(dropout, valid, config.layers)  # [layers, B, L]
         x, _ = self.layers(x, rotary, valid, dropout)
         return self.final_norm(x)
 
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         config = self.config
-        table = self.embedding.T if config.tie_embeddings else self.unembedding
+        table = self.embedding.T if config.tie_embeddings else self.unembedding  # [D, V]
         logits = product(hidden, table.astype(config.dtype), jnp.float32)
         return logits * config.width**-0.5 if config.scale_logits else logits
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). A scan body: carry x, no output."""
+    """One layer, the body of a scan with carry x: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: TransformerConfig
 
@@ -195,17 +191,20 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, rotary: tuple[Array, Array], valid: Array, dropout: Array | None
     ) -> tuple[Array, None]:
-        """x: [B, L, D]; rotary: cos and sin, [B, L, H/2]; valid: [B, L] bool; dropout: [B, L]."""
+        """x [B, L, D], rotary (cosine, sine) [B, L, H/2], valid [B, L] bool -> (x [B, L, D], None).
+
+        dropout: [B, L] keys of the tokens in this layer, or None.
+        """
         config = self.config
         B, L, D = x.shape
         N, K, H = config.heads, config.kv_heads, config.head_dim
         types = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
         linear = functools.partial(Linear, **types, lora=config.lora, quantize=config.quantize)
         norm = functools.partial(RMSNorm, config.norm_eps, **types)
-        # Two additions a layer: with this the residual keeps its scale whatever the depth.
+        # A layer adds to the residual stream twice; this gain keeps its scale equal at any depth.
         residual_gain = (2 * config.layers) ** -0.5
 
-        h = norm(name='attention_norm')(x)
+        h = norm(name='attention_norm')(x)  # [B, L, D]
         q = linear(N * H, ('embed', 'heads'), name='query')(h, dropout).reshape(B, L, N, H)
         k = linear(K * H, ('embed', 'kv_heads'), name='key')(h, dropout).reshape(B, L, K, H)
         v = linear(K * H, ('embed', 'kv_heads'), name='value')(h, dropout).reshape(B, L, K, H)
@@ -214,29 +213,34 @@ class Block(nn.Module):
             mixed.reshape(B, L, N * H), dropout
         )
 
-        h = norm(name='mlp_norm')(x)
-        gate = linear(config.mlp_width, ('embed', 'mlp'), name='gate')(h, dropout)
-        up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h, dropout)
+        h = norm(name='mlp_norm')(x)  # [B, L, D]
+        gate = linear(config.mlp_width, ('embed', 'mlp'), name='gate')(h, dropout)  # [B, L, F]
+        up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h, dropout)  # [B, L, F]
         x = x + linear(D, ('mlp', 'embed'), residual_gain, name='down')(swiglu(gate, up), dropout)
         return constrain(x, 'rows', None, None), None
 
 
 def _token_keys(row_keys: Array, valid: Array, layers: int) -> Array:
-    """Keys [layers, B, L] from those of rows [B]. A token's depend on where it is in its row, not
-    on how much padding precedes it."""
+    """Keys [layers, B, L] of the tokens in each layer, from keys [B] of the rows.
 
-    def of_row(key: Array, position: Array) -> Array:
-        own = jax.vmap(jax.random.fold_in, (None, 0))(key, position)
-        return jax.vmap(lambda key: jax.random.split(key, layers), out_axes=1)(own)
+    The key of a token depends on its position in the row and not on the padding before it.
+    """
 
-    return jax.vmap(of_row, out_axes=1)(row_keys, positions(valid))
+    def keys_of_row(row_key: Array, position: Array) -> Array:
+        """row_key: []; position: [L] -> [layers, L]."""
+        token_keys = jax.vmap(jax.random.fold_in, (None, 0))(row_key, position)  # [L]
+        return jax.vmap(lambda key: jax.random.split(key, layers), out_axes=1)(token_keys)
+
+    return jax.vmap(keys_of_row, out_axes=1)(row_keys, positions(valid))
 
 
 def _embedding_std(config: TransformerConfig) -> float:
-    """1 where tied logits are scaled by width**-0.5, width**-1 where not; else width**-0.5.
+    """Standard deviation of the initial embedding table.
 
-    With 1 a token enters the residual stream as large as what the layers add to it, and small
-    models learn far faster; each position starts by predicting the token it sees, and unlearns it.
+    It is width**-0.5 for an untied table, 1 for a tied table with scaled logits, and 1 / width for
+    a tied table without. At 1 a token enters the residual stream as large as the terms that the
+    layers add, and small models learn far faster: at first each position predicts the token that it
+    sees, which training unlearns.
     """
     if not config.tie_embeddings:
         return config.width**-0.5

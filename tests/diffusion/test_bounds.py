@@ -34,7 +34,7 @@ CASES = [
     )
     for beta in betas
 ]
-# estimate -> (share of the EUBO in the negative estimate, whether there is one at all)
+# estimate -> (share of the EUBO in the negative estimate, factor of that estimate in the loss)
 NEGATIVE = {'elbo': (0.0, 1.0), 'eubo': (1.0, 1.0), 'mix': (0.5, 1.0), 'zero': (0.0, 0.0)}
 
 
@@ -46,7 +46,10 @@ def published():
 
 @pytest.fixture(scope='module')
 def spg_loss(published):
-    """(params, noisy, beta, omega, scale) -> loss, sequence log-probs, negatives; and gradients."""
+    """Parameters, lengths, and a function from (params, noisy, beta, omega, scale) to the loss.
+
+    It returns ((loss, (bound of each sequence, negative estimates)), gradient).
+    """
     config, _, params = load_checkpoint(REFERENCE / 'tiny_llada')
     model = Transformer(config)
     completion = jnp.asarray(published['completion'])
@@ -93,8 +96,8 @@ def test_released_estimates_losses_and_gradients_are_the_published_ones(publishe
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradient)))
     assert_allclose(norm, published[f'{case}/grad_norm'], rtol=1e-5)
     expected = published[f'{case}/grad_q_proj0']  # [out, in]
-    found = np.asarray(gradient['layers']['query']['kernel'][0]).T
-    assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    query_gradient = np.asarray(gradient['layers']['query']['kernel'][0]).T
+    assert_allclose(query_gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_published_cases_are_all_tested(published):
@@ -103,7 +106,7 @@ def test_published_cases_are_all_tested(published):
 
 
 def per_token_upper(logp, masked, length, beta, form):
-    """The upper bounds by their definition: float64, one token at a time, no log-space care."""
+    """The upper bounds by their definition, in float64, token by token and not in log space."""
     terms = []
     for i in range(logp.shape[1]):
         if masked[:, i].any():
@@ -119,7 +122,7 @@ def per_token_upper(logp, masked, length, beta, form):
 
 
 def by_definition(name, form, logp, masked, scored, block, block_length, beta):
-    """A bound of one sequence as DESIGN writes it, in numpy float64."""
+    """A bound of one sequence by its formula in `spg_jax.diffusion.bounds`, in float64."""
     masked = masked & scored
     if name != 'block':
         if form == 'elbo':
@@ -155,7 +158,7 @@ def example():
     masked = rng.random((5, 11)) < 0.4
     masked[:, 9:] = True
     masked[np.arange(5), block * 4] = True
-    masked[:, 5] = False  # seen by no draw
+    masked[:, 5] = False  # no draw masks this position
     return logp, masked, scored, block
 
 
@@ -183,14 +186,14 @@ def test_bound_and_gradient_are_those_of_the_definition(example, name, form, bet
 
 
 def test_tokens_too_unlikely_for_float32_keep_their_place_in_the_upper_bound():
-    """exp(-1e4) is 0 in float32; taken as such the token would vanish from the mean, or be -inf."""
+    """exp(-1e4) is 0 in float32: outside log space the token would be dropped, or give -inf."""
     logp = jnp.array([[-1e4, -1.0], [-1e4, -1.0]])
-    everything = jnp.ones((2, 2), bool)
+    masked = jnp.ones((2, 2), bool)
     bound = estimator('released', 1).eubo
-    found, gradient = jax.value_and_grad(bound)(
-        logp, everything, everything[0], jnp.zeros(2, jnp.int32), 2.0
+    value, gradient = jax.value_and_grad(bound)(
+        logp, masked, masked[0], jnp.zeros(2, jnp.int32), 2.0
     )
-    assert_allclose(found, -10001.0, rtol=1e-6)
+    assert_allclose(value, -10001.0, rtol=1e-6)
     assert_allclose(gradient, np.full((2, 2), 0.5), rtol=1e-6)
 
 
@@ -219,7 +222,7 @@ def test_hostile_inputs_give_finite_values_and_gradients(name, form, masks):
 @pytest.mark.parametrize('form', ['elbo', 'eubo', 'loose_eubo', 'strict_eubo'])
 @pytest.mark.parametrize('name', ['released', 'block'])
 def test_a_draw_that_masks_nothing_changes_nothing(example, name, form):
-    """Counted as 0 nats it would call the sequence certain."""
+    """If such a draw counted as 0 nats, it would pull the bound towards a certain sequence."""
     logp, masked, scored, block = example
     bound = value_and_gradient(name, form)
     orders = () if form == 'elbo' else (1.5,)
@@ -231,27 +234,27 @@ def test_a_draw_that_masks_nothing_changes_nothing(example, name, form):
         np.concatenate([block, block[:1]]),
     )
     expected, gradient = bound(logp, masked, scored, block, *orders)
-    found, longer_gradient = bound(*longer, *orders)
-    assert_allclose(found, expected, rtol=1e-6)
+    longer_value, longer_gradient = bound(*longer, *orders)
+    assert_allclose(longer_value, expected, rtol=1e-6)
     assert_allclose(longer_gradient, np.pad(gradient, ((0, 1), (0, 0))), rtol=1e-5)
 
 
 def test_completion_log_probs_are_float32_whatever_the_logits():
     logits = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32) * 4
     completion = np.array([3, 0, 6, 6, 1])
-    found = completion_log_probs(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(completion))
+    logp = completion_log_probs(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(completion))
     exact = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
-    assert found.dtype == jnp.float32
-    assert_allclose(found, exact[:, np.arange(5), completion], rtol=1e-5, atol=1e-6)
+    assert logp.dtype == jnp.float32
+    assert_allclose(logp, exact[:, np.arange(5), completion], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('name', PAIRINGS)
 def test_estimators_refuse_corruptions_they_do_not_bound(name, kind):
-    goes = name == 'released' or (name, kind) in {('paper', 'uniform'), ('block', 'block')}
+    allowed = name == 'released' or (name, kind) in {('paper', 'uniform'), ('block', 'block')}
     corruption = Corruption(kind, 2, 4, perturb_completion=False)
-    if goes:
+    if allowed:
         check_pairing(name, corruption)
     else:
         with pytest.raises(ValueError, match=f'{name}.*{kind}.*use corruption'):
@@ -259,16 +262,16 @@ def test_estimators_refuse_corruptions_they_do_not_bound(name, kind):
 
 
 @pytest.mark.parametrize(
-    ('options', 'said'),
+    ('options', 'message'),
     [
         ({'perturb_completion': True}, 'clean earlier blocks'),
         ({'perturb_completion': False, 'block_draw': 'released'}, 'drawn uniformly'),
     ],
 )
-def test_block_estimator_refuses_what_makes_it_biased(options, said):
+def test_block_estimator_refuses_what_makes_it_biased(options, message):
     corruption = Corruption('block', 2, 4, **options)
     check_pairing('released', corruption)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         check_pairing('block', corruption)
 
 

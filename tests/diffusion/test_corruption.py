@@ -1,4 +1,4 @@
-"""Corruptions, region by region, over ten thousand draws; expected rates are counted by hand."""
+"""Corruptions, region by region, over ten thousand draws, against rates worked out by hand."""
 
 from functools import partial
 from itertools import permutations
@@ -15,12 +15,12 @@ from spg_jax.diffusion.corruption import (
     scored_positions,
 )
 
-PROMPT_MASK = np.arange(10) >= 3  # three of padding, seven real
+PROMPT_MASK = np.arange(10) >= 3  # three positions of padding and seven real ones
 LENGTH, BLOCK = 32, 8
 SCORED = np.arange(LENGTH) < 21  # three blocks reached, five scored positions in the last
 REAL = PROMPT_MASK.sum()
 POSITION_BLOCK = np.arange(LENGTH) // BLOCK
-KEYS = 5_000  # with two draws each
+KEYS = 5_000  # each has two draws
 
 
 @partial(jax.jit, static_argnums=0)
@@ -29,16 +29,16 @@ def corrupted(corruption, keys, scored):
 
 
 def sample(kind, draws=2, keys=KEYS, scored=SCORED, **options):
-    """prompt [keys, draws, P], completion [keys, draws, C], block [keys, draws]."""
-    found = corrupted(
+    """Masks of the prompt [keys, draws, P] and completion [keys, draws, C]; block [keys, draws]."""
+    drawn = corrupted(
         Corruption(kind, draws, BLOCK, **options), jax.random.split(jax.random.key(0), keys), scored
     )
-    masked = np.asarray(found.masked)
-    return masked[:, :, :10], masked[:, :, 10:], np.asarray(found.block)
+    masked = np.asarray(drawn.masked)
+    return masked[:, :, :10], masked[:, :, 10:], np.asarray(drawn.block)
 
 
 def assert_counts(counts, probabilities):
-    """Pearson's chi-square within five standard deviations of its mean."""
+    """Asserts that Pearson's chi-square is within five standard deviations of its mean."""
     counts = np.asarray(counts, float)
     expected = counts.sum() * np.asarray(probabilities, float)
     statistic = ((counts - expected) ** 2 / expected).sum()
@@ -72,13 +72,13 @@ def test_real_prompt_tokens_are_perturbed_and_padding_never(kind):
 def test_padding_on_the_left_of_the_prompt_moves_no_mask(kind):
     corruption = Corruption(kind, 2, BLOCK)
     keys = jax.random.split(jax.random.key(1), 20)
-    found = [
+    masks = [
         jax.vmap(corruption, (0, None, None))(keys, np.arange(7 + pad) >= pad, SCORED).masked
         for pad in (0, 1, 5)
     ]
-    assert found[0].any()
-    for pad, masked in zip((1, 5), found[1:], strict=True):
-        np.testing.assert_array_equal(masked[:, :, pad:], found[0])
+    assert masks[0].any()
+    for pad, masked in zip((1, 5), masks[1:], strict=True):
+        np.testing.assert_array_equal(masked[:, :, pad:], masks[0])
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -113,7 +113,7 @@ def test_uniform_masks_every_number_of_positions_equally_often():
     sizes = completion[:, :, SCORED].sum(-1)
     assert_counts(np.bincount(sizes.ravel(), minlength=22)[1:], np.full(21, 1 / 21))
     assert sizes.min() == 1
-    # Every position alike: mean of k/n over k = 1..n is (n+1)/2n.
+    # Every position is masked equally often; the mean of k/n over k = 1..n is (n+1)/2n.
     for position in range(21):
         assert_rate(completion[:, :, position], 22 / 42)
     first, second = sizes[:, 0], sizes[:, 1]
@@ -136,7 +136,7 @@ def test_block_masks_every_number_of_its_scored_positions_equally_often(block_dr
         sizes = inside.sum(-1)
         assert sizes.min() == 1
         assert_counts(np.bincount(sizes, minlength=scored + 1)[1:], np.full(scored, 1 / scored))
-        # Were unmasked tokens of the block perturbed too, this rate would be higher.
+        # This rate would be higher if unmasked tokens of the block were perturbed too.
         for position in range(scored):
             assert_rate(inside[:, position], (scored + 1) / (2 * scored))
 
@@ -169,7 +169,7 @@ def test_balanced_draws_cycle_through_one_permutation_when_they_exceed_the_block
 
 
 def test_released_block_draw_is_a_permutation_of_all_blocks_modulo_those_reached():
-    """Four blocks, three reached: block 0 half of the time, and twice in a sequence 2 in 12."""
+    """With three of four blocks reached, 0 is chosen half of the time, and twice in 2 of 12."""
     _, _, block = sample('block', block_draw='released')
     expected = np.zeros(9)
     for order in permutations(range(4)):
@@ -206,14 +206,14 @@ def test_draws_depend_on_the_key_and_not_on_the_batch_or_the_number_of_draws():
     [([5, 6, 1, 7, 1], 3), ([1, 5, 6, 7, 8], 1), ([5, 6, 7, 8, 9], 5), ([5, 6, 7, 8, 1], 5)],
 )
 def test_scored_positions_run_through_the_first_eos(completion, length):
-    found = scored_positions(jnp.array(completion), 1)
-    np.testing.assert_array_equal(found, np.arange(5) < length)
+    scored = scored_positions(jnp.array(completion), 1)
+    np.testing.assert_array_equal(scored, np.arange(5) < length)
 
 
 def test_apply_masks_replaces_masked_tokens_in_every_draw():
     masked = jnp.array([[True, False, False], [False, True, True]])
-    found = apply_masks(jnp.array([4, 5, 6]), masked, 9)
-    np.testing.assert_array_equal(found, [[9, 5, 6], [4, 9, 9]])
+    noisy = apply_masks(jnp.array([4, 5, 6]), masked, 9)
+    np.testing.assert_array_equal(noisy, [[9, 5, 6], [4, 9, 9]])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The supervised loss by a plain loop, its masks by counting."""
+"""The supervised loss against a plain loop, and its masks against counts."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def test_masks_are_stratified_over_the_batch():
         key, row_keys = jax.random.key(seed), jax.random.split(jax.random.key(seed + 100), 24)
         masked = stratified_masks(key, row_keys, 12)
         count = np.asarray(masked.sum(1))
-        # 24 times spread evenly over 12 counts: each count twice, give or take the common offset.
+        # 24 times are spread evenly over 12 counts, so that each count comes up twice.
         assert np.bincount(count, minlength=13)[1:].tolist() == [2] * 12
         counts.append(masked)
     rate = np.mean(counts, axis=(0, 1))

@@ -1,8 +1,8 @@
 """Bounds against exact likelihoods, by enumerating every order of revealing up to four tokens.
 
-The model is a table: `table[i, seen]` is pi(x_i | x on the positions of the bit set `seen`), the
-probability of the right one of three symbols, any function of its context. With time running
-continuously it is an any-order autoregressive model in a uniformly random order.
+The model is a table: `table[i, seen]` is pi(x_i | x at the positions in the bit set `seen`), the
+probability of the right one of three symbols, which may be any function of its context. In
+continuous time such a model is an any-order autoregressive model in a uniformly random order.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ def random_table(rng, n):
 
 
 def probability_of_order(table, order, beta=1.0, seen=0):
-    """Product of pi(next | revealed so far)**beta along one order."""
+    """Product of pi(next token | tokens revealed before)**beta along one order."""
     value = 1.0
     for i in order:
         value *= table[i, seen] ** beta
@@ -45,17 +45,18 @@ def probability_of_order(table, order, beta=1.0, seen=0):
 
 
 def exact(table, positions, beta=1.0, seen=0):
-    """(1/beta) log E_order prod pi**beta; log p at beta = 1."""
+    """(1/beta) log E_order prod pi**beta, which is log p at beta = 1."""
     orders = [probability_of_order(table, order, beta, seen) for order in permutations(positions)]
     return np.log(np.mean(orders)) / beta
 
 
 def bits(positions):
+    """The bit set of the positions."""
     return sum(1 << i for i in positions)
 
 
 def every_mask(positions):
-    """Each non-empty set of positions as often as a uniform count, then a uniform set, draws it."""
+    """All non-empty sets of positions, each as often as a uniform size and then a uniform set."""
     n = len(positions)
     common = lcm(*(comb(n, k) for k in range(1, n + 1)))
     return [
@@ -67,7 +68,7 @@ def every_mask(positions):
 
 
 def seen_through(table, masks, length):
-    """logp [M, length] and masked [M, length] of draws that mask the given sets."""
+    """logp [M, length] and masked [M, length] of draws that mask the sets in `masks`."""
     masked = np.array([[i in mask for i in range(length)] for mask in masks])
     seen = [bits(set(range(length)) - set(mask)) for mask in masks]
     logp = np.log([[table[i, context & ~(1 << i)] for i in range(length)] for context in seen])
@@ -75,13 +76,14 @@ def seen_through(table, masks, length):
 
 
 def enumerated(table, masks, length):
+    """The arguments (logp, masked, scored, block) of a bound, one draw for each set in `masks`."""
     logp, masked = seen_through(table, masks, length)
     return logp, masked, np.ones(length, bool), np.zeros(len(masks), np.int32)
 
 
 @pytest.fixture(scope='module', params=[1, 2, 3, 4])
 def tables(request):
-    """n, exact log p [T], and every bound of every table from all draws at once."""
+    """n, the tables, their exact log p [T], and all bounds [T] of each table from all draws."""
     n = request.param
     rng = np.random.default_rng(n)
     tables = [random_table(rng, n) for _ in range(TABLES)]
@@ -112,7 +114,7 @@ def test_renyi_bound_over_orders_lies_above_the_likelihood(tables):
 
 
 def test_plain_upper_bound_holds_from_beta_n_and_is_seen_broken_below(tables):
-    """At beta = 1 and n = 3 or 4 the constant left out is missed in 4 tables of 10."""
+    """At beta = 1 and n = 3 or 4 the bound without its constant fails in 4 of 10 tables."""
     n, _, log_p, bounds = tables
     for beta in (*BETAS, 8.0):
         broken = (log_p > bounds['eubo'][beta] + 1e-5).mean()
@@ -123,7 +125,7 @@ def test_plain_upper_bound_holds_from_beta_n_and_is_seen_broken_below(tables):
 
 
 def test_bounds_are_their_definitions_over_all_masks(tables):
-    """E over t of w 1(masked) f, by the count of masked positions, in float64."""
+    """Compares with E over t of w 1(masked) f, summed over masks in float64."""
     n, tables_, _, bounds = tables
     for row, table in enumerate(tables_[:10]):
         lower, upper = 0.0, {beta: np.zeros(n) for beta in BETAS}
@@ -176,17 +178,17 @@ def corrupted(corruption, keys, scored):
 
 def drawn(kind, draws, table, scored):
     """logp and masks of 4,000 examples corrupted by the real corruption, without a prompt."""
-    # Draw k does not depend on how many there are: 64 are made, and compiled, once.
+    # Draw k is the same for any number of draws, so one program draws 64 and the rest is cut.
     corruption = Corruption(kind, 64, 2, prompt_rate=0.0, perturb_completion=False)
-    found = corrupted(corruption, jax.random.split(jax.random.key(3), 4_000), scored)
-    found = jax.tree.map(lambda leaf: np.asarray(leaf)[:, :draws], found)
+    corruptions = corrupted(corruption, jax.random.split(jax.random.key(3), 4_000), scored)
+    masked, block = (np.asarray(x)[:, :draws] for x in (corruptions.masked, corruptions.block))
     length = len(scored)
     weights = 1 << np.arange(length)
-    seen = (~found.masked * weights).sum(-1)
-    # A token's own bit is dropped: the model does not see what it predicts.
+    seen = (~masked * weights).sum(-1)
+    # The bit of a token is cleared in its context, because the model does not see what it predicts.
     context = seen[..., None] & ~weights
     logp = np.log(table[np.arange(length), context]).astype(np.float32)
-    return logp, found.masked, found.block
+    return logp, masked, block
 
 
 def mean_and_error(values):
@@ -200,10 +202,10 @@ def test_released_elbo_is_unbiased_for_the_paper_elbo_under_uniform_corruption(d
     expected = PAPER.elbo(*enumerated(table, every_mask(range(4)), 4))
     scored = np.ones(4, bool)
     logp, masked, block = drawn('uniform', draws, table, scored)
-    found, error = mean_and_error(
+    mean, error = mean_and_error(
         jax.vmap(RELEASED.elbo, (0, 0, None, 0))(logp, masked, scored, block)
     )
-    assert abs(found - expected) < 4.5 * error
+    assert abs(mean - expected) < 4.5 * error
     assert error < 0.02 * abs(expected)
 
 
@@ -216,9 +218,10 @@ def test_single_draws_average_to_the_enumerated_elbo():
     assert_allclose(alone.mean(), PAPER.elbo(logp, masked, scored, block), rtol=1e-5)
 
 
-# beta -> M -> E[estimate] - value, in nats, for one table of three tokens (value -3.28 at beta 1,
-# -2.53 at 4). Above the value with one draw at small beta, where the estimate is the ELBO plus the
-# mean of (n/beta) log(n/|S|); below it with a few, because log is concave; then vanishing as 1/M.
+# beta -> M -> bias E[estimate] - value, in nats, for one table of three tokens (the value is -3.28
+# at beta 1 and -2.53 at 4). With one draw at small beta the bias is positive, since the estimate is
+# then the ELBO plus the mean of (n/beta) log(n/|S|). With a few draws the bias is negative, because
+# log is concave, and it vanishes as 1/M.
 BIAS = {
     1.0: {1: 0.958, 2: 0.031, 4: -0.254, 8: -0.149},
     4.0: {1: -0.926, 2: -0.630, 4: -0.344, 8: -0.149},
@@ -226,7 +229,7 @@ BIAS = {
 
 
 def expected_upper_bound(table, draws, beta):
-    """E of the estimate over all multisets of draws of a sequence of three tokens."""
+    """The expectation of the estimate over all multisets of draws of three tokens."""
     masks = [mask for k in (1, 2, 3) for mask in combinations(range(3), k)]
     chance = [1 / 3 / comb(3, len(mask)) for mask in masks]
     multisets = list(combinations_with_replacement(range(7), draws))
@@ -252,19 +255,19 @@ def test_monte_carlo_bias_of_the_upper_bound_is_as_recorded_and_dies_out_with_dr
         expected = expected_upper_bound(table, draws, beta)
         assert_allclose(expected - value, recorded, atol=2e-3)
         logp, masked, block = drawn('uniform', draws, table, scored)
-        found, error = mean_and_error(
+        mean, error = mean_and_error(
             jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
         )
-        assert abs(found - expected) < 4.5 * error
+        assert abs(mean - expected) < 4.5 * error
     logp, masked, block = drawn('uniform', 64, table, scored)
-    found, error = mean_and_error(
+    mean, error = mean_and_error(
         jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
     )
-    assert abs(found - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
+    assert abs(mean - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
 
 
 def block_truths(table, n, beta):
-    """log p, ELBO and EUBO of the block-autoregressive model, blocks of two, by enumeration."""
+    """Enumerated log p, ELBO and EUBO of the block-autoregressive model with blocks of two."""
     log_p, lower, upper = 0.0, 0.0, 0.0
     for start in range(0, n, 2):
         positions = range(start, min(start + 2, n))
@@ -283,7 +286,7 @@ def block_truths(table, n, beta):
 
 
 def every_block_draw(table, n):
-    """All draws of block corruption over four positions in two blocks, equally likely."""
+    """All draws of block corruption over four positions in two blocks, each equally likely."""
     blocks, masks = [], []
     for block, start in enumerate(range(0, n, 2)):
         positions = range(start, min(start + 2, n))
@@ -298,7 +301,7 @@ def every_block_draw(table, n):
 
 @pytest.mark.parametrize('n', [2, 3, 4])
 def test_block_bounds_are_their_definitions_and_sandwich_the_block_likelihood(n):
-    """With all draws at hand the estimate is the enumerated sum over blocks: no bias, no error."""
+    """From all draws the estimate is the enumerated sum over blocks, without bias or error."""
     rng = np.random.default_rng(11)
     for beta, _ in product((1.0, 2.0, 4.0), range(20)):
         table = random_table(rng, 4)
@@ -319,33 +322,35 @@ def test_block_elbo_is_unbiased_under_the_block_corruption_without_perturbation(
     _, lower, _ = block_truths(table, n, 1.0)
     scored = np.arange(4) < n
     logp, masked, block = drawn('block', draws, table, scored)
-    found, error = mean_and_error(
+    mean, error = mean_and_error(
         jax.vmap(BLOCKS.elbo, (0, 0, None, 0))(logp, masked, scored, block)
     )
-    assert abs(found - lower) < 4.5 * error
-    # The released estimate of the same draws is not: it scores later blocks as if they were drawn.
-    wrong, error = mean_and_error(
+    assert abs(mean - lower) < 4.5 * error
+    # The released estimate from the same draws is biased, because it also scores later blocks.
+    released_mean, error = mean_and_error(
         jax.vmap(PAPER.elbo, (0, 0, None, 0))(logp, masked, scored, block)
     )
-    assert abs(wrong - lower) > 10 * error
+    assert abs(released_mean - lower) > 10 * error
 
 
 def test_block_upper_bound_tends_to_its_definition_and_weighs_each_block_once():
-    """Under 64 draws a sequence the bias is small; with three draws over two blocks, one block has
-    two draws and the other one, and each counts for half."""
+    """With 64 draws the bias is small.
+
+    Of three draws over two blocks, two choose one block and one the other; each block counts half.
+    """
     table = random_table(np.random.default_rng(13), 4)
     scored = np.ones(4, bool)
     _, _, upper = block_truths(table, 4, 2.0)
     logp, masked, block = drawn('block', 64, table, scored)
-    found, error = mean_and_error(
+    mean, error = mean_and_error(
         jax.vmap(BLOCKS.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, 2.0)
     )
-    assert abs(found - upper) < 0.02 * abs(upper) + 4.5 * error
+    assert abs(mean - upper) < 0.02 * abs(upper) + 4.5 * error
     logp, masked, scored, block = every_block_draw(table, 4)
-    three = np.array([1, 3, 4])
-    alone = [
-        BLOCKS.eubo(logp[rows], masked[rows], scored, block[rows], 2.0)
-        for rows in (three[:2], three[2:])
+    chosen = np.array([1, 3, 4])  # two draws of the first block and one of the second
+    of_each_block = [
+        BLOCKS.eubo(logp[draws], masked[draws], scored, block[draws], 2.0)
+        for draws in (chosen[:2], chosen[2:])
     ]
-    together = BLOCKS.eubo(logp[three], masked[three], scored, block[three], 2.0)
-    assert_allclose(together, np.mean(alone), rtol=1e-6)
+    of_all_draws = BLOCKS.eubo(logp[chosen], masked[chosen], scored, block[chosen], 2.0)
+    assert_allclose(of_all_draws, np.mean(of_each_block), rtol=1e-6)

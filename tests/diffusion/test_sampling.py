@@ -51,9 +51,9 @@ def test_completions_are_the_published_ones_with_and_without_padding(tiny_llada,
     steps, length, block = map(int, re.findall(r'\d+', case)[:3])
     config = SamplingConfig(length, steps, block, 0.0, guidance=PUBLISHED[case])
     if padding:
-        # With a token there that must not be read.
+        # The padding holds a token that must not be read.
         prompt = np.concatenate([np.full((len(prompt), padding), 77, np.int32), prompt], axis=1)
-    found = jax.jit(
+    completion = jax.jit(
         lambda tokens, mask, keys: generate(
             hidden, unembed, tokens, mask, keys, config, ids.mask, ids.eos, jnp.ones(256, bool)
         )
@@ -62,22 +62,22 @@ def test_completions_are_the_published_ones_with_and_without_padding(tiny_llada,
         np.broadcast_to(np.arange(prompt.shape[1]) >= padding, prompt.shape),
         jax.random.split(jax.random.key(0), len(prompt)),
     )
-    assert_array_equal(found.tokens, expected)
+    assert_array_equal(completion.tokens, expected)
 
 
-# ---- A toy model: states mix all tokens by their distance, so that every token has its say and
-# ---- padding on the left shifts nothing. Small enough for a float64 copy in numpy.
+# ---- A toy model: its states mix all tokens by their distance, so that every token matters and
+# ---- padding on the left shifts nothing. It is small enough for a float64 copy in numpy.
 
 VOCABULARY, WIDTH = 19, 12
 EOS, MASK, FORBIDDEN = 1, 18, (0, 14)
-ALLOWED = ~np.isin(np.arange(VOCABULARY), FORBIDDEN)  # MASK is for the sampler to exclude
+ALLOWED = ~np.isin(np.arange(VOCABULARY), FORBIDDEN)  # the sampler itself has to exclude MASK
 _rng = np.random.default_rng(7)
 EMBEDDING = _rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
 UNEMBEDDING = _rng.normal(size=(WIDTH, VOCABULARY)).astype(np.float32)
 
 
 class Toy:
-    """logits = 2 tanh(mix) U + bias, with EOS, MASK and forbidden ids as likely as asked for."""
+    """logits = 2 tanh(mix) U + bias; the biases make EOS, MASK and forbidden ids more likely."""
 
     def __init__(self, eos_bias=-20.0, hidden_bias=1.5):
         self.bias = np.zeros(VOCABULARY, np.float32)
@@ -102,7 +102,7 @@ class Toy:
 
 
 def plain_loop(toy, prompt, key, config):
-    """One row without padding: tokens and commit steps, a list at a time, in float64."""
+    """Tokens and commit steps of one row without padding, by plain lists in float64."""
     sequence = [*prompt, *[MASK] * config.length]
     first = len(prompt)
     commit_step = [-1] * config.length
@@ -110,10 +110,10 @@ def plain_loop(toy, prompt, key, config):
     steps = config.steps // blocks
     for step in range(config.steps):
         block, within = divmod(step, steps)
-        begin = first + block * config.block_length
-        positions = range(begin, begin + config.block_length)
-        if config.stop_early and within == 0 and EOS in sequence[first:begin]:
-            for i in range(begin, len(sequence)):
+        block_start = first + block * config.block_length
+        positions = range(block_start, block_start + config.block_length)
+        if config.stop_early and within == 0 and EOS in sequence[first:block_start]:
+            for i in range(block_start, len(sequence)):
                 sequence[i] = EOS
             break
         logits = logits_in_numpy(toy, sequence)
@@ -130,12 +130,12 @@ def plain_loop(toy, prompt, key, config):
             probability = np.exp(logits[i] - logits[i].max())
             probability /= probability.sum()
             choices = [v for v in range(VOCABULARY) if ALLOWED[v] and v != MASK]
-            noisy = logits[i] + config.temperature * gumbel[i - begin]
+            noisy = logits[i] + config.temperature * gumbel[i - block_start]
             token[i] = max(choices, key=noisy.__getitem__)
             best = sorted((probability[v] for v in choices), reverse=True)
             score[i] = {
                 'low_confidence': probability[token[i]],
-                'random': at_random[i - begin],
+                'random': at_random[i - block_start],
                 'entropy': (probability * np.log(probability)).sum(),
                 'margin': best[0] - best[1],
             }[config.commit]
@@ -153,21 +153,22 @@ def logits_in_numpy(toy, sequence):
 
 
 def prompts(rows=5, length=6):
-    """Left-padded prompts of different lengths: tokens, mask."""
+    """Left-padded prompts of different lengths, as tokens and their mask."""
     rng = np.random.default_rng(2)
     mask = np.arange(length)[None, :] >= np.arange(rows)[:, None] % 4
     return rng.integers(2, 13, (rows, length)).astype(np.int32), mask
 
 
 def check(toy, config, seed=0):
+    """The completion by the sampler, after comparing it with `plain_loop` row by row."""
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(seed), len(tokens))
-    found = toy.generate(tokens, mask, keys, config)
+    completion = toy.generate(tokens, mask, keys, config)
     for row in range(len(tokens)):
         expected, steps = plain_loop(toy, tokens[row][mask[row]].tolist(), keys[row], config)
-        assert_array_equal(found.tokens[row], expected)
-        assert_array_equal(found.commit_step[row], steps)
-    return found
+        assert_array_equal(completion.tokens[row], expected)
+        assert_array_equal(completion.commit_step[row], steps)
+    return completion
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
@@ -184,10 +185,10 @@ def check(toy, config, seed=0):
     ],
 )
 def test_sampler_is_the_plain_loop(commit, temperature, steps, block):
-    found = check(Toy(), SamplingConfig(12, steps, block, temperature, commit))
-    tokens = np.asarray(found.tokens)
+    completion = check(Toy(), SamplingConfig(12, steps, block, temperature, commit))
+    tokens = np.asarray(completion.tokens)
     assert ALLOWED[tokens].all() and (tokens != MASK).all()
-    counts = np.bincount(np.asarray(found.commit_step).ravel()) / len(tokens)
+    counts = np.bincount(np.asarray(completion.commit_step).ravel()) / len(tokens)
     # The remainder goes to the first steps: 4 in 3 steps is 2, 1, 1 and 12 in 5 is 3, 3, 2, 2, 2.
     assert counts.tolist() == {12: [1] * 12, 9: [2, 1, 1] * 3, 5: [3, 3, 2, 2, 2]}[steps]
 
@@ -202,7 +203,7 @@ def test_forbidden_ids_keep_their_share_of_the_confidence():
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))
     config = SamplingConfig(12, 6, 12, 0.0)
-    found = check(Toy(), config)
+    completion = check(Toy(), config)
 
     class Cut(Toy):
         def unembed(self, states, xp=jnp):
@@ -210,7 +211,7 @@ def test_forbidden_ids_keep_their_share_of_the_confidence():
             return jnp.where(cut[None, None, :], -jnp.inf, super().unembed(states))
 
     other = Cut().generate(tokens, mask, keys, config)
-    assert (other.commit_step != found.commit_step).any()
+    assert (other.commit_step != completion.commit_step).any()
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
@@ -270,25 +271,26 @@ def test_a_prompt_alone_or_in_a_batch_padded_or_not_gives_the_same_tokens():
     batch = toy.generate(tokens, mask, keys, config)
     assert len(np.unique(batch.tokens, axis=0)) == len(tokens)
     for row in range(len(tokens)):
-        alone = tokens[row : row + 1, mask[row].argmax() :]
-        found = toy.generate(alone, np.ones_like(alone, bool), keys[row : row + 1], config)
-        assert_array_equal(found.tokens[0], batch.tokens[row])
-        assert_array_equal(found.commit_step[0], batch.commit_step[row])
+        prompt = tokens[row : row + 1, mask[row].argmax() :]
+        alone = toy.generate(prompt, np.ones_like(prompt, bool), keys[row : row + 1], config)
+        assert_array_equal(alone.tokens[0], batch.tokens[row])
+        assert_array_equal(alone.commit_step[0], batch.commit_step[row])
     order = np.array([3, 0, 4, 1, 2])
     shuffled = toy.generate(tokens[order], mask[order], keys[order], config)
     assert_array_equal(shuffled.tokens, np.asarray(batch.tokens)[order])
 
 
 def test_temperature_one_draws_from_the_distribution():
-    """One token, two thousand rows: frequencies against the softmax over what may be chosen."""
+    """Compares frequencies of one token in 2000 rows with the softmax over allowed tokens."""
     rows = 2_000
     prompt = np.broadcast_to(np.array([[4, 7]], np.int32), (rows, 2))
     keys = jax.random.split(jax.random.key(9), rows)
-    found = Toy().generate(prompt, np.ones_like(prompt, bool), keys, SamplingConfig(1, 1, 1, 1.0))
+    config = SamplingConfig(1, 1, 1, 1.0)
+    completion = Toy().generate(prompt, np.ones_like(prompt, bool), keys, config)
     logits = logits_in_numpy(Toy(), [4, 7, MASK])[2]
     logits[~ALLOWED] = logits[MASK] = -np.inf
     expected = np.exp(logits) / np.exp(logits).sum()
-    counts = np.bincount(np.asarray(found.tokens)[:, 0], minlength=VOCABULARY)
+    counts = np.bincount(np.asarray(completion.tokens)[:, 0], minlength=VOCABULARY)
     error = np.sqrt(expected * (1 - expected) / rows)
     assert (np.abs(counts / rows - expected) <= 5 * error + 1e-3).all()
 
@@ -310,8 +312,8 @@ def test_logits_that_are_not_finite_still_give_allowed_tokens_and_no_mask(commit
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))
     config = SamplingConfig(12, 6, 4, 0.5, commit)
-    found = np.asarray(Broken().generate(tokens, mask, keys, config).tokens)
-    assert ALLOWED[found].all() and (found != MASK).all()
+    completion = np.asarray(Broken().generate(tokens, mask, keys, config).tokens)
+    assert ALLOWED[completion].all() and (completion != MASK).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One of two processes that together hold a checkpoint: reads it, looks at its own shards, writes.
+"""One of two processes that hold a checkpoint together: it reads, checks its shards and writes.
 
 python -m tests.models.across_processes ROOT
 """
@@ -24,7 +24,7 @@ SIZES = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
 
 
 def adapters_on(mesh, config=None, lora=SIZES):
-    """Random adapters of a model, else of the checkpoint; the same on every mesh."""
+    """Random adapters, the same on every mesh, of a model or else of the tiny checkpoint."""
     config = dataclasses.replace(config or load_checkpoint(TINY)[0], lora=lora)
     rng = np.random.default_rng(0)
 
@@ -35,9 +35,9 @@ def adapters_on(mesh, config=None, lora=SIZES):
     return jax.tree.map(place, abstract_params(Transformer(config), mesh, collection=COLLECTION))
 
 
-def check_shards(found, expected):
-    """Each device holds its part of the expected values, and no more than that."""
-    for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def check_shards(arrays, expected):
+    """Asserts that each device holds its part of the expected values and nothing else."""
+    for array, whole in zip(jax.tree.leaves(arrays), jax.tree.leaves(expected), strict=True):
         assert len(array.sharding.device_set) == 8
         for shard in array.addressable_shards:
             assert shard.data.shape == array.sharding.shard_shape(array.shape)
@@ -49,13 +49,13 @@ def main(root: Path) -> None:
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     _, _, params = load_checkpoint(TINY, mesh)
     check_shards(params, load_checkpoint(TINY)[2])
-    out = root / str(jax.process_index())  # only the first process is to write
+    out = root / str(jax.process_index())  # only the first process may write
     save_checkpoint(out, params, TINY, shard_bytes=40_000)
     adapters = adapters_on(mesh)
     save_adapter(out / 'adapter', adapters, SIZES, 'base')
     merged = root / 'merged' / str(jax.process_index())
     save_checkpoint(merged, params, TINY, adapters=adapters, lora=SIZES)
-    export(root / '0', TINY, root / 'exported', whole=False)  # the same place for both
+    export(root / '0', TINY, root / 'exported', whole=False)  # to one place from both
     config, _, again = load_checkpoint(root / '0', mesh)
     check_shards(again, load_checkpoint(TINY)[2])
     _, adapters = load_adapter(root / '0' / 'adapter', config, mesh)

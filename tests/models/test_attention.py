@@ -1,7 +1,7 @@
 """Every implementation of attention against a loop over the formula, on one device and on a mesh.
 
-The kernel for TPUs is interpreted here; that for CUDA gets its arguments checked by the portable
-implementation of the function it calls.
+The kernel for TPUs is interpreted here. For CUDA the portable implementation of the function that
+calls the kernel runs on the same arguments.
 """
 
 from functools import partial
@@ -20,51 +20,51 @@ from spg_jax.models.splash import splash_attention
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from tests.meshes import mesh_of
 
-HERE = {  # what of each implementation runs on a CPU
+HERE = {  # implementation -> the form of it that runs on a CPU
     'einsum': partial(attention, implementation='einsum'),
     'folded': partial(attention, implementation='folded'),
     'splash': partial(splash_attention, interpret=True),
     'cudnn': partial(cudnn_attention, implementation='xla'),
 }
-PRECISE = ('einsum', 'folded', 'splash')  # those that compute in float32, too
+PRECISE = ('einsum', 'folded', 'splash')  # implementations that also compute in float32
 
 
 def inputs(L, N, K, dtype='float32', H=4, pads=(0, 3, 0, 1)):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(len(pads), L, n, H)), dtype) for n in (N, K, K))
-    # Padding holds junk of its own size, which must not count.
+    # Padding holds values of another magnitude, which must not count.
     valid = np.arange(L)[None, :] >= np.asarray(pads)[:, None]
     k, v = (jnp.where(valid[:, :, None, None], x, 30 * x) for x in (k, v))
     return q, k, v, jnp.asarray(valid)
 
 
 def loop(q, k, v, valid):
-    """Row by row, head by head, query by query in float64."""
+    """Attention row by row, head by head and query by query, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for row, position, head in np.ndindex(q.shape[:3]):
-        real, shared = np.asarray(valid[row]), head // (q.shape[2] // k.shape[2])
-        weights = np.exp(k[row, real, shared] @ q[row, position, head] / np.sqrt(q.shape[3]))
-        out[row, position, head] = weights / weights.sum() @ v[row, real, shared]
+        real, kv_head = np.asarray(valid[row]), head // (q.shape[2] // k.shape[2])
+        weights = np.exp(k[row, real, kv_head] @ q[row, position, head] / np.sqrt(q.shape[3]))
+        out[row, position, head] = weights / weights.sum() @ v[row, real, kv_head]
     return out
 
 
 def outcome(implementation, q, k, v, valid):
-    """Output, and gradients of a sum that weighs every entry differently."""
+    """The output, and the gradients of a sum that weighs every entry differently."""
     weights = np.random.default_rng(1).normal(size=q.shape)
 
-    def weighed(q, k, v):
+    def weighted(q, k, v):
         mixed = HERE[implementation](q, k, v, valid)
         return jnp.sum(mixed.astype(jnp.float32) * weights), mixed
 
-    (_, mixed), gradients = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(q, k, v)
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
     return mixed, gradients
 
 
 @pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize(('N', 'K'), [(4, 2), (2, 2), (3, 1)])
 def test_output_is_the_formula(implementation, N, K):
-    """An odd length; cuDNN takes even ones only."""
+    """The length is odd, although cuDNN accepts even lengths only."""
     exact = implementation in PRECISE
     arrays = inputs(7, N, K, 'float32' if exact else 'bfloat16')
     mixed = jax.jit(HERE[implementation])(*arrays)
@@ -75,49 +75,50 @@ def test_output_is_the_formula(implementation, N, K):
 
 @pytest.mark.parametrize('implementation', ['splash', 'folded'])
 def test_gradients_equal_those_of_the_formula(implementation):
-    """Along a direction by differences of the loop, entry by entry by einsum's derivative."""
+    """Compares with differences of the loop along a direction, and with einsum entry by entry."""
     arrays = inputs(5, 4, 2)
-    _, found = outcome(implementation, *arrays)
+    _, gradients = outcome(implementation, *arrays)
     _, expected = outcome('einsum', *arrays)
-    jax.tree.map(partial(assert_allclose, atol=5e-6), found, expected)
+    jax.tree.map(partial(assert_allclose, atol=5e-6), gradients, expected)
 
     weights = np.random.default_rng(1).normal(size=arrays[0].shape)
     exact = [np.asarray(x, np.float64) for x in arrays[:3]]
     rng = np.random.default_rng(2)
     directions = [rng.normal(size=x.shape) for x in exact]
 
-    def moved(step):
-        there = (x + step * d for x, d in zip(exact, directions, strict=True))
-        return np.sum(weights * loop(*there, arrays[3]))
+    def weighted_sum_at(step):
+        point = (x + step * d for x, d in zip(exact, directions, strict=True))
+        return np.sum(weights * loop(*point, arrays[3]))
 
-    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(found, directions, strict=True))
-    assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-5)
+    slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(gradients, directions, strict=True))
+    difference = weighted_sum_at(1e-5) - weighted_sum_at(-1e-5)
+    assert_allclose(slope, difference / 2e-5, rtol=1e-5)
 
 
 def test_splash_over_several_blocks_equals_einsum(monkeypatch):
-    """Two blocks, the last one filled up; in one row the first holds nothing but padding."""
+    """There are two blocks, and the last is padded; in one row the first holds only padding."""
     monkeypatch.setattr(splash, 'LARGEST_BLOCK', 128)
     arrays = inputs(141, 4, 2, pads=(130, 0))
-    found, expected = outcome('splash', *arrays), outcome('einsum', *arrays)
-    jax.tree.map(partial(assert_allclose, atol=2e-5), found, expected)
+    actual, expected = outcome('splash', *arrays), outcome('einsum', *arrays)
+    jax.tree.map(partial(assert_allclose, atol=2e-5), actual, expected)
 
 
 @pytest.mark.parametrize('implementation', ['splash', 'cudnn'])
 def test_bfloat16_on_a_mesh_equals_einsum_on_one_device(implementation):
-    """Rows over data and fsdp, query and key/value heads over tensor."""
+    """Rows are split over data and fsdp, query and key/value heads over tensor."""
     q, k, v, valid = inputs(7, 4, 2, 'bfloat16')
     expected = outcome('einsum', q, k, v, valid)
     mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
     heads = jax.NamedSharding(mesh, jax.P(sharding.ROWS, None, 'tensor'))
     with jax.set_mesh(mesh):
-        found = outcome(implementation, *jax.device_put((q, k, v), heads), valid)
+        actual = outcome(implementation, *jax.device_put((q, k, v), heads), valid)
     if implementation == 'splash':
-        assert found[0].sharding.is_equivalent_to(heads, 4)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype == jnp.bfloat16
-        # Both round scores' weights or their sums to 8 bits, each in its own place.
-        close = {'rtol': 2**-6, 'atol': 2**-6 * np.abs(np.asarray(other, np.float64)).max()}
-        assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), **close)
+        assert actual[0].sharding.is_equivalent_to(heads, 4)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype == jnp.bfloat16
+        # Both round weights or sums of weights to 8 bits, but at different steps.
+        tolerance = {'rtol': 2**-6, 'atol': 2**-6 * np.abs(np.asarray(y, np.float64)).max()}
+        assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), **tolerance)
 
 
 @pytest.mark.parametrize('implementation', HERE)
@@ -129,7 +130,7 @@ def test_a_row_of_padding_is_finite(implementation):
 
 
 def test_splash_in_the_transformer_on_a_mesh_equals_einsum_on_one_device(monkeypatch):
-    """In the scan over layers, where parameters are made on one row."""
+    """Covers the scan over layers, and parameters that are initialised on one row."""
     interpreted = partial(splash_attention, interpret=True)
     monkeypatch.setitem(implementations, 'splash', interpreted)
     sizes = {'width': 16, 'layers': 2, 'heads': 4, 'kv_heads': 2, 'mlp_width': 8}
@@ -140,17 +141,17 @@ def test_splash_in_the_transformer_on_a_mesh_equals_einsum_on_one_device(monkeyp
         model = Transformer(TransformerConfig(12, **sizes, attention=implementation))
         with jax.set_mesh(mesh):
             params = sharding.init_params(model, jax.random.key(0), mesh)
-            given = sharding.put_batch(mesh, (tokens, valid))
+            batch = sharding.put_batch(mesh, (tokens, valid))
 
             def loss(params):
-                logits = model.apply({'params': params}, *given)
-                return jnp.sum(jax.nn.log_softmax(logits)[..., 3] * given[1])
+                logits = model.apply({'params': params}, *batch)
+                return jnp.sum(jax.nn.log_softmax(logits)[..., 3] * batch[1])
 
             return jax.device_get(jax.jit(jax.grad(loss))(params))
 
     expected = gradient(mesh_of(), 'einsum')
-    found = gradient(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), 'splash')
-    jax.tree.map(partial(assert_allclose, atol=1e-5), found, expected)
+    actual = gradient(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), 'splash')
+    jax.tree.map(partial(assert_allclose, atol=1e-5), actual, expected)
 
 
 def test_the_platform_decides():
@@ -158,12 +159,11 @@ def test_the_platform_decides():
         assert resolve('auto', platform) == fastest
         assert resolve('einsum', platform) == 'einsum'
     assert resolve('auto', 'cuda') == 'cudnn'
-    assert resolve('auto', 'gpu', 'float32') == 'einsum'  # in which cuDNN does not compute
+    assert resolve('auto', 'gpu', 'float32') == 'einsum'  # cuDNN does not compute in float32
     assert resolve('auto', 'tpu', 'float32') == 'splash'
-    assert resolve('xla', 'tpu') == 'splash'  # the name that older runs hold
 
 
-def test_what_cannot_be_says_what_to_use():
+def test_impossible_implementations_are_refused_with_the_fix():
     with pytest.raises(ValueError, match="'metal'; use einsum"):
         resolve('auto', 'metal')
     with pytest.raises(ValueError, match="'flash' does not exist; use one of auto, einsum"):
@@ -172,7 +172,7 @@ def test_what_cannot_be_says_what_to_use():
         attention(*inputs(4, 2, 2), 'cudnn')
 
 
-def test_without_cudnn_the_message_says_what_to_use(monkeypatch):
+def test_the_message_without_cudnn_says_what_to_use(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError('cuDNN is not detected.')
 

@@ -1,4 +1,4 @@
-"""Adapters: they start as nothing, act as merged kernels do, and alone are trained."""
+"""Adapters change nothing at first, act like merged kernels, and are the only trained part."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ SIZES = LoRA(rank=4, alpha=6.0)
 
 
 def adapted(lora=SIZES, mesh=None):
-    """A policy, and one that adds random adapters to it; its two collections."""
+    """A policy without adapters, the same with new adapters, and the collections of the latter."""
     mesh = mesh or mesh_of()
     plain = Policy(CONFIG, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
     variables = {'params': sharding.init_params(plain.model, jax.random.key(0), mesh)}
@@ -28,7 +28,7 @@ def adapted(lora=SIZES, mesh=None):
 
 
 def noisy(variables):
-    """The same with factors far from where they start."""
+    """The same collections with random factors instead of the initial ones."""
     rng = np.random.default_rng(2)
 
     def noise(x):
@@ -57,7 +57,7 @@ def test_new_adapters_change_nothing_at_all():
 
 @pytest.mark.parametrize('targets', [TARGETS, ('query', 'down')])
 def test_adapters_act_as_kernels_with_their_product_added(targets):
-    """Kernels summed here in numpy, layer by layer, in a model without adapters."""
+    """Compares with a model without adapters, whose kernels are summed in numpy layer by layer."""
     plain, policy, variables = adapted(dataclasses.replace(SIZES, targets=targets))
     variables = noisy(variables)
     assert set(variables[COLLECTION]['layers']) == set(targets)
@@ -86,16 +86,17 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert set(np.unique(out).round(4)) == {0.0, np.float32(1 / 0.7).round(4)}
     assert_allclose(np.mean(out == 0, axis=(1, 2)), 0.3, atol=0.03)
     assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50))), jnp.ones((4, 60, 50)))
-    # A token's mask is its key's, wherever it stands; tokens and targets have masks of their own.
-    turned = adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1, ::-1])
-    assert_array_equal(turned, out[::-1, ::-1])
+    # What is dropped depends on the key of a token and not on its position, and differs between
+    # tokens and between targets.
+    reversed_out = adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1, ::-1])
+    assert_array_equal(reversed_out, out[::-1, ::-1])
     assert len(np.unique(out.reshape(-1, 50), axis=0)) == 240
     other = Adapter(50, ('embed', 'heads'), lora, 'key').apply(eye, jnp.ones((4, 60, 50)), keys)
     assert (other != out).any(axis=(1, 2)).all()
 
 
 def test_every_layer_drops_by_a_key_of_its_own():
-    """A plain loop over the layers, each with its part of the row's key."""
+    """Compares with a plain loop over the layers, each with its keys split from those of rows."""
     lora = dataclasses.replace(SIZES, dropout=0.5)
     _, policy, variables = adapted(lora)
     variables, (tokens, valid) = noisy(variables), inputs()
@@ -104,18 +105,18 @@ def test_every_layer_drops_by_a_key_of_its_own():
     x = variables['params']['embedding'][tokens]
     rotary = rotary_table(valid, config.head_dim, config.rope_theta)
     for layer in range(config.layers):
-        own = [
+        layer_keys = [
             [
                 jax.random.split(jax.random.fold_in(key, position), config.layers)[layer]
                 for position in np.maximum(np.cumsum(row) - 1, 0)  # inputs are padded on the left
             ]
             for key, row in zip(keys, np.asarray(valid), strict=True)
         ]
-        own = jnp.stack([jnp.stack(row) for row in own])
+        layer_keys = jnp.stack([jnp.stack(row) for row in layer_keys])
         of_layer = jax.tree.map(
             lambda x, i=layer: x[i], {name: variables[name]['layers'] for name in variables}
         )
-        x, _ = jax.jit(Block(config).apply)(of_layer, x, rotary, valid, own)
+        x, _ = jax.jit(Block(config).apply)(of_layer, x, rotary, valid, layer_keys)
     norm = RMSNorm(config.norm_eps)
     x = norm.apply({'params': variables['params']['final_norm']}, x)
     assert_allclose(run(policy, variables, keys), x, atol=2e-4)
@@ -127,13 +128,13 @@ def test_more_padding_drops_the_same():
     tokens, valid = inputs()
     keys = jax.random.split(jax.random.key(5), 8)
     padded = [np.pad(np.asarray(x), ((0, 0), (3, 0))) for x in (tokens, valid)]
-    found = jax.jit(policy.hidden)(noisy(variables), *padded, keys)[:, 3:]
+    hidden = jax.jit(policy.hidden)(noisy(variables), *padded, keys)[:, 3:]
     expected = run(policy, noisy(variables), keys)
-    assert_allclose(found[valid], expected[valid], atol=2e-5)
+    assert_allclose(hidden[valid], expected[valid], atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ('change', 'said'),
+    ('change', 'message'),
     [
         ({'rank': -1}, 'lora.rank is -1'),
         ({'alpha': 0.0}, 'lora.alpha is 0.0'),
@@ -143,8 +144,8 @@ def test_more_padding_drops_the_same():
         ({'targets': ('up', 'up')}, 'lora.targets'),
     ],
 )
-def test_impossible_sizes_are_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_sizes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(SIZES, **change)
 
 

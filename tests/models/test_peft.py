@@ -1,4 +1,4 @@
-"""Adapters and checkpoints leave in the layouts others read, and come back as they were."""
+"""Adapters and checkpoints are written in published layouts, and read back unchanged."""
 
 import dataclasses
 import json
@@ -53,12 +53,12 @@ def test_adapters_are_written_as_peft_reads_them(saved):
     name = 'base_model.model.model.transformer.blocks.{}.{}.lora_{}.weight'
     modules = {'query': 'q_proj', 'up': 'up_proj', 'attention_out': 'attn_out'}
     assert len(tensors) == 3 * 2 * config.layers
-    for ours, theirs in modules.items():
+    for target, module in modules.items():
         for layer in range(config.layers):
-            factors = adapters['layers'][ours]['adapter']
-            assert_array_equal(tensors[name.format(layer, theirs, 'A')], factors['a'][layer].T)
-            assert_array_equal(tensors[name.format(layer, theirs, 'B')], factors['b'][layer].T)
-    described = json.loads((directory / CONFIG).read_text())
+            factors = adapters['layers'][target]['adapter']
+            assert_array_equal(tensors[name.format(layer, module, 'A')], factors['a'][layer].T)
+            assert_array_equal(tensors[name.format(layer, module, 'B')], factors['b'][layer].T)
+    settings = json.loads((directory / CONFIG).read_text())
     expected = {
         'peft_type': 'LORA',
         'r': 4,
@@ -67,11 +67,11 @@ def test_adapters_are_written_as_peft_reads_them(saved):
         'base_model_name_or_path': 'the/base',
         'bias': 'none',
     }
-    assert described | expected == described
+    assert settings | expected == settings
 
 
 def test_peft_puts_adapters_on_what_has_one_and_nothing_else(tmp_path):
-    """PEFT matches an expression with the whole name of a module."""
+    """PEFT matches a regular expression with the whole name of a module."""
     config, _, _ = load_checkpoint(TINY)
     down = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
     save_adapter(tmp_path, zeros_of(config, down), down, 'the/base')
@@ -86,23 +86,23 @@ def test_peft_puts_adapters_on_what_has_one_and_nothing_else(tmp_path):
 @pytest.mark.parametrize('sizes', [None, (1, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_adapters_come_back_on_any_mesh(saved, sizes):
     directory, config, adapters = saved
-    lora, found = load_adapter(directory, config, mesh_of(*sizes) if sizes else None)
+    lora, loaded = load_adapter(directory, config, mesh_of(*sizes) if sizes else None)
     assert set(lora.targets) == set(SIZES.targets)
     assert (lora.rank, lora.alpha, lora.dropout) == (4, 2.0, 0.05)
-    jax.tree.map(assert_array_equal, found, adapters)
+    jax.tree.map(assert_array_equal, loaded, adapters)
 
 
 def test_target_modules_the_architecture_does_not_have_are_no_error(saved):
     """Published adapters of LLaDA name o_proj, gate_proj and down_proj, which match nothing."""
     directory, config, adapters = saved
     change(directory, target_modules=['q_proj', 'up_proj', 'attn_out', 'o_proj', 'gate_proj'])
-    _, found = load_adapter(directory, config)
-    jax.tree.map(assert_array_equal, found, adapters)
+    _, loaded = load_adapter(directory, config)
+    jax.tree.map(assert_array_equal, loaded, adapters)
 
 
-def change(directory, **settings):
-    described = json.loads((directory / CONFIG).read_text()) | settings
-    (directory / CONFIG).write_text(json.dumps(described))
+def change(directory, **changes):
+    settings = json.loads((directory / CONFIG).read_text()) | changes
+    (directory / CONFIG).write_text(json.dumps(settings))
 
 
 def retensor(function):
@@ -118,7 +118,7 @@ NAME = 'base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight'
 
 
 @pytest.mark.parametrize(
-    ('damage', 'said'),
+    ('damage', 'message'),
     [
         (lambda d: (d / CONFIG).unlink(), 'adapter_config.json does not exist'),
         (lambda d: (d / WEIGHTS).unlink(), 'adapter_model.safetensors does not exist'),
@@ -136,10 +136,10 @@ NAME = 'base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight'
         (retensor(lambda t: t.clear()), 'holds no tensor'),
     ],
 )
-def test_what_does_not_fit_says_so(saved, damage, said):
+def test_adapters_that_do_not_fit_are_refused(saved, damage, message):
     directory, config, _ = saved
     damage(directory)
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_adapter(directory, config)
     assert '\n' not in str(error.value)
 
@@ -159,7 +159,7 @@ def test_nothing_is_read_of_an_adapter_of_which_something_does_not_fit(saved, mo
 
 
 @pytest.mark.parametrize(
-    ('other', 'said'),
+    ('changes', 'message'),
     [
         ({'rank': 8}, 'rank 4, .* asks for rank 8; set --config.lora.rank=4, or'),
         (
@@ -173,44 +173,44 @@ def test_nothing_is_read_of_an_adapter_of_which_something_does_not_fit(saved, mo
         ),
     ],
 )
-def test_adapters_other_than_those_configured_are_refused(saved, other, said):
+def test_adapters_other_than_those_configured_are_refused(saved, changes, message):
     directory, config, _ = saved
     lora, adapters = load_adapter(directory, config)
     policy = Policy(
         dataclasses.replace(config, lora=lora), 250, 1, np.ones(config.vocab_size, bool)
     )
-    wanted = dataclasses.replace(lora, **other)
-    with pytest.raises(ValueError, match=said) as error:
-        with_adapters(policy, {COLLECTION: adapters}, wanted, 0, mesh_of())
+    configured = dataclasses.replace(lora, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        with_adapters(policy, {COLLECTION: adapters}, configured, 0, mesh_of())
     assert '\n' not in str(error.value)
 
 
 def tensors_of(directory):
-    found = {}
+    tensors = {}
     for path in directory.glob('*.safetensors'):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 @pytest.mark.parametrize('shard_bytes', [10**9, 40_000])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_checkpoint_leaves_as_it_came(tmp_path, shard_bytes, dtype):
-    """Bit for bit, in one file or in shards, from parameters split over 8 devices."""
+    """The file or the shards are equal bit for bit, from parameters split over 8 devices."""
     source = tmp_path / 'source'
     source.mkdir()
     original = load_file(TINY / 'model.safetensors')
     if dtype == 'bfloat16':
         original = {name: x.astype(ml_dtypes.bfloat16) for name, x in original.items()}
     save_file(original, source / 'model.safetensors')
-    described = json.loads((TINY / 'config.json').read_text()) | {'torch_dtype': dtype}
-    (source / 'config.json').write_text(json.dumps(described))
+    published = json.loads((TINY / 'config.json').read_text()) | {'torch_dtype': dtype}
+    (source / 'config.json').write_text(json.dumps(published))
     _, _, params = load_checkpoint(source, mesh_of(2, 2, 2))
     save_checkpoint(tmp_path / 'out', params, source, shard_bytes)
-    found = tensors_of(tmp_path / 'out')
-    assert found.keys() == original.keys()
+    written = tensors_of(tmp_path / 'out')
+    assert written.keys() == original.keys()
     for name, value in original.items():
-        assert found[name].dtype == value.dtype
-        assert_array_equal(found[name].view(np.uint8), value.view(np.uint8))
+        assert written[name].dtype == value.dtype
+        assert_array_equal(written[name].view(np.uint8), value.view(np.uint8))
     assert (len(list((tmp_path / 'out').glob('*.safetensors'))) > 1) == (shard_bytes < 10**9)
     _, _, again = load_checkpoint(tmp_path / 'out')
     jax.tree.map(assert_array_equal, again, jax.device_get(params))

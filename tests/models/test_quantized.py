@@ -1,4 +1,4 @@
-"""A quantised base is its dequantised kernels in an ordinary model, in fewer bytes, and frozen."""
+"""A quantised base is frozen and acts like its dequantised kernels, which take more bytes."""
 
 import dataclasses
 import functools
@@ -29,15 +29,17 @@ from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
 SIZES = LoRA(rank=4, alpha=8.0)
-# Of one layer's kernels in the published checkpoint, and what its columns are cut into.
-SHAPES = [(64, 64), (64, 160), (160, 64)]
+SHAPES = [(64, 64), (64, 160), (160, 64)]  # of the kernels of one layer
 BITS = {'int8': 8, 'int4': 4, 'nf4': 4}
-TILES = {'int8': (64, 160), 'int4': (64, 32), 'nf4': (64, 32)}  # of 64 inputs, and of 160
+# Format -> tile of a kernel with 64 inputs, and of one with 160.
+TILES = {'int8': (64, 160), 'int4': (64, 32), 'nf4': (64, 32)}
 
 
 def nf4_levels():
-    """Quantiles of a normal distribution, eight above 0 and seven below, over the largest: NF4 as
-    its authors make it (arXiv 2305.14314, section 3, and their code)."""
+    """The levels of NF4 as its authors compute them (arXiv 2305.14314, section 3, and their code).
+
+    They are quantiles of a normal distribution, eight above 0 and seven below, over the largest.
+    """
     above = norm.ppf(np.linspace(0.9677083, 0.5, 9)[:-1])
     below = -norm.ppf(np.linspace(0.9677083, 0.5, 8)[:-1])
     return np.sort(np.concatenate([below, [0.0], above])) / above[0]
@@ -53,7 +55,7 @@ def published(tmp_path_factory):
 
 @functools.cache
 def load(directory, name, *sizes, lora=None):
-    """The policy and its collections, with new adapters if their sizes are given."""
+    """The policy and its collections, with new adapters if `lora` is not None."""
     mesh = mesh_of(*sizes)
     policy, _, variables = policies.load_policy(directory, mesh, quantize=name)
     return with_adapters(policy, variables, lora, 0, mesh)
@@ -75,7 +77,7 @@ def logits(policy, variables, mesh=None):
 
 
 def by_hand(kernel, name):
-    """Codes, scale and values [layers, in, out] of a stored kernel, in numpy."""
+    """Codes, scales and values [layers, in, out] of a stored kernel, computed in numpy."""
     codes = np.asarray(kernel.qvalue).astype(np.int32)
     tile = codes.shape[1] // kernel.scale.shape[1]
     scale = np.repeat(np.asarray(kernel.scale), tile, axis=1)
@@ -88,15 +90,15 @@ def test_kernels_and_nothing_else_are_within_half_a_step_of_what_was_published(p
     _, variables = load(published, name)
     stored = variables['params']
     for path, leaf in jax.tree_util.tree_leaves_with_path(original):
-        found = stored
+        stored_leaf = stored
         for key in path:
-            found = found[key.key]
+            stored_leaf = stored_leaf[key.key]
         if path[-1].key != 'kernel':
-            assert_array_equal(found, leaf)
+            assert_array_equal(stored_leaf, leaf)
             continue
-        codes, scale, values = by_hand(found, name)
+        codes, scale, values = by_hand(stored_leaf, name)
         tile = TILES[name][leaf.shape[1] == 160]
-        assert found.scale.shape == (2, leaf.shape[1] // tile, leaf.shape[2])
+        assert stored_leaf.scale.shape == (2, leaf.shape[1] // tile, leaf.shape[2])
         tiles = leaf.reshape(2, -1, tile, leaf.shape[2])
         largest = np.repeat(np.abs(tiles).max(2), tile, axis=1)
         assert_allclose(scale, largest / {'int8': 127.5, 'int4': 7.5, 'nf4': 1}[name], rtol=1e-6)
@@ -107,7 +109,7 @@ def test_kernels_and_nothing_else_are_within_half_a_step_of_what_was_published(p
         else:
             step = 1
         assert np.all(np.abs(values - leaf) <= (step / 2 + 1e-4) * scale)
-        # Every code is used: as many bits as its name says, and not fewer.
+        # Nearly all codes occur, so the format really uses all of its bits.
         assert len(np.unique(codes)) > 0.9 * 2 ** BITS[name]
 
 
@@ -150,11 +152,11 @@ def test_only_adapters_learn_and_they_start_from_the_base_itself(published):
     assert set(state.trained) == {COLLECTION} and set(state.frozen) == {'params'}
 
     def loss(trained, frozen, plain):
-        used = policy if plain is None else plain
-        return jnp.mean(jnp.sin(used.hidden(frozen | trained, *inputs())))
+        model = policy if plain is None else plain
+        return jnp.mean(jnp.sin(model.hidden(frozen | trained, *inputs())))
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)(state.trained, state.frozen, None)
-    # The first step is B's alone; A's gradient is 0 as long as B is.
+    # The first step changes B only, because the gradient of A is 0 while B is 0.
     for target in TARGETS:
         factors = gradient[COLLECTION]['layers'][target][ADAPTER]
         assert np.any(np.asarray(factors['b']) != 0) and not np.any(np.asarray(factors['a']))
@@ -170,7 +172,7 @@ def test_only_adapters_learn_and_they_start_from_the_base_itself(published):
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_the_backward_pass_keeps_no_dequantised_kernels(remat):
-    """What is saved between the passes: no float array has the shape of a layer's kernels."""
+    """No float array that is saved for the backward pass has the shape of a layer's kernels."""
     config = TransformerConfig(20, 24, 3, 6, 2, 40, quantize='nf4', remat=remat, lora=SIZES)
     policy = Policy(config, 0, 1, np.ones(20, bool))
     variables = {
@@ -193,7 +195,7 @@ def test_the_backward_pass_keeps_no_dequantised_kernels(remat):
 
 @pytest.mark.parametrize('name', FORMATS)
 def test_a_base_takes_the_bytes_of_its_format(published, name):
-    """And for each tile of a column a scale in float32."""
+    """In addition there is a float32 scale for each tile of a column."""
     _, variables = load(published, name)
     kernels = {target: variables['params']['layers'][target]['kernel'] for target in TARGETS}
     sizes = [(64, 64)] * 4 + [(64, 160)] * 2 + [(160, 64)]
@@ -216,23 +218,23 @@ def test_a_policy_trained_here_is_quantised_when_it_is_read(tmp_path):
 
 
 def test_one_tensor_at_a_time_is_in_full_precision(published, monkeypatch):
-    """While a checkpoint is read no kernel but the one at hand is in floating point."""
-    at_hand = []
-    others = {id(x) for x in jax.live_arrays()}
+    """While a checkpoint is read, at most one kernel is in floating point."""
+    float_kernels = []
+    earlier_arrays = {id(x) for x in jax.live_arrays()}
 
-    def blocked(x):
+    def recording_wait(x):
         kernels = [
             x
             for x in jax.live_arrays()
-            if id(x) not in others and x.dtype == np.float32 and x.shape[-2:] in SHAPES
+            if id(x) not in earlier_arrays and x.dtype == np.float32 and x.shape[-2:] in SHAPES
         ]
-        at_hand.append(len(kernels))
-        return waited(x)
+        float_kernels.append(len(kernels))
+        return wait(x)
 
-    waited = jax.block_until_ready
-    monkeypatch.setattr(jax, 'block_until_ready', blocked)
+    wait = jax.block_until_ready
+    monkeypatch.setattr(jax, 'block_until_ready', recording_wait)
     load.__wrapped__(published, 'int8')
-    assert max(at_hand) == 1 and at_hand.count(1) == 2 * 7  # layers, kernels
+    assert max(float_kernels) == 1 and float_kernels.count(1) == 2 * 7  # layers, kernels
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_without_qwix_the_package_to_install_is_named(monkeypatch):
 
 
 def test_pretraining_ignores_the_format_of_frozen_bases(tmp_path):
-    """The base of a task is one and the same, and in full precision, for every format."""
+    """A task has the same base, in full precision, for every format."""
     config = countdown.get_config('tiny')
     config.base.cache = str(tmp_path)
     plain = base_directory(config)

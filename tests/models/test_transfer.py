@@ -23,8 +23,11 @@ from tests.processes import finish, start_pair
 
 @pytest.fixture(scope='module')
 def proportioned(tmp_path_factory):
-    """A bfloat16 checkpoint with the proportions of LLaDA-8B, each width a 32nd, and the bytes of
-    its largest tensor: the embedding, two thirds of the gate kernels of 16 layers."""
+    """A bfloat16 checkpoint, and the bytes of its largest tensor.
+
+    It has the proportions of LLaDA-8B with each width divided by 32. Its largest tensor is the
+    embedding, with two thirds of the bytes of the gate kernels of all 16 layers.
+    """
     directory = tmp_path_factory.mktemp('proportioned')
     published = json.loads((TINY / 'config.json').read_text())
     published |= dict(d_model=128, n_layers=16, mlp_hidden_size=384, torch_dtype='bfloat16')
@@ -42,12 +45,12 @@ def proportioned(tmp_path_factory):
 
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
 def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
-    """Python's own account of its memory, in which arrays of the devices do not appear."""
+    """tracemalloc counts the memory of Python, in which arrays on devices do not appear."""
     directory, largest = proportioned
     mesh = mesh_of(*sizes)
 
     def move() -> tuple[int, int]:
-        """Most bytes held while reading, and while writing."""
+        """The peak of bytes held while reading, and while writing."""
         tracemalloc.reset_peak()
         _, _, params = load_checkpoint(directory, mesh)
         _, reading = tracemalloc.get_traced_memory()
@@ -55,7 +58,7 @@ def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
         save_checkpoint(tmp_path, params, directory)
         return reading, tracemalloc.get_traced_memory()[1]
 
-    move()  # compiles; what the compiler keeps does not count
+    move()  # compiles, so that the memory of the compiler does not count below
     tracemalloc.start()
     try:
         reading, writing = move()
@@ -66,51 +69,53 @@ def test_the_host_never_holds_a_stack_of_layers(proportioned, tmp_path, sizes):
 
 
 def assert_merged(directory, params, adapters, sizes, rtol=1e-5):
-    """The checkpoint is what was read, but for kernels that have an adapter, in the same types."""
-    _, _, found = load_checkpoint(directory)
+    """Asserts that a checkpoint holds `params`, with adapters merged, in the same types."""
+    _, _, merged = load_checkpoint(directory)
     expected = jax.tree.map(lambda x: np.array(x, np.float32), params)
     for target in sizes.targets:
-        own = jax.device_get(adapters['layers'][target][lora.ADAPTER])
-        expected['layers'][target]['kernel'] += sizes.scale * own['a'] @ own['b']
+        factors = jax.device_get(adapters['layers'][target][lora.ADAPTER])
+        expected['layers'][target]['kernel'] += sizes.scale * factors['a'] @ factors['b']
 
-    def same(found, params, expected):
-        assert found.dtype == params.dtype
-        assert_allclose(found.astype(np.float32), expected, rtol=rtol, atol=1e-6)
+    def assert_same(merged, params, expected):
+        assert merged.dtype == params.dtype
+        assert_allclose(merged.astype(np.float32), expected, rtol=rtol, atol=1e-6)
 
-    jax.tree.map(same, found, params, expected)
+    jax.tree.map(assert_same, merged, params, expected)
 
 
 def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeypatch):
-    """Devices never hold more beside the parameters than one tensor, nor add up more than one."""
+    """Beside the parameters, devices never hold more than one tensor, and merge one at a time."""
     directory, largest = proportioned
     config, _, params = load_checkpoint(directory, mesh_of(2, 2, 2))
     sizes = lora.LoRA(rank=8, alpha=4.0)
     adapters = adapters_on(mesh_of(2, 2, 2), config, sizes)
-    added, held = [], []
+    merged_shapes, live_bytes = [], []
 
-    def adding(kernel, *adapter):
-        added.append(kernel.shape)
+    def recording_merge(kernel, *adapter):
+        merged_shapes.append(kernel.shape)
         return merged_kernel(kernel, *adapter)
 
-    def gathering(tensor, tiled):
-        held.append(sum(x.nbytes for x in jax.live_arrays()))
+    def recording_gather(tensor, tiled):
+        live_bytes.append(sum(x.nbytes for x in jax.live_arrays()))
         return allgather(tensor, tiled=tiled)
 
     merged_kernel, allgather = lora.merged_kernel, transfer.multihost_utils.process_allgather
-    monkeypatch.setattr(transfer, 'merged_kernel', adding)
-    monkeypatch.setattr(transfer, 'multihost_utils', SimpleNamespace(process_allgather=gathering))
+    stand_in = SimpleNamespace(process_allgather=recording_gather)
+    monkeypatch.setattr(transfer, 'merged_kernel', recording_merge)
+    monkeypatch.setattr(transfer, 'multihost_utils', stand_in)
     before = sum(x.nbytes for x in jax.live_arrays())
     save_checkpoint(tmp_path, params, directory, adapters=adapters, lora=sizes)
-    assert {len(shape) for shape in added} == {2}
-    assert len(held) == len(tensor_shapes(config)) and max(held) <= before + largest
+    assert {len(shape) for shape in merged_shapes} == {2}
+    assert len(live_bytes) == len(tensor_shapes(config))
+    assert max(live_bytes) <= before + largest
     monkeypatch.undo()
 
     assert_merged(tmp_path, params, adapters, sizes, rtol=2**-8)
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
-    for code, _, said in finish(start_pair('tests.models.across_processes', str(tmp_path))):
-        assert code == 0, said
+    for code, _, errors in finish(start_pair('tests.models.across_processes', str(tmp_path))):
+        assert code == 0, errors
     assert {path.name for path in tmp_path.iterdir()} == {'0', 'merged', 'exported'}
     assert [path.name for path in (tmp_path / 'merged').iterdir()] == ['0']
     files = open_tensors(tmp_path / '0')

@@ -31,7 +31,7 @@ def make(config=CONFIG, seed=0):
     tokens, valid = inputs()
     init = jax.jit(Transformer(config).init)
     params = nn.meta.unbox(init(jax.random.key(seed), tokens, valid)['params'])
-    # Larger than at initialisation, so that every term of the formula shows in the output.
+    # Parameters larger than initial ones let every term of the formula show in the output.
     noise = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.2 * noise.normal(size=x.shape).astype(x.dtype), params)
 
@@ -49,14 +49,14 @@ def inputs():
 
 
 def numpy_row(params, tokens, config):
-    """Logits [n, V] of one row without padding in float64, head by head, position by position."""
+    """Logits [n, V] of one row without padding, by heads and positions, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     H, share = config.width // config.heads, config.heads // config.kv_heads
 
     def norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
 
-    def turn(x, position):
+    def rotated(x, position):
         pairs = x[: H // 2] + 1j * x[H // 2 :]
         pairs = pairs * np.exp(1j * position * config.rope_theta ** (-np.arange(H // 2) * 2 / H))
         return np.concatenate([pairs.real, pairs.imag])
@@ -68,15 +68,15 @@ def numpy_row(params, tokens, config):
         q, k, v = (h @ p[name]['kernel'] for name in ('query', 'key', 'value'))
         mixed = np.zeros((len(tokens), config.width))
         for head in range(config.heads):
-            mine = slice(head * H, (head + 1) * H)
-            shared = slice(head // share * H, (head // share + 1) * H)
+            query_head = slice(head * H, (head + 1) * H)
+            kv_head = slice(head // share * H, (head // share + 1) * H)
             for i in range(len(tokens)):
                 scores = [
-                    turn(q[i, mine], i) @ turn(k[j, shared], j) / np.sqrt(H)
+                    rotated(q[i, query_head], i) @ rotated(k[j, kv_head], j) / np.sqrt(H)
                     for j in range(len(tokens))
                 ]
                 weights = np.exp(scores - np.max(scores))
-                mixed[i, mine] = weights / weights.sum() @ v[:, shared]
+                mixed[i, query_head] = weights / weights.sum() @ v[:, kv_head]
         x = x + mixed @ p['attention_out']['kernel']
         h = norm(x, p['mlp_norm']['scale'])
         gate = h @ p['gate']['kernel']
@@ -108,8 +108,8 @@ def test_padding_changes_nothing_and_a_padded_row_is_finite():
     tokens, _ = inputs()
     alone = run(params, tokens, jnp.ones((3, 9), bool), method='hidden')
     for pad in (1, 5):
-        for junk in (0, 7):  # whatever the padding holds
-            padded = jnp.pad(tokens, ((0, 0), (pad, 0)), constant_values=junk)
+        for pad_token in (0, 7):  # padding may hold any token
+            padded = jnp.pad(tokens, ((0, 0), (pad, 0)), constant_values=pad_token)
             valid = jnp.broadcast_to(jnp.arange(9 + pad)[None, :] >= pad, padded.shape)
             hidden = run(params, padded, valid, method='hidden')
             assert_allclose(hidden[:, pad:], alone, atol=1e-5)
@@ -122,7 +122,7 @@ def test_padding_changes_nothing_and_a_padded_row_is_finite():
 
 
 def test_positions_count_from_the_first_valid_token():
-    """Rotary scores see differences only, so logits cannot show this; float32 angles far out do."""
+    """Scores depend on differences of positions only, so this test looks at the rotary table."""
     _, valid = inputs()
     cos, sin = rotary_table(valid, 4, 100.0)
     expected = np.arange(9)[:, None] * np.array([1, 0.1])[None, :]
@@ -132,7 +132,7 @@ def test_positions_count_from_the_first_valid_token():
 
 
 def test_every_valid_token_reaches_every_position():
-    """Bidirectional: a change of any token, before or after, moves each position's logits."""
+    """Attention is bidirectional: a change of any token changes the logits at each position."""
     params = make()
     tokens, valid = inputs()
     before = run(params, tokens, valid)
@@ -173,17 +173,17 @@ def test_norms_rotary_softmax_and_logits_stay_float32_under_bfloat16():
     x = jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.bfloat16)
     exact = np.asarray(x, np.float64)
 
-    # Positions 801 and 802 are one bfloat16 number: rotation in bfloat16 cannot tell them apart.
+    # Positions 801 and 802 are the same bfloat16 number, so a rotation in bfloat16 is wrong here.
     cos, sin = rotary_table(jnp.ones((2, 805), bool), 8, 1e4)
     assert cos.dtype == sin.dtype == jnp.float32
     angle = np.arange(800, 805)[:, None] * 1e4 ** (-np.arange(4) / 4)
     assert_allclose(cos[0, 800:], np.cos(angle), atol=2e-4)
-    turned = rotate(x, (cos[:, 800:], sin[:, 800:]))
+    rotated = rotate(x, (cos[:, 800:], sin[:, 800:]))
     pairs = (exact[..., :4] + 1j * exact[..., 4:]) * np.exp(1j * angle)[None, :, None, :]
-    assert turned.dtype == jnp.bfloat16
+    assert rotated.dtype == jnp.bfloat16
     expected = np.concatenate([pairs.real, pairs.imag], -1)
-    # One rounding, of the result: half a unit in the last of 8 bits.
-    assert_allclose(np.asarray(turned, np.float64), expected, rtol=2**-8, atol=2e-3)
+    # Only the result is rounded, by half a unit in the last of 8 bits.
+    assert_allclose(np.asarray(rotated, np.float64), expected, rtol=2**-8, atol=2e-3)
 
     norm = RMSNorm(1e-5, dtype='bfloat16')
     scale = 1 + 1e-3 * np.arange(8, dtype=np.float32)
@@ -200,12 +200,12 @@ def test_norms_rotary_softmax_and_logits_stay_float32_under_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     precise = run(params, tokens, valid)
     assert_allclose(logits, precise, atol=0.15)
-    # Rounded to bfloat16 nowhere on the way out.
+    # Logits are not rounded to bfloat16.
     assert np.any(np.asarray(logits) != np.asarray(logits.astype(jnp.bfloat16), np.float32))
 
 
 def test_softmax_of_close_bfloat16_scores_is_float32():
-    """Scores 64 and 64.06 are one bfloat16 number; their weights differ by 6 % all the same."""
+    """Scores 64 and 64.06 are the same bfloat16 number, but their weights differ by 6 %."""
     q = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[..., :2].set(8)
     k = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[..., 0].set(16).at[0, 1, 0, 1].set(1 / 64)
     v = jnp.zeros((1, 2, 1, 4), jnp.bfloat16).at[0, 1].set(1)

@@ -1,4 +1,4 @@
-"""config.json of a published LLaDA checkpoint: what it must say, and what that means here."""
+"""Reads config.json of a published LLaDA checkpoint as a `TransformerConfig`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,14 +9,14 @@ from spg_jax.models.transformer import EXECUTION, TransformerConfig
 
 
 class SpecialIds(NamedTuple):
-    """Token ids with a meaning of their own."""
+    """The ids of the special tokens."""
 
     mask: int
     eos: int
     pad: int
 
 
-# What `Transformer` computes; a configuration that says anything else is another model.
+# The settings under which a published model is what `Transformer` computes.
 ARCHITECTURE: Mapping[str, Any] = {
     'model_type': 'llada',
     'block_type': 'llama',
@@ -38,9 +38,14 @@ ARCHITECTURE: Mapping[str, Any] = {
 def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, SpecialIds]:
     """The configuration and special ids that a published config.json describes.
 
+    Args:
+      path: the config.json.
+      overrides: fields of `TransformerConfig`: dtype, param_dtype or one of EXECUTION.
+
     Raises:
-      FileNotFoundError: when it is not there.
-      ValueError: for what is not JSON, another architecture, or a key that is missing or cannot be.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is not JSON, describes another architecture, lacks a key or has an
+        impossible value, and for an override of another field.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -57,7 +62,7 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
 
     def get(key: str) -> Any:
         if published.get(key) is None:
-            raise ValueError(f'{path}: {key} is missing; a LLaDA configuration has it')
+            raise ValueError(f'{path}: {key} is missing; use the config.json of a LLaDA checkpoint')
         return published[key]
 
     for key, expected in ARCHITECTURE.items():
@@ -83,9 +88,9 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
 def _transformer_config(
     published: Mapping[str, Any], get: Callable[[str], Any], overrides: Mapping[str, Any]
 ) -> TransformerConfig:
-    """What config.json says, in our terms; `get` complains about keys that must be there."""
+    """The configuration that config.json describes; `get` raises ValueError for missing keys."""
     width, heads = get('d_model'), get('n_heads')
-    # Null in published files stands for what these are derived from.
+    # Where a published file says null, the value follows from another key.
     vocab_size = published.get('embedding_size') or get('vocab_size')
     kv_heads = published.get('n_kv_heads') or (
         1 if published.get('multi_query_attention') else heads

@@ -1,7 +1,7 @@
 """Weights of LLaDA checkpoints in their published layout (arXiv 2502.09992): safetensors.
 
-One table pairs every parameter with the published tensor it comes from. A checkpoint is read only
-if the table uses each of its tensors exactly once and each has the shape that config.json implies.
+One table pairs every parameter with its published tensor. A checkpoint is read only if the table
+uses each of its tensors exactly once and each has the shape that config.json implies.
 """
 
 import dataclasses
@@ -41,28 +41,28 @@ TABLE: Mapping[tuple[str, ...], Source] = {
     ('layers', 'down', 'kernel'): Source(_BLOCK + 'ff_out.weight', transposed=True),
 }
 
-AGAIN = 'download config.json and weights from one place'
+REMEDY = 'download config.json and weights from the same place'
 
 
 def load_checkpoint(
     directory: str | Path, mesh: Mesh | None = None, **overrides: Any
 ) -> tuple[TransformerConfig, SpecialIds, Any]:
-    """Read a published LLaDA checkpoint.
+    """Reads a published LLaDA checkpoint, with one published tensor in host memory at a time.
 
     Args:
       directory: holds config.json and model.safetensors, or the shards that
         model.safetensors.index.json lists.
-      mesh: where to put the parameters, each process reading only its own shards of them; without
-        it they are host arrays. One published tensor at a time is in host memory.
+      mesh: the mesh to put the parameters on, of which each process reads only its shards; with
+        None they are host arrays.
       overrides: fields of `TransformerConfig` that the checkpoint does not fix (remat, scan_unroll,
-        attention, quantize), or says otherwise (dtype and param_dtype are its torch_dtype).
+        attention, quantize), and dtype and param_dtype if they shall not be its torch_dtype.
 
     Returns:
-      (configuration, special ids, plain parameter pytree in param_dtype; kernels quantised if so
-      asked, each as soon as it is on its devices).
+      (configuration, special ids, plain parameter pytree in param_dtype). With `quantize` each
+      kernel is quantised as soon as it is on its devices.
 
     Raises:
-      FileNotFoundError: for a file that is not there.
+      FileNotFoundError: for a file that does not exist.
       ValueError: for another architecture, a damaged file, or a tensor that is missing, surplus, or
         of the wrong shape or type; the message names it.
     """
@@ -70,8 +70,8 @@ def load_checkpoint(
     config, ids, files = check_checkpoint(directory, **overrides)
     if config.quantize and mesh is None:
         raise ValueError(
-            f'model.quantize is {config.quantize!r} without a mesh; give one, since kernels are '
-            'quantised on the devices they are for'
+            f'model.quantize is {config.quantize!r} without a mesh; pass a mesh, because kernels '
+            'are quantised on its devices'
         )
     target = abstract_params(Transformer(config), mesh)
     params = jax.tree_util.tree_map_with_path(
@@ -90,16 +90,18 @@ def save_checkpoint(
 ) -> None:
     """Writes parameters in the published layout, for anything that reads LLaDA checkpoints.
 
+    Every process that holds a part of the parameters has to call this function; the first process
+    writes.
+
     Args:
-      directory: made if need be.
-      params: plain parameter pytree, on any devices; one published tensor at a time is put
-        together there and fetched to the host. Every process that holds a part of it has to call
-        this, and the first one writes.
-      source: the checkpoint they came from, whose other files (configuration, tokenizer, model
-        code) go along.
-      shard_bytes: largest file, unless one tensor is larger.
-      adapters: the 'lora' collection, to merge into the kernels it adapts; None for none.
-      lora: their sizes.
+      directory: where to write; it is created if it does not exist.
+      params: plain parameter pytree, on any devices. One published tensor at a time is assembled
+        there and fetched to the host.
+      source: the checkpoint that the parameters came from. Its other files (configuration,
+        tokenizer, model code) are copied.
+      shard_bytes: size of the largest file, unless one tensor is larger.
+      adapters: the 'lora' collection to merge into the kernels; None merges nothing.
+      lora: the size of the adapters.
     """
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,14 @@ def save_checkpoint(
 def check_checkpoint(
     directory: Path, **overrides: Any
 ) -> tuple[TransformerConfig, SpecialIds, Mapping[str, safe_open]]:
-    """Configuration, special ids and opened files of a checkpoint whose tensors all fit; none of
-    them is read. Raises as `load_checkpoint`."""
+    """Checks that all tensors of a checkpoint fit, without reading any of them.
+
+    Returns:
+      (configuration, special ids, tensor name -> the open file that holds it).
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_checkpoint`.
+    """
     config, ids = read_config(directory / 'config.json', **overrides)
     files = open_tensors(directory)
     _check_tensors(directory, files, tensor_shapes(config), config)
@@ -126,10 +134,10 @@ def check_checkpoint(
 
 
 def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor a published checkpoint of this configuration holds."""
+    """Name -> shape of every tensor in a published checkpoint of this configuration."""
     shapes = {}
-    plain = Transformer(dataclasses.replace(config, quantize=''))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(plain)):
+    model = Transformer(dataclasses.replace(config, quantize=''))  # as published
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
         shapes |= _source(path).shapes(leaf.shape)
     return shapes
 
@@ -137,54 +145,55 @@ def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 def _check_tensors(
     directory: Path,
     files: Mapping[str, safe_open],
-    expected: Mapping[str, tuple[int, ...]],
+    expected_shapes: Mapping[str, tuple[int, ...]],
     config: TransformerConfig,
 ) -> None:
-    """Raise ValueError unless the files hold exactly the expected tensors, in a floating type."""
-    for name in expected:
+    """Raises ValueError unless the files hold exactly the expected tensors, in a floating type."""
+    for name in expected_shapes:
         if name not in files:
             raise ValueError(
-                f'{directory}: {name!r} is missing, expected {list(expected[name])}'
-                f'{_clue(name, config)}; {AGAIN}'
+                f'{directory}: {name!r} is missing, expected {list(expected_shapes[name])}'
+                f'{_clue(name, config)}; {REMEDY}'
             )
     for name in files:
-        if name not in expected:
+        if name not in expected_shapes:
             raise ValueError(
                 f'{directory}: {name!r} is surplus, nothing in the model uses it'
-                f'{_clue(name, config)}; {AGAIN}'
+                f'{_clue(name, config)}; {REMEDY}'
             )
-    for name, shape in expected.items():
-        found = files[name].get_slice(name)
-        if tuple(found.get_shape()) != shape:
+    for name, shape in expected_shapes.items():
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != shape:
             raise ValueError(
-                f'{directory}: {name!r} is {found.get_shape()}, expected {list(shape)} '
+                f'{directory}: {name!r} is {stored.get_shape()}, expected {list(shape)} '
                 f'(config.json says d_model {config.width}, embedding_size {config.vocab_size}, '
                 f'n_heads {config.heads}, n_kv_heads {config.kv_heads}, '
-                f'mlp_hidden_size {config.mlp_width}); {AGAIN}'
+                f'mlp_hidden_size {config.mlp_width}); {REMEDY}'
             )
-        if found.get_dtype() not in FLOATS:
+        if stored.get_dtype() not in FLOATS:
             raise ValueError(
-                f'{directory}: {name!r} holds {found.get_dtype()}, expected one of '
+                f'{directory}: {name!r} holds {stored.get_dtype()}, expected one of '
                 f'{", ".join(FLOATS)}; use the checkpoint before quantisation'
             )
 
 
 def _clue(name: str, config: TransformerConfig) -> str:
-    """What config.json says that decides whether the tensor exists."""
+    """The setting of config.json that decides whether the tensor exists, for error messages."""
     if name == TABLE[('unembedding',)].name:
         return f' (config.json says weight_tying {config.tie_embeddings})'
     return f' (config.json says n_layers {config.layers})'
 
 
 def _source(path: tuple[Any, ...]) -> Source:
+    """The published tensor of the parameter at a path of the tree."""
     return TABLE[tuple(key.key for key in path)]
 
 
 def _factors(
     path: tuple[Any, ...], adapters: Mapping[str, Any] | None
 ) -> Mapping[str, jax.Array] | None:
-    """'a' and 'b' of the adapter of a parameter; None if it has none."""
-    *above, name = (key.key for key in path)
+    """The factors 'a' and 'b' of the adapter of a parameter; None if it has no adapter."""
+    *parents, name = (key.key for key in path)
     if not adapters or name != 'kernel':
         return None
-    return adapters['layers'].get(above[-1], {}).get(ADAPTER)
+    return adapters['layers'].get(parents[-1], {}).get(ADAPTER)

@@ -1,4 +1,4 @@
-"""LLaDA checkpoints: golden logits, the published names and shapes, and every way to be refused."""
+"""LLaDA checkpoints: golden logits, the published names and shapes, and every refusal."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BLOCK = 'model.transformer.blocks.1.'
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of the tiny checkpoint, and a function that rewrites its tensors or configuration."""
+    """A function that writes a copy of the tiny checkpoint with other tensors or settings."""
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
 
     def change(tensors=None, **config):
@@ -64,7 +64,7 @@ def test_overrides_choose_precision_and_execution_but_not_shapes():
 
 def test_names_and_shapes_equal_those_of_llada_8b():
     folder = os.environ.get('SPG_JAX_REFERENCE')
-    if folder:  # the published files themselves
+    if folder:  # then test against the published files themselves
         folder = Path(folder) / 'reference' / 'llada_8b_instruct'
         names = json.loads((folder / 'model.safetensors.index.json').read_text())['weight_map']
     else:
@@ -96,7 +96,7 @@ def test_grouped_keys_and_tied_embeddings_are_read(checkpoint):
 
 
 def split(directory):
-    """Replaces the one file by two shards of bfloat16 and an index; the tensors, and the index."""
+    """Replaces the file by two bfloat16 shards and an index; returns the tensors and the index."""
     tensors = {
         name: tensor.astype(ml_dtypes.bfloat16)
         for name, tensor in load_file(TINY / 'model.safetensors').items()
@@ -136,15 +136,15 @@ def test_shards_and_bfloat16_read_as_one_file(checkpoint):
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4987202208\n'
 
 
-@pytest.mark.parametrize('left', [lambda whole: whole[:-1], lambda whole: b'', lambda _: POINTER])
+@pytest.mark.parametrize('damage', [lambda whole: whole[:-1], lambda whole: b'', lambda _: POINTER])
 def test_a_shard_that_is_not_there_whole_is_named_before_anything_is_read(
-    checkpoint, monkeypatch, left
+    checkpoint, monkeypatch, damage
 ):
-    """A download cut short, or a clone without git-lfs; the other shard is as it should be."""
+    """A download stopped early, or the clone lacks git-lfs; the other shard is intact."""
     directory = checkpoint()
     split(directory)
     shard = directory / 'b.safetensors'
-    shard.write_bytes(left(shard.read_bytes()))
+    shard.write_bytes(damage(shard.read_bytes()))
     monkeypatch.setattr(weights, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
     with pytest.raises(ValueError, match='b.safetensors is damaged .*; download it again') as error:
         load_checkpoint(directory)
@@ -220,17 +220,17 @@ def test_a_wrong_tensor_is_named(checkpoint, tensors, message):
         ({'d_model': 128}, r"wte.weight' is \[256, 64\], expected \[256, 128\].*d_model 128"),
     ],
 )
-def test_a_configuration_that_is_not_ours_is_refused(checkpoint, config, message):
+def test_a_configuration_of_another_model_is_refused(checkpoint, config, message):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(checkpoint(**config))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_its_name(tmp_path):
-    """The keys of Llama's configuration are others altogether."""
+    """The configuration of a Llama checkpoint has other keys."""
     config = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 4096}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    said = "config.json: model_type is 'llama', expected 'llada'; use a checkpoint of the LLaDA-8B"
-    with pytest.raises(ValueError, match=said) as error:
+    message = "config.json: model_type is 'llama', expected 'llada'; use a checkpoint of the LLaDA"
+    with pytest.raises(ValueError, match=message) as error:
         load_checkpoint(tmp_path)
     assert '\n' not in str(error.value)
 
