@@ -5,6 +5,7 @@ are loaded by name (`importlib.import_module`) cannot be seen this way.
 """
 
 import ast
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def imports_of(source: str, module: str, is_package: bool, modules: Modules) -> 
     return names
 
 
+@functools.cache
 def import_graph() -> dict[str, set[str]]:
     """Returns the imports of every module of the package."""
     modules = package_modules()
