@@ -8,6 +8,7 @@ events, completions.jsonl, curves.png, best/ (the policy that validated best) an
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,8 @@ from spg_jax.assembly import Parts, assemble, check_mesh
 from spg_jax.data import batches
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
-from spg_jax.pretrain import find_or_make_base
+from spg_jax.planning.duration import cpu_seconds
+from spg_jax.pretrain import base_directory, find_or_make_base
 from spg_jax.process import cli, distributed
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
@@ -225,6 +227,24 @@ def show_example(
     show_trace(*completion, lambda token: tokenizer.decode([token], True), Console())
 
 
+def opening_line(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> str:
+    """What a new run will do, and on CPUs roughly how long that takes."""
+    base, duration = config.base.checkpoint, ''
+    if not base:
+        directory = base_directory(config)
+        exists = policies.is_policy(directory)
+        steps = sum(stage.steps for stage in parts.stages)
+        base = str(directory) if exists else f'a base policy that is trained in {steps} steps'
+        if mesh.devices.flat[0].platform == 'cpu':
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
+            minutes = max(1, round(cpu_seconds(config, parts, cores, exists) / 60))
+            duration = f'; roughly {minutes} min on {cores} CPU cores'
+    return (
+        f'{config.task.name} by {config.rl.objective}: {config.train.steps} updates of '
+        f'{parts.batching.rows} completions, from {base}{duration}'
+    )
+
+
 def _describe(run: Run) -> str:
     reward, best = run.last_row.get('reward'), run.record['best']
     shown = f'reward {reward:.3f}  ' if reward is not None else ''
@@ -237,7 +257,7 @@ def main(_: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(config)
-    print(f'workdir {workdir}', flush=True)
+    print(f'{opening_line(config, parts, mesh)}\nworkdir {workdir}', flush=True)
     cli.compile_cache()
     with claimed(workdir, config.to_dict()), jax.set_mesh(mesh):
         if not (workdir / 'result.json').is_file():
