@@ -194,7 +194,7 @@ def _block_upper(logp, masked, scored, block, beta, block_length, form) -> Array
     # weight, so that every block counts once.
     nonempty = masked.any(-1)  # [M]
     draws_of_block = jnp.maximum((same_block & nonempty[None, :]).sum(-1), 1)  # [M]
-    share = jnp.where(nonempty, 1.0 / draws_of_block, 0.0)  # [M]; the sum is the blocks drawn
+    share = jnp.where(nonempty, 1.0 / draws_of_block, 0.0)  # [M]; sums to the blocks drawn
     return blocks_reached * (share * values).sum() / jnp.maximum(share.sum(), 1.0)
 
 
@@ -236,12 +236,12 @@ def _upper(logp: Array, masked: Array, length: Array, beta: float, form: _Form) 
       length: [], n.
     """
     size = masked.sum(-1, keepdims=True)  # [M, 1] |S_k|
-    draws = jnp.maximum((size > 0).sum(), 1)  # [] the draws that the mean over k runs over
+    draws = jnp.maximum((size > 0).sum(), 1)  # [] number of draws in the mean over k
     seen = masked.any(0)  # [C] whether i is in U
-    # In log space, because exp(beta logp) underflows in float32, and log 0 would silently drop such
-    # tokens. Positions outside U become -inf; the last line keeps them out of value and gradient.
+    # The mean is taken in log space, because exp(beta logp) underflows in float32 and log 0 would
+    # silently drop such tokens. Positions outside U become -inf; the last line leaves them out.
     log_weight = jnp.log(jnp.maximum(length, 1) / jnp.maximum(size, 1) / draws)  # [M, 1]
-    log_terms = jnp.where(masked, beta * logp + log_weight, -jnp.inf)  # [M, C] summands over k
+    log_terms = jnp.where(masked, beta * logp + log_weight, -jnp.inf)  # [M, C] terms of mean_k
     log_mean = jax.nn.logsumexp(log_terms, axis=0)  # [C] log mean_k [ ... ]
     per_token = jnp.expm1(log_mean) if form.tangent else log_mean  # [C] x - 1 or log x
     divisor = jnp.maximum(beta, length) if form.strict else beta  # []

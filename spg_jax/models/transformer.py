@@ -126,7 +126,8 @@ class Transformer(nn.Module):
             (config.vocab_size, config.width),
             config.param_dtype,
         )
-        # Outside of a loop the compiler could merge the recomputation with the forward pass.
+        # A fully unrolled scan is no loop, and outside of a loop the compiler could merge the
+        # recomputation with the forward pass.
         prevent_cse = config.scan_unroll >= config.layers
         block = nn.remat(Block, prevent_cse=prevent_cse) if config.remat else Block
         self.layers = nn.scan(
