@@ -292,7 +292,7 @@ def make_step(
         state, metrics = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        average = optax.incremental_update(state.trained, state.average, 1 - decay)
+        average = optax.incremental_update(state.average, state.trained, decay)
         return state.replace(average=average), metrics | {'loss': (loss, jnp.float32(1))}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
