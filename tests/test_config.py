@@ -19,6 +19,8 @@ from spg_jax.rl.evaluator import headline_length
 from spg_jax.training import optimizers
 from spg_jax.validation import check_mesh, validate
 
+pytestmark = pytest.mark.fast
+
 REPOSITORY = Path(__file__).parent.parent
 
 

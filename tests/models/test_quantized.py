@@ -29,6 +29,8 @@ from spg_jax.validation import validate
 from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
+pytestmark = pytest.mark.numerical
+
 SIZES = LoRA(rank=4, alpha=8.0)
 # Of one layer's kernels in the published checkpoint, and what its columns are cut into.
 SHAPES = [(64, 64), (64, 160), (160, 64)]
