@@ -112,7 +112,8 @@ def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str])
     deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         for process in processes:
-            assert process.poll() is None, finish(process)
+            ended = process.poll() is not None
+            assert not ended or condition(), finish(process)
         assert time.monotonic() < deadline, 'waited for a condition that never held'
         time.sleep(0.005)
 
