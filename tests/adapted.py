@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Two updates; `prepare` makes the files that --config.base.checkpoint and
     --config.task.prompt_template are to name."""
     config = countdown.get_config('tiny')
+    config.model.scan_unroll = 1  # compiles and traces one layer, not two
     config.task.format = 'published_train'
     config.lora.update(rank=4, alpha=8.0, dropout=0.1)
     config.sampling.update(prompt_length=40, length=6, steps=6, block_length=3)

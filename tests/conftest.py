@@ -1,16 +1,18 @@
-"""Every test runs on 8 virtual CPU devices, and no array is broadcast to another's rank by
-accident."""
+"""Every test runs on 8 virtual CPU devices, no array is broadcast to another's rank by accident,
+and no process outlives the test that started it."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Before jax starts: flags are read once.
+# Before jax starts: flags are read once. Those of the caller stay: `--xla_cpu_max_isa=AVX2` runs
+# the tests as on a processor without AVX-512.
 os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.pop('JAX_DISABLE_MOST_OPTIMIZATIONS', None)  # programs started here are a user's
 # One for this run of the tests, both workers and the processes they start: most of a test's time is
 # the compiler's, and many compile the same program.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
@@ -20,10 +22,30 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import processes  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tests of memory turn its optimizations on again.
-jax.config.update('jax_disable_most_optimizations', True)
+
+_OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Compiles a test's programs, and those of the fixtures it is first to ask for, without most
+    optimizations, which takes less time, unless the test is marked `compiled_as_users_do`."""
+    off = item.get_closest_marker('compiled_as_users_do') is None
+    if jax.config.read(_OPTIMIZATIONS_OFF) != off:
+        jax.config.update(_OPTIMIZATIONS_OFF, off)
+        jax.clear_caches()  # which do not tell programs compiled one way from the other
+    return (yield)
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    processes.end_all()
 
 
 def pytest_collection_modifyitems(items):

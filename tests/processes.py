@@ -1,42 +1,136 @@
-"""Two processes on this machine that find each other as those of a job do."""
+"""Processes that tests start, in groups of their own, so that a test ends all of what it began.
 
+Time limits are here and nowhere else in the tests. They are against processes that hang, not
+against slow machines: an idle machine with two cores needs a tenth of them.
+"""
+
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-TIMEOUT = 240
+# The slowest process of the tests needs about 40 s, compilation included.
+HANG_SECONDS = 600
+# Of a processor, for work whose time grows no faster than its input; it needs a tenth at most, and
+# quadratic time on the 100,000 characters of the tests would need minutes.
+LINEAR_SECONDS = 5
+
+_running: list[subprocess.Popen] = []
 
 
-def start_pair(*command: str) -> list[subprocess.Popen]:
-    """Two processes of 4 devices each that run a module, which calls `distributed.start`."""
+def start(
+    command: list[str | Path], stderr: int = subprocess.PIPE, **options
+) -> subprocess.Popen[str]:
+    """A process whose output is kept; it leads a group of its own, which `finish` or else the end
+    of the test ends."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+    _running.append(process)
+    return process
+
+
+def start_module(*command: str, **variables: str) -> subprocess.Popen[str]:
+    """A module of the repository as a program, with more environment variables."""
+    return start(
+        [sys.executable, '-m', *command],
+        cwd=REPOSITORY,
+        env=os.environ | {'PYTHONPATH': str(REPOSITORY)} | variables,
+    )
+
+
+def start_pair(*command: str, **variables: str) -> list[subprocess.Popen[str]]:
+    """Two processes of 4 devices each that find each other as those of a job do, and run a module
+    that calls `distributed.start`, with more environment variables."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    environment = dict(
-        os.environ,
-        PYTHONPATH=str(REPOSITORY),
-        XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
-        JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-        JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
-        JAX_NUM_PROCESSES='2',
-    )
     return [
-        subprocess.Popen(
-            [sys.executable, '-m', *command],
-            cwd=REPOSITORY,
-            env=environment | {'JAX_PROCESS_ID': str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        start_module(
+            *command,
+            XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
+            JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
+            JAX_NUM_PROCESSES='2',
+            JAX_PROCESS_ID=str(number),
+            **variables,
         )
         for number in range(2)
     ]
 
 
-def finish(pair: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Exit status, standard output and standard error of each."""
-    ended = [process.communicate(timeout=TIMEOUT) for process in pair]
-    return [(process.returncode, *said) for process, said in zip(pair, ended, strict=True)]
+def finish(
+    process: subprocess.Popen[str], input: str | None = None, seconds: float = HANG_SECONDS
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a process that is given its input.
+
+    Raises:
+      subprocess.TimeoutExpired: the process hangs; it is killed with its whole group.
+    """
+    try:
+        out, error = process.communicate(input, timeout=seconds)
+    except BaseException:
+        end(process)
+        raise
+    _running.remove(process)
+    return process.returncode, out, error
+
+
+def finish_all(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """`finish` of every process; if one hangs, all are ended."""
+    try:
+        return [finish(process) for process in processes]
+    except BaseException:
+        end_all()
+        raise
+
+
+def run(
+    command: list[str | Path], input: str | None = None, **options
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with its output kept, but a command that hangs is ended with its whole
+    group."""
+    if input is not None:
+        options['stdin'] = subprocess.PIPE
+    code, out, error = finish(start(command, **options), input)
+    return subprocess.CompletedProcess(command, code, out, error)
+
+
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Returns when the condition holds; processes that are to bring that about must not end
+    before."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not condition():
+        for process in processes:
+            ended = process.poll() is not None
+            assert not ended or condition(), finish(process)
+        assert time.monotonic() < deadline, 'waited for a condition that never held'
+        time.sleep(0.005)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills a process and every other one of its group."""
+    if process in _running:
+        _running.remove(process)
+    with contextlib.suppress(ProcessLookupError):  # all of the group have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:
+            stream.close()
+
+
+def end_all() -> None:
+    """Kills whatever a test started and did not finish."""
+    while _running:
+        end(_running[-1])

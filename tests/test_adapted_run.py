@@ -21,6 +21,8 @@ from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
 
+pytestmark = pytest.mark.compiled_as_users_do
+
 
 def config_in(root):
     config = adapted.get_config()

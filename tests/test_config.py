@@ -24,6 +24,8 @@ from spg_jax.rl.objectives import spg
 from spg_jax.train import train
 from spg_jax.training import optimizers
 
+pytestmark = pytest.mark.fast
+
 REPOSITORY = Path(__file__).parent.parent
 
 

@@ -12,11 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.processes import finish, run, start, wait_until
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = ROOT / 'tests' / 'stand_ins'
@@ -51,12 +52,9 @@ class Cloud:
         (self.directory / 'plot').write_text('\n'.join(ends) + '\n')
 
     def shell(self, script: str, *words: str, **options) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        return run(
             [ROOT / 'launch' / script, *words],
             env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=20,
             **({'stdin': subprocess.DEVNULL} | options),
         )
 
@@ -109,7 +107,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / 'launch', source / 'launch')
     identity = '-c user.name=t -c user.email=t@t'
     for step in ('init --quiet', 'add --all', 'commit --quiet --message=all'):
-        subprocess.run(f'git {identity} {step}'.split(), cwd=source, check=True)
+        run(f'git {identity} {step}'.split(), cwd=source).check_returncode()
     return source
 
 
@@ -122,20 +120,9 @@ def cloud(tmp_path: Path, checkout: Path) -> Iterator[Cloud]:
             os.kill(int(path.read_text()), signal.SIGKILL)
 
 
-def _until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_shellcheck_finds_nothing():
     shellcheck = Path(sys.executable).with_name('shellcheck')
-    found = subprocess.run(
-        [shellcheck, '--external-sources', *SCRIPTS, *STAND_INS.iterdir()],
-        capture_output=True,
-        text=True,
-    )
+    found = run([shellcheck, '--external-sources', *SCRIPTS, *STAND_INS.iterdir()])
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -173,7 +160,7 @@ def test_a_slice_from_nothing_to_a_saved_run_and_gone(cloud):
 
     started = cloud.tpu('start', '--', CONFIG, *AWKWARD)
     assert started.returncode == 0, started.stderr
-    _until(lambda: (cloud.directory / 'arguments-1').exists())
+    wait_until((cloud.directory / 'arguments-1').exists)
     for worker in (0, 1):
         place, words = cloud.arguments(worker)
         assert place == f'{cloud.directory}/worker-{worker}/spg-jax'
@@ -224,10 +211,10 @@ def test_a_dry_run_prints_what_a_run_does_and_does_nothing(cloud, command):
 
 def _one_command_a_line(text: str) -> list[str]:
     """Lines as bash reads them; $'…', which shlex does not know, is put in plain quotes."""
-    words = subprocess.run(
+    words = run(
         ['bash', '-c', 'while IFS= read -r line; do eval "w=($line)"; printf "%s\\0" "${w[@]}"; '
          'printf "\\1\\0"; done'],
-        input=text, capture_output=True, text=True, check=True,
+        input=text,
     ).stdout.split('\1\0')  # fmt: skip
     return [shlex.join(command.split('\0')[:-1]) for command in words if command]
 
@@ -437,12 +424,10 @@ def venv(cloud: Cloud) -> Path:
 
 
 def _job(cloud: Cloud) -> subprocess.Popen:
-    return subprocess.Popen(
+    return start(
         ['bash', cloud.directory / 'job.sh'],
-        env=cloud.environment | {'SLURM_JOB_ID': '7'},
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        env=cloud.environment | {'SLURM_JOB_ID': '7'},
     )
 
 
@@ -458,7 +443,9 @@ def test_a_job_told_to_end_saves_and_goes_back_until_it_is_finished(cloud, venv)
     assert '--signal=TERM@600' in options and options[-1] == '--partition=gpu'
 
     job = _job(cloud)
-    _until(lambda: all((cloud.directory / f'arguments-{rank}').exists() for rank in (0, 1)))
+    wait_until(
+        lambda: all((cloud.directory / f'arguments-{rank}').exists() for rank in (0, 1)), job
+    )
     for rank in (0, 1):
         place, given = cloud.arguments(rank)
         assert place == str(ROOT)
@@ -467,14 +454,14 @@ def test_a_job_told_to_end_saves_and_goes_back_until_it_is_finished(cloud, venv)
     os.kill(job.pid, signal.SIGTERM)  # the script itself may get it, too
     for rank in (0, 1):
         os.kill(int((cloud.directory / f'process-{rank}').read_text()), signal.SIGTERM)
-    said, _ = job.communicate(timeout=10)
-    assert job.returncode == 0, said
+    code, said, _ = finish(job)
+    assert code == 0, said
     assert (cloud.workdir / 'saved-0').exists() and (cloud.workdir / 'saved-1').exists()
     assert cloud.log('scontrol') == [['scontrol', 'requeue', '7']]
 
     job = _job(cloud)
-    said, _ = job.communicate(timeout=10)
-    assert job.returncode == 0 and (cloud.workdir / 'result.json').exists(), said
+    code, said, _ = finish(job)
+    assert code == 0 and (cloud.workdir / 'result.json').exists(), said
     assert len(cloud.log('scontrol')) == 1
 
 
@@ -483,8 +470,7 @@ def test_a_job_that_fails_is_not_requeued(cloud, venv):
     words = (f'--workdir={cloud.workdir}', f'--venv={venv}')
     assert cloud.shell('slurm.sh', *words, '--', CONFIG).returncode == 0
     job = _job(cloud)
-    job.communicate(timeout=10)
-    assert job.returncode == 1
+    assert finish(job)[0] == 1
     assert cloud.log('scontrol') == []
 
 
@@ -496,8 +482,8 @@ def test_a_container_sees_the_code_the_run_and_what_is_bound(cloud, way):
     words = (f'--workdir={cloud.workdir}', f'{way}={image}', '--bind=/data', '--gpus-per-node=4')
     assert cloud.shell('slurm.sh', *words, '--', CONFIG).returncode == 0
     job = _job(cloud)
-    said, _ = job.communicate(timeout=10)
-    assert job.returncode == 0, said
+    code, said, _ = finish(job)
+    assert code == 0, said
     assert cloud.arguments(1)[1][:2] == ['-m', 'spg_jax.train']
     step = cloud.log('srun')[0]
     seen = [str(ROOT), str(cloud.workdir), '/data']
@@ -522,7 +508,7 @@ def test_a_dry_submission_can_be_pasted_into_a_shell(cloud, venv):
     assert shown.returncode == 0 and not cloud.log('sbatch') and not cloud.workdir.exists()
     assert cloud.shell('slurm.sh', *words, '--', CONFIG, *AWKWARD).returncode == 0
     script = (cloud.directory / 'job.sh').read_text()
-    subprocess.run(['bash', '-c', shown.stdout], env=cloud.environment, check=True)
+    run(['bash', '-c', shown.stdout], env=cloud.environment).check_returncode()
     assert cloud.log('sbatch')[0] == cloud.log('sbatch')[1]
     assert (cloud.directory / 'job.sh').read_text() == script
 

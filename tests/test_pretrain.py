@@ -68,6 +68,7 @@ def whole(tmp_path_factory):
     return directory
 
 
+@pytest.mark.compiled_as_users_do
 @pytest.mark.parametrize('cut', [5, 12])
 def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cut):
     """Interrupted within the first stage, and on the border of the two."""

@@ -1,10 +1,8 @@
 """A published checkpoint asked and measured without a run, and the flags that name it."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,9 +18,9 @@ from spg_jax.models.transformer import Transformer
 from spg_jax.rl.rollout import decode
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy, run_config
+from tests.processes import REPOSITORY, finish_all, start_module
 from tests.published import END, MASK, SIZE, TURN_END, asked, byte_pairs, save_checkpoint
 
-REPOSITORY = Path(__file__).parent.parent
 QUESTION = 'Reach 26 with 3, 44 and 7.'
 
 
@@ -78,24 +76,18 @@ def by_hand(published: Path, prompt: list[int], length: int) -> list[int]:
 
 
 def start(published: Path, module: str, *arguments: str) -> subprocess.Popen:
-    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), XDG_CACHE_HOME=str(published.parent))
-    return subprocess.Popen(
-        [
-            *(sys.executable, '-m', f'spg_jax.{module}', f'--checkpoint={published}'),
-            f'--config={REPOSITORY}/configs/countdown.py:tiny',
-            *('--config.task.format=published_train', '--config.sampling.prompt_length=400'),
-            *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
-            *('--config.evaluation.block_length=1', '--config.evaluation.samples=1'),
-            *('--config.evaluation.batch=2', *arguments),
-        ],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return start_module(
+        *(f'spg_jax.{module}', f'--checkpoint={published}'),
+        f'--config={REPOSITORY}/configs/countdown.py:tiny',
+        *('--config.task.format=published_train', '--config.sampling.prompt_length=400'),
+        *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
+        *('--config.evaluation.block_length=1', '--config.evaluation.samples=1'),
+        *('--config.evaluation.batch=2', *arguments),
+        XDG_CACHE_HOME=str(published.parent),
     )
 
 
+@pytest.mark.compiled_as_users_do
 def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, tmp_path):
     problems = tmp_path / 'two.jsonl'
     problems.write_text(
@@ -106,8 +98,8 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
         start(published, 'evaluate', f'--data={problems}'),
         start(published, 'evaluate', f'--data={problems}', '--config.sampling.prompt_length=100'),
     ]
-    finished = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-    (text, error, code), (report, other, measured), (whole, refused, failed) = finished
+    finished = finish_all(processes)
+    (code, text, error), (measured, report, other), (failed, whole, refused) = finished
     assert code == 0, error
     backend = byte_pairs()
     expected = by_hand(published, asked(backend, QUESTION, '<reasoning>'), 4)

@@ -1,14 +1,13 @@
 """The score command: totals, both layouts of a file, errors of one line for wrong input."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from spg_jax import score
 from spg_jax.tasks.math500 import judge
+from tests.processes import finish, start_module
 
 FIXTURES = Path(__file__).parent / 'tasks'
 COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
@@ -19,13 +18,8 @@ SUDOKU = FIXTURES / 'sudoku_completions.jsonl'
 
 def run(*arguments):
     """Runs the command; returns (exit code, last line of standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'spg_jax.score', *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, (done.stdout.splitlines() or [''])[-1], done.stderr
+    code, out, error = finish(start_module('spg_jax.score', *map(str, arguments)))
+    return code, (out.splitlines() or [''])[-1], error
 
 
 def test_countdown_file():
@@ -119,13 +113,9 @@ def test_verify_shows_disagreements_and_skipped_tasks(tmp_path):
     cases = [json.loads(line) for line in COUNTDOWN.read_text().splitlines()]
     cases[1]['score'] = not cases[1]['score']
     path.write_text('\n'.join(json.dumps(case) for case in [*cases, {'task': 'chess'}]))
-    done = subprocess.run(
-        [sys.executable, '-m', 'spg_jax.score', '--verify', str(path)],
-        capture_output=True,
-        text=True,
-    )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1
+    code, out, _ = finish(start_module('spg_jax.score', '--verify', str(path)))
+    lines = out.splitlines()
+    assert code == 1
     assert lines[0] == f'{path}:2: countdown: scored True here, recorded as False'
     assert lines[1].startswith('task chess: 1 skipped, because it has no scorer here')
     assert json.loads(lines[2])['disagreements'] == 1

@@ -2,11 +2,8 @@
 wrong."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -17,8 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 from spg_jax.runs import policies
 from tests.meshes import mesh_of
+from tests.processes import REPOSITORY, finish, start_module, wait_until
 
-REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.compiled_as_users_do
 WALL_CLOCK = ('seconds', 'base_seconds')
 
 
@@ -29,15 +27,7 @@ def shared(tmp_path_factory):
 
 
 def start(shared: Path, *arguments: str, module: str = 'train') -> subprocess.Popen:
-    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), XDG_CACHE_HOME=str(shared))
-    return subprocess.Popen(
-        [sys.executable, '-m', f'spg_jax.{module}', *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start_module(f'spg_jax.{module}', *arguments, XDG_CACHE_HOME=str(shared))
 
 
 def training(shared: Path, workdir: Path, *arguments: str) -> subprocess.Popen:
@@ -47,18 +37,18 @@ def training(shared: Path, workdir: Path, *arguments: str) -> subprocess.Popen:
         f'--workdir={workdir}',
         f'--config.task.data_dir={shared}/data',
         f'--config.base.cache={shared}/base',
+        '--config.model.scan_unroll=1',  # compiles one layer, not two
         *arguments,
     )
 
 
 def quick(shared: Path, workdir: Path) -> subprocess.Popen:
-    """With a checkpoint between two inner updates, and few samples of what costs most, pass@k."""
-    return training(shared, workdir, '--config.checkpoint.every=5', '--config.evaluation.samples=2')
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, error = process.communicate(timeout=240)
-    return process.returncode, out, error
+    """With a checkpoint between two inner updates, few samples of what costs most, pass@k, and
+    batches of 32, as of rollouts, so that one compiled program serves both."""
+    return training(
+        *(shared, workdir, '--config.checkpoint.every=5', '--config.evaluation.samples=2'),
+        '--config.evaluation.batch=32',
+    )
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -124,9 +114,7 @@ def killed_before_its_first_checkpoint(shared: Path, workdir: Path) -> None:
     """Leaves rows of an update that must not be there twice after the next start."""
     process = quick(shared, workdir)
     metrics = workdir / 'metrics.jsonl'
-    while not (metrics.exists() and metrics.read_text().count('\n') >= 2):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('\n') >= 2, process)
     process.kill()
     finish(process)
     assert not newest_step(workdir)
@@ -141,10 +129,7 @@ def test_a_run_cut_between_two_inner_updates_goes_on_bit_for_bit(
         killed_before_its_first_checkpoint(shared, tmp_path)
     process = quick(shared, tmp_path)
     checkpoint = tmp_path / 'checkpoints' / '5'
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
+    wait_until(checkpoint.exists, process)
     process.send_signal(how)
     code, out, error = finish(process)
     assert not (tmp_path / 'result.json').exists(), 'the signal came too late to test anything'
@@ -161,9 +146,7 @@ def test_a_run_cut_between_two_inner_updates_goes_on_bit_for_bit(
 
 def test_a_second_process_is_told_that_one_is_at_work(shared, uninterrupted, tmp_path):
     first = training(shared, tmp_path)
-    while not (tmp_path / 'config.json').exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.005)
+    wait_until((tmp_path / 'config.json').exists, first)
     code, _, error = finish(training(shared, tmp_path))
     first.kill()
     finish(first)

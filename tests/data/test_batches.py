@@ -7,6 +7,8 @@ from spg_jax import tasks
 from spg_jax.data import batches
 from spg_jax.data.tokenizers import WordTokenizer
 
+pytestmark = pytest.mark.fast
+
 # Compact Countdown prompts have a token for every number, '=', the target and ':'.
 NUMBERS = ([3, 2, 1], [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [9, 1, 1])
 EXAMPLES = [

@@ -5,6 +5,8 @@ import pytest
 
 from spg_jax.data.tokenizers import WordTokenizer
 
+pytestmark = pytest.mark.fast
+
 WORDS = ('<answer>', '</answer>', '+', '-', '=', *map(str, range(101)))
 
 

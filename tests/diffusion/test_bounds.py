@@ -21,6 +21,8 @@ from spg_jax.diffusion.corruption import KINDS, Corruption, scored_positions
 from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
 
+pytestmark = [pytest.mark.fast, pytest.mark.numerical]
+
 REFERENCE = Path(__file__).parents[1] / 'reference'
 MASK, EOS = 250, 1
 CASES = [
@@ -79,6 +81,7 @@ def test_scored_positions_are_the_published_completion_mask(published):
     assert_allclose(scored_positions(published['completion'], EOS), published['completion_mask'])
 
 
+@pytest.mark.compiled_as_users_do
 @pytest.mark.parametrize('case', CASES)
 def test_released_estimates_losses_and_gradients_are_the_published_ones(published, spg_loss, case):
     params, lengths, loss = spg_loss

@@ -124,6 +124,7 @@ def test_plain_upper_bound_holds_from_beta_n_and_is_seen_broken_below(tables):
             assert 0.2 < broken < 0.7
 
 
+@pytest.mark.numerical
 def test_bounds_are_their_definitions_over_all_masks(tables):
     """Compares with E over t of w 1(masked) f, summed over masks in float64."""
     n, tables_, _, bounds = tables
@@ -299,6 +300,7 @@ def every_block_draw(table, n):
     return logp, masked, np.arange(4) < n, np.array(blocks, np.int32)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize('n', [2, 3, 4])
 def test_block_bounds_are_their_definitions_and_sandwich_the_block_likelihood(n):
     """From all draws the estimate is the enumerated sum over blocks, without bias or error."""

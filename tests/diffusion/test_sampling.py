@@ -14,6 +14,8 @@ from spg_jax.diffusion.sampling import SamplingConfig, generate
 from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
 
+pytestmark = pytest.mark.numerical
+
 REFERENCE = Path(__file__).parents[1] / 'reference'
 PUBLISHED = {
     'steps32_len32_block32': 0.0,
@@ -39,6 +41,7 @@ def tiny_llada():
     return hidden, unembed, ids
 
 
+@pytest.mark.compiled_as_users_do
 @pytest.mark.parametrize(
     ('case', 'padding'),
     [*((case, 0) for case in PUBLISHED), ('steps12_len32_block8', 6), (list(PUBLISHED)[-1], 6)],
@@ -193,11 +196,13 @@ def test_sampler_is_the_plain_loop(commit, temperature, steps, block):
     assert counts.tolist() == {12: [1] * 12, 9: [2, 1, 1] * 3, 5: [3, 3, 2, 2, 2]}[steps]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_guidance_is_the_plain_loop(temperature):
     check(Toy(), SamplingConfig(8, 4, 4, temperature, guidance=1.5))
 
 
+@pytest.mark.fast
 def test_forbidden_ids_keep_their_share_of_the_confidence():
     """Were MASK and forbidden ids cut from the softmax, other tokens would be committed first."""
     tokens, mask = prompts()
@@ -214,6 +219,7 @@ def test_forbidden_ids_keep_their_share_of_the_confidence():
     assert (other.commit_step != completion.commit_step).any()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_early_stop_is_the_plain_loop_and_changes_nothing_through_the_first_eos(temperature):
     toy = Toy(eos_bias=3.0)
@@ -316,6 +322,7 @@ def test_logits_that_are_not_finite_still_give_allowed_tokens_and_no_mask(commit
     assert ALLOWED[completion].all() and (completion != MASK).all()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
@@ -338,6 +345,7 @@ def test_impossible_configurations_are_refused_with_the_fix(options, message):
         SamplingConfig(**{**possible, **options})
 
 
+@pytest.mark.fast
 def test_arguments_that_do_not_agree_are_refused():
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), 5)

@@ -20,6 +20,8 @@ from spg_jax.models.splash import splash_attention
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from tests.meshes import mesh_of
 
+pytestmark = pytest.mark.numerical
+
 HERE = {  # implementation -> the form of it that runs on a CPU
     'einsum': partial(attention, implementation='einsum'),
     'folded': partial(attention, implementation='folded'),
@@ -61,6 +63,7 @@ def outcome(implementation, q, k, v, valid):
     return mixed, gradients
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize(('N', 'K'), [(4, 2), (2, 2), (3, 1)])
 def test_output_is_the_formula(implementation, N, K):
@@ -154,6 +157,7 @@ def test_splash_in_the_transformer_on_a_mesh_equals_einsum_on_one_device(monkeyp
     jax.tree.map(partial(assert_allclose, atol=1e-5), actual, expected)
 
 
+@pytest.mark.fast
 def test_the_platform_decides():
     for platform, fastest in {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn'}.items():
         assert resolve('auto', platform) == fastest

@@ -28,6 +28,8 @@ from spg_jax.training.train_state import initial_state
 from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
+pytestmark = pytest.mark.numerical
+
 SIZES = LoRA(rank=4, alpha=8.0)
 SHAPES = [(64, 64), (64, 160), (160, 64)]  # of the kernels of one layer
 BITS = {'int8': 8, 'int4': 4, 'nf4': 4}

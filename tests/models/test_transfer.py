@@ -18,7 +18,7 @@ from spg_jax.models.peft import load_adapter
 from spg_jax.models.tensor_files import open_tensors
 from tests.meshes import mesh_of
 from tests.models.across_processes import SIZES, TINY, adapters_on
-from tests.processes import finish, start_pair
+from tests.processes import finish_all, start_pair
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +114,8 @@ def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeyp
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
-    for code, _, errors in finish(start_pair('tests.models.across_processes', str(tmp_path))):
+    pair = start_pair('tests.models.across_processes', str(tmp_path))
+    for code, _, errors in finish_all(pair):
         assert code == 0, errors
     assert {path.name for path in tmp_path.iterdir()} == {'0', 'merged', 'exported'}
     assert [path.name for path in (tmp_path / 'merged').iterdir()] == ['0']

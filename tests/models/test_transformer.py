@@ -14,6 +14,8 @@ from spg_jax.models.attention import attention
 from spg_jax.models.layers import RMSNorm, rotary_table, rotate
 from spg_jax.models.transformer import Transformer, TransformerConfig
 
+pytestmark = pytest.mark.numerical
+
 CONFIG = TransformerConfig(
     vocab_size=19,
     width=24,
@@ -86,6 +88,7 @@ def numpy_row(params, tokens, config):
     return x @ table * (config.width**-0.5 if config.scale_logits else 1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize('implementation', ['folded', 'einsum'])
 @pytest.mark.parametrize(
     'changes',
@@ -121,6 +124,7 @@ def test_padding_changes_nothing_and_a_padded_row_is_finite():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient)))
 
 
+@pytest.mark.fast
 def test_positions_count_from_the_first_valid_token():
     """Scores depend on differences of positions only, so this test looks at the rotary table."""
     _, valid = inputs()
@@ -229,6 +233,7 @@ def test_initial_predictions_are_near_uniform(changes):
     assert entropy.mean() > np.log(19) - 0.6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [

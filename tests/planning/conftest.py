@@ -46,10 +46,7 @@ def plan_of(config, slice_of_four):
 
 
 @pytest.fixture(autouse=True)
-def optimized(monkeypatch):
-    """Programs as users run them."""
-    jax.devices()  # has read the flags; the compiler for TPUs would end at one that it lacks
+def flags_for_tpus(monkeypatch):
+    """None: the compiler for TPUs would end at a flag that it lacks."""
+    jax.devices()  # has read the flags
     monkeypatch.delenv('XLA_FLAGS')
-    jax.config.update('jax_disable_most_optimizations', False)
-    yield
-    jax.config.update('jax_disable_most_optimizations', True)

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from spg_jax import sharding
 from spg_jax.planning.collectives import read_traffic
 
+pytestmark = pytest.mark.compiled_as_users_do
+
 LAYERS, STEPS = 5, 3
 
 

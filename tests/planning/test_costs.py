@@ -7,6 +7,8 @@ import pytest
 from spg_jax.planning.costs import forward, work
 from spg_jax.planning.programs import program
 
+pytestmark = pytest.mark.compiled_as_users_do
+
 WIDE = {'model.width': 512, 'model.heads': 4, 'model.kv_heads': 4, 'model.mlp_width': 1536}
 UNROLLED = WIDE | {'model.scan_unroll': 3, 'mesh.fsdp': 1, 'mesh.tensor': 1}
 

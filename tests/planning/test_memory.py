@@ -15,6 +15,8 @@ from spg_jax.planning.machines import GIB, LISTED, find_machine
 from spg_jax.planning.programs import make_plan, planned_policy
 from spg_jax.planning.report import PROGRAMS
 
+pytestmark = pytest.mark.compiled_as_users_do
+
 
 def test_what_stays_is_what_the_mesh_leaves_on_each_chip(plan_of):
     """Mesh fsdp=2 x tensor=2: kernels in quarters, factors of adapters in halves, norms whole."""

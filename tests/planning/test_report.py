@@ -17,6 +17,8 @@ from spg_jax.planning.programs import compile_program, lower_for_cuda, make_plan
 from spg_jax.planning.report import PROGRAMS, make_report, remedy, summary, times
 from spg_jax.planning.tables import heading, table, verdict
 
+pytestmark = pytest.mark.compiled_as_users_do
+
 MESH = {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.tensor': 1}
 
 

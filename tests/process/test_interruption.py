@@ -7,6 +7,8 @@ import pytest
 from spg_jax.process import interruption
 from spg_jax.process.interruption import Interruption
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_a_request_and_a_later_one_acts_as_usual(monkeypatch, number):

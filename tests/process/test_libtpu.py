@@ -4,6 +4,8 @@ import pytest
 
 from spg_jax.process import libtpu
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ('makers', 'absent'),

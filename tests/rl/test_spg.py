@@ -18,6 +18,8 @@ from spg_jax.rl.advantages import group_advantages, groups_with_signal
 from spg_jax.rl.learner import make_gradient
 from spg_jax.rl.rollout import Rollout
 
+pytestmark = pytest.mark.numerical
+
 REFERENCE = Path(__file__).parents[1] / 'reference'
 MASK, EOS = 250, 1
 NAMES = {'block_random': 'block', 'random': 'uniform', 'block_all': 'block_full'}
@@ -30,6 +32,7 @@ def published():
         return {name: file[name] for name in file.files}
 
 
+@pytest.mark.compiled_as_users_do
 @pytest.mark.parametrize(
     'case',
     [

@@ -7,6 +7,8 @@ import pytest
 
 from spg_jax.runs.metrics import MetricsWriter, SampleWriter, read, read_rows
 
+pytestmark = pytest.mark.fast
+
 
 def test_sums_are_divided_by_their_weights_and_empty_ones_left_out():
     metrics = {'a': (jnp.float32(6), jnp.float32(4)), 'b': (jnp.float32(0), jnp.float32(0))}

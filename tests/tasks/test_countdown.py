@@ -11,6 +11,8 @@ import pytest
 from spg_jax import tasks
 from spg_jax.tasks.countdown import problems, solver
 
+pytestmark = pytest.mark.fast
+
 HERE = Path(__file__).parent
 EXAMPLE = {'numbers': [30, 100, 93], 'target': 23, 'index': 0}
 SMALL = {'numbers': [2, 4, 3], 'target': 5, 'index': 0}

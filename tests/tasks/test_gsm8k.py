@@ -11,6 +11,8 @@ import pytest
 from spg_jax import tasks
 from spg_jax.tasks.gsm8k import task as gsm8k
 
+pytestmark = pytest.mark.fast
+
 HERE = Path(__file__).parent
 EXAMPLE = {'question': 'What is 9 times 2?', 'answer': '18', 'solution': '9 * 2 = 18', 'index': 0}
 

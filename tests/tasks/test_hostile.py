@@ -6,6 +6,7 @@ import time
 import pytest
 
 from spg_jax import tasks
+from tests.processes import LINEAR_SECONDS
 
 EXAMPLES = {
     'countdown': {'numbers': [9, 9, 9], 'target': 9},
@@ -84,7 +85,7 @@ def test_hostile_completions(content, name, format):
         completion = wrapper.format(CONTENTS[content])
         start = time.process_time()
         reward, score = task.reward(completion, example), task.score(completion, example)
-        assert time.process_time() - start < 0.5, wrapper
+        assert time.process_time() - start < LINEAR_SECONDS, wrapper
         assert isinstance(reward, float) and math.isfinite(reward) and reward < RIGHT[name]
         assert reward >= 0 or name == 'gsm8k'  # GSM8K takes reward off for text after the answer.
         assert 0 <= score.right <= score.total and not score.solved

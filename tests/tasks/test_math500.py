@@ -9,6 +9,8 @@ import pytest
 from spg_jax import tasks
 from spg_jax.tasks.equivalence import NotNormal, equivalent, normal_form
 
+pytestmark = pytest.mark.fast
+
 HERE = Path(__file__).parent
 EXAMPLE = {'question': 'Halve 1.', 'answer': r'\frac12', 'solution': 'It is half.', 'index': 0}
 

@@ -12,6 +12,8 @@ import pytest
 from spg_jax import tasks
 from spg_jax.tasks.sudoku import grids, problems, solver
 
+pytestmark = pytest.mark.fast
+
 HERE = Path(__file__).parent
 EXAMPLE = {'puzzle': '0040423100030104', 'solution': '1342423124133124', 'index': 0}
 UNITS = [

@@ -1,6 +1,5 @@
 """The interface of every task: names, formats, prompt files, vocabularies, figures."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from spg_jax import tasks
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.tasks.task import Score
+from tests import processes
 
 EXAMPLES = {
     'countdown': {'numbers': [74, 3, 5], 'target': 37},
@@ -130,5 +130,5 @@ def test_tasks_need_neither_jax_nor_tensorflow():
         '[tasks.get(name, "published_train").builder() for name in tasks.TASKS]; '
         'print(sorted({"jax", "flax", "tensorflow"} & set(sys.modules)))'
     )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == '[]'
+    done = processes.run([sys.executable, '-c', code])
+    assert done.stdout.strip() == '[]', done.stderr

@@ -46,6 +46,9 @@ def logits_of(config, params, tokens):
     return apply({'params': params}, jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
 
 
+@pytest.mark.fast
+@pytest.mark.numerical
+@pytest.mark.compiled_as_users_do
 def test_logits_equal_the_published_implementation():
     golden = np.load(REFERENCE / 'logits.npz')
     config, ids, params = load_checkpoint(TINY)
