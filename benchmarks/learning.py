@@ -3,11 +3,11 @@
     python -m benchmarks.learning --countdown=countdown_test.jsonl --sudoku=sudoku_test.csv
 
 The two files are the published test sets. SPG trains the small preset with three seeds. Three other
-trainings take the same wall-clock time: the base policy trains on with its data; it is fine-tuned
-on its completions of reward 1 (a third of the time samples them, the rest trains on them); and, as
-the ceiling, a policy trains on right answers only, for the time of base policy and RL together. The
-ceiling trains with the settings of the base policy. The learning rate of the others is the better
-of two on validation, with a seed that is used for nothing else.
+trainings get as much wall-clock time in all: the base policy trains on with its data; it is
+fine-tuned on its completions of reward 1 (a third of the time samples them, the rest trains on
+them); and, as the ceiling, a policy trains on right answers only, for the time of base policy and
+RL together. The ceiling trains with the settings of the base policy. The learning rate of the
+others is the better of two on validation, with a seed that is used for nothing else.
 
 The tables have the accuracy on the held-out test split and on the published test set; TASK.png has
 the curves. Run the same command again to go on after an interruption. Two runs share the machine
