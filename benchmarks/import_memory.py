@@ -1,16 +1,17 @@
-"""Host memory while a published checkpoint is imported and exported, as one table.
+"""Measures host memory while a published checkpoint is imported and exported; prints a table.
 
     python -m benchmarks.import_memory [--checkpoint=HF_DIR]
 
-Without a checkpoint it makes a random one of 1.6 GB: the names, the 32 layers and the proportions
-of LLaDA-8B, its width times 5/16, bfloat16, in shards. A fresh process reads it onto 8 virtual CPU
-devices, another onto one, and writes it again. A CPU device keeps its arrays in host memory, so
-what counts is the peak above the size of the parameters (import), or above what was held before
-(export; devices then hold a tensor in the order of the file, beside the host's). An import that
-needs more than twice the largest published tensor is an error.
+Without --checkpoint the command makes a random checkpoint of 1.6 GB in shards. It has the names,
+the 32 layers and the proportions of LLaDA-8B, 5/16 of its width, and type bfloat16. One new process
+reads it onto 8 virtual CPU devices and writes it again; another does the same with one device. A
+CPU device keeps its arrays in host memory. The table therefore shows the peak of an import above
+the size of the parameters, and the peak of an export above the memory that was held before it. In
+an export the devices hold a tensor in the order of the file beside the copy on the host. An import
+that needs more than twice the largest published tensor is an error.
 
-Measured is anonymous resident memory (RssAnon of /proc), by a process of its own: pages of the
-mapped files are left out, since the kernel takes them back when it needs room.
+A separate process measures anonymous resident memory (RssAnon of /proc). Pages of mapped files are
+left out, because the kernel takes them back when it needs room.
 """
 
 import json
@@ -39,8 +40,8 @@ from spg_jax.process import cli
 
 FLAGS = flags.FLAGS
 LIMIT = 2.0  # largest tensors that an import may hold beside the parameters
-INTERVAL = 0.001  # seconds between two looks at the memory
-SHARD_BYTES = 300 * 10**6
+INTERVAL = 0.001  # seconds between two measurements
+SHARD_BYTES = 300 * 10**6  # size of the largest file of the random checkpoint
 SMALLER_8B = dict(
     d_model=1280,
     n_heads=10,
@@ -76,19 +77,20 @@ def make_random(directory: Path) -> None:
 
 
 def anonymous_bytes(process: int) -> int | None:
-    """Anonymous resident memory of a process; None once it has ended."""
+    """The bytes of anonymous resident memory of a process; None once it has ended."""
     try:
         status = Path(f'/proc/{process}/status').read_text()
     except FileNotFoundError:
         return None
-    found = [line.split()[1] for line in status.splitlines() if line.startswith('RssAnon')]
-    return int(found[0]) * 1024 if found else None
+    kibibytes = [line.split()[1] for line in status.splitlines() if line.startswith('RssAnon')]
+    return int(kibibytes[0]) * 1024 if kibibytes else None
 
 
 def move(checkpoint: Path) -> None:
-    """What the measured process does: imports, exports, and prints when each was done."""
+    """Imports and exports the checkpoint, and prints time and memory before and after each."""
     mesh = sharding.make_mesh({'fsdp': -1})
-    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))  # the compiler's own memory
+    # The compiler takes its own memory before the first mark.
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
     marks = []
 
     def mark() -> None:
@@ -106,11 +108,11 @@ def move(checkpoint: Path) -> None:
 
 
 def watch(checkpoint: Path, devices: int) -> tuple[dict[str, Any], list[tuple[float, int]]]:
-    """Runs `move` in a fresh process: what it said, and (seconds, bytes) while it ran."""
+    """Runs `move` in a new process; returns its output, and (seconds, bytes) while it ran."""
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        # Else the C library keeps freed pieces under 32 MiB, which those of a small model are.
+        # Otherwise the C library keeps freed memory below 32 MiB, as the tensors here are.
         'MALLOC_MMAP_THRESHOLD_': str(2**20),
     }
     command = [sys.executable, '-m', 'benchmarks.import_memory', f'--move={checkpoint}']
@@ -137,18 +139,18 @@ def main(_: Sequence[str]) -> None:
         return
     within = True
     table = Table('devices', 'what', 'seconds', 'parameters', 'largest tensor', 'above', 'ratio')
-    with tempfile.TemporaryDirectory() as made:
-        checkpoint = Path(FLAGS.checkpoint or made)
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = Path(FLAGS.checkpoint or temporary)
         if not FLAGS.checkpoint:
             make_random(checkpoint)
         config, _, _ = weights.check_checkpoint(checkpoint)
         itemsize = np.dtype(config.param_dtype).itemsize
         largest = itemsize * max(map(np.prod, weights.tensor_shapes(config).values()))
         for devices in (8, 1):
-            said, samples = watch(checkpoint, devices)
-            before, imported, exported = said['marks']
+            output, samples = watch(checkpoint, devices)
+            before, imported, exported = output['marks']
             for what, start, end, held in (
-                ('import', before, imported, before['bytes'] + said['size']),
+                ('import', before, imported, before['bytes'] + output['size']),
                 ('export', imported, exported, imported['bytes']),
             ):
                 during = [held for when, held in samples if start['time'] <= when <= end['time']]
@@ -158,7 +160,7 @@ def main(_: Sequence[str]) -> None:
                     str(devices),
                     what,
                     f'{end["time"] - start["time"]:.1f}',
-                    f'{said["size"] / 2**20:.0f} MiB',
+                    f'{output["size"] / 2**20:.0f} MiB',
                     f'{largest / 2**20:.0f} MiB',
                     f'{above / 2**20:.0f} MiB',
                     f'{above / largest:.2f}',
@@ -170,5 +172,5 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', '', "A published checkpoint; '' makes a random one.")
-    flags.DEFINE_string('move', '', 'Import this and export it again: the process being measured.')
+    flags.DEFINE_string('move', '', 'The checkpoint to import and export in the measured process.')
     cli.run(main)

@@ -1,15 +1,18 @@
-"""Does it learn? The main job of both tasks over three seeds, and what else the same time buys.
+"""Measures what SPG learns on two tasks, against other trainings of the same duration.
 
     python -m benchmarks.learning --countdown=countdown_test.jsonl --sudoku=sudoku_test.csv
 
-The two files are the published test sets. For the wall-clock time RL took, beside it: the base
-policy trained on with its own data; rejection-sampling fine-tuning on the base policy's own
-completions of reward 1 (a third of the time to sample, the rest to train); and the ceiling, right
-answers only for the time of base and RL together. All but the ceiling, which trains as the base
-policy does, get their learning rate from the same two, on validation with a seed of its own.
-Accuracy on the held-out test split and on the published test; curves in TASK.png. Run again to go
-on. Two runs share the machine, a core each, so that times compare; nothing else should run
-meanwhile until 'timed part done' appears.
+The two files are the published test sets. SPG trains the small preset with three seeds. Three other
+trainings get as much wall-clock time in all: the base policy trains on with its data; it is
+fine-tuned on its completions of reward 1 (a third of the time samples them, the rest trains on
+them); and, as the ceiling, a policy trains on right answers only, for the time of base policy and
+RL together. The ceiling trains with the settings of the base policy. The learning rate of the
+others is the better of two on validation, with a seed that is used for nothing else.
+
+The tables have the accuracy on the held-out test split and on the published test set; TASK.png has
+the curves. Run the same command again to go on after an interruption. Two runs share the machine
+with a core each, so that their times can be compared. Nothing else should run on the machine until
+'timed part done' appears.
 """
 
 import dataclasses
@@ -25,19 +28,20 @@ from absl import flags
 from benchmarks import runs
 from spg_jax.pretrain import base_directory
 from spg_jax.process import cli
+from spg_jax.process.files import write_whole
 from spg_jax.runs.directory import run_config
 from spg_jax.runs.metrics import read_rows
 
-TASKS = ('sudoku', 'countdown')  # the longer first, so that no core is idle at the end
+TASKS = ('sudoku', 'countdown')  # the longer one first, so that no core is idle at the end
 RATES = (3e-4, 1e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-SAMPLING_SHARE = 1 / 3
+SAMPLING_SHARE = 1 / 3  # of the time of rejection sampling that goes into sampling
 FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task with one seed, and the folder of all that belongs to it."""
+    """A task with one seed, and the folder of all runs that belong to it."""
 
     task: str
     seed: int
@@ -57,7 +61,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished main job: the measure of what the alternatives may spend."""
+    """A finished run of SPG, which sets the time that the other trainings may take."""
 
     case: Case
     directory: Path
@@ -68,12 +72,12 @@ class Trained:
 
     @property
     def base(self) -> Path:
-        """The base policy's directory."""
+        """The directory of the base policy."""
         return base_directory(run_config(self.directory))
 
     @property
     def rewarded(self) -> Path:
-        """The base policy's own right completions."""
+        """The file of completions of the base policy that have reward 1."""
         return self.case.folder / 'rewarded.jsonl'
 
     @property
@@ -88,60 +92,65 @@ def main(_: Sequence[str]) -> None:
     at_once = partial(runs.at_once, FLAGS.jobs)
 
     at_once([partial(make_base, case) for case in tuning.values()])
-    found = {'spg': tuned({task: partial(spg, case) for task, case in tuning.items()})}
-    rates = {task: runs.best(found['spg'][task]) for task in TASKS}
+    accuracies = {'spg': tuned({task: partial(spg, case) for task, case in tuning.items()})}
+    rates = {task: runs.best(accuracies['spg'][task]) for task in TASKS}
     tuning = {task: Trained(case, spg(case, rates[task])) for task, case in tuning.items()}
-    every = [case for task in TASKS for case in cases[task]]
-    places = at_once([partial(spg, case, rates[case.task]) for case in every])
-    trained = [Trained(case, place) for case, place in zip(every, places, strict=True)]
+    all_cases = [case for task in TASKS for case in cases[task]]
+    directories = at_once([partial(spg, case, rates[case.task]) for case in all_cases])
+    trained = [Trained(*pair) for pair in zip(all_cases, directories, strict=True)]
     at_once([partial(sample, job) for job in (*tuning.values(), *trained)])
-    print('timed part done: the steps of the rest are fixed', flush=True)
+    print('timed part done: the steps of the other trainings are fixed', flush=True)
 
     for task in TASKS:
         draw(task, [job for job in trained if job.case.task == task])
     for fit in (train_on, rejection_sampling):
-        found[fit.__name__] = tuned({task: partial(fit, job) for task, job in tuning.items()})
+        accuracies[fit.__name__] = tuned({task: partial(fit, job) for task, job in tuning.items()})
     rows: list[tuple[str, Callable[[Trained], Path]]] = [
         ('base policy', lambda job: job.base),
         ('**SPG (mixture)**', lambda job: job.directory),
-        ('base trained on', lambda job: train_on(job, runs.best(found['train_on'][job.case.task]))),
+        (
+            'base trained on',
+            lambda job: train_on(job, runs.best(accuracies['train_on'][job.case.task])),
+        ),
         (
             'rejection sampling',
             lambda job: rejection_sampling(
-                job, runs.best(found['rejection_sampling'][job.case.task])
+                job, runs.best(accuracies['rejection_sampling'][job.case.task])
             ),
         ),
         ('ceiling: right answers only', ceiling),
     ]
-    # The ceiling, the longest training, first.
+    # The ceiling comes first, because it is the longest training.
     calls = [(name, job, partial(make, job)) for name, make in reversed(rows) for job in trained]
-    places = at_once([call for *_, call in calls])
-    made = {(name, job): place for (name, job, _), place in zip(calls, places, strict=True)}
+    directories = at_once([call for *_, call in calls])
+    directory_of = {
+        (name, job): directory for (name, job, _), directory in zip(calls, directories, strict=True)
+    }
     for task in TASKS:
         jobs = [job for job in trained if job.case.task == task]
-        table = report({name: [made[name, job] for job in jobs] for name, _ in rows}, jobs)
+        table = report({name: [directory_of[name, job] for job in jobs] for name, _ in rows}, jobs)
         table += '\n\n' + runs.tuning_table(
-            {name: found[name][task] for name in found}, TUNING_SEED
+            {name: accuracies[name][task] for name in accuracies}, TUNING_SEED
         )
-        (Path(FLAGS.workdir) / f'{task}.md').write_text(table + '\n')
+        write_whole(Path(FLAGS.workdir) / f'{task}.md', table + '\n')
         print(f'{task}\n{table}')
 
 
 def make_base(case: Case) -> None:
-    """Trains the case's base policy, unless it exists."""
+    """Trains the base policy of a case, unless it exists."""
     flags = (f'--config.{name}={value}' for name, value in case.settings.items())
     runs.run('spg_jax.pretrain', f'--config={case.config}', *flags)
 
 
 def spg(case: Case, rate: float) -> Path:
-    """The directory of the main job at a learning rate."""
-    place = case.folder / f'spg-{rate:g}'
-    runs.train(case.config, place, case.settings | {'optimizer.learning_rate': rate})
-    return place
+    """Trains SPG at a learning rate; returns the directory of the run."""
+    directory = case.folder / f'spg-{rate:g}'
+    runs.train(case.config, directory, case.settings | {'optimizer.learning_rate': rate})
+    return directory
 
 
 def sample(job: Trained) -> None:
-    """Draws completions of the base policy and keeps the right ones."""
+    """Samples completions of the base policy and writes those of reward 1 to a file."""
     if not job.rewarded.is_file():
         runs.run(
             'benchmarks.rejection_sampling',
@@ -152,51 +161,53 @@ def sample(job: Trained) -> None:
 
 
 def train_on(job: Trained, rate: float) -> Path:
-    """The directory of the base policy trained on with the data it had last, for RL's time."""
+    """Trains the base policy on with the data of its last stage, for the time of RL."""
     share = job.result['config']['base']['stages'][-1][1]
     return _fine_tuned(job, f'trained_on-{rate:g}', rate, job.steps, share)
 
 
 def rejection_sampling(job: Trained, rate: float) -> Path:
-    """The directory of the base policy fine-tuned on its own right completions."""
+    """Fine-tunes the base policy on its completions of reward 1, for the time of RL."""
     steps = round((1 - SAMPLING_SHARE) * job.steps)
     demonstrations = f'--demonstrations={job.rewarded}'
     return _fine_tuned(job, f'rejection_sampling-{rate:g}', rate, steps, 1.0, demonstrations)
 
 
 def ceiling(job: Trained) -> Path:
-    """The directory of a policy trained on right answers only, for base policy's and RL's time."""
+    """Trains a policy on right answers only, for the time of base policy and RL together."""
     steps = job.steps + sum(steps for steps, _ in job.result['config']['base']['stages'])
     overrides = job.case.settings | {'base.stages': f'(({steps}, 1.0),)'}
     runs.pretrain(job.case.config, job.case.folder / 'ceiling', overrides)
     return job.case.folder / 'ceiling'
 
 
-def _fine_tuned(job: Trained, name: str, rate: float, steps: int, share: float, *more: str) -> Path:
+def _fine_tuned(
+    job: Trained, name: str, rate: float, steps: int, share: float, *arguments: str
+) -> Path:
     overrides = job.case.settings | {
         'base.checkpoint': job.base,
         'base.learning_rate': rate,
         'base.stages': f'(({steps}, {share}),)',
     }
-    runs.pretrain(job.case.config, job.case.folder / name, overrides, *more)
+    runs.pretrain(job.case.config, job.case.folder / name, overrides, *arguments)
     return job.case.folder / name
 
 
 def tuned(makers: dict[str, Callable[[float], Path]]) -> dict[str, runs.Accuracies]:
-    """For each task, the accuracy on validation of what its maker makes of each rate."""
-    tried = [(task, rate) for task in makers for rate in RATES]
+    """For each task, the accuracy on validation of the policy that its maker makes at each rate."""
+    cases = [(task, rate) for task in makers for rate in RATES]
 
     def accuracy(task: str, rate: float) -> float:
-        place = makers[task](rate)
-        return runs.evaluate(place, '--samples=1', '--split=validation')['accuracy']
+        directory = makers[task](rate)
+        return runs.evaluate(directory, '--samples=1', '--split=validation')['accuracy']
 
-    found = runs.at_once(FLAGS.jobs, [partial(accuracy, *case) for case in tried])
-    by_case = dict(zip(tried, found, strict=True))
+    accuracies = runs.at_once(FLAGS.jobs, [partial(accuracy, *case) for case in cases])
+    by_case = dict(zip(cases, accuracies, strict=True))
     return {task: {rate: by_case[task, rate] for rate in RATES} for task in makers}
 
 
 def draw(task: str, jobs: Sequence[Trained]) -> None:
-    """TASK.png: reward of the rollouts and accuracy on validation, a line a seed."""
+    """Draws TASK.png: reward of rollouts and accuracy on validation, with a line for each seed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
     for job in jobs:
         rows = read_rows(job.directory / 'metrics.jsonl')
@@ -209,46 +220,53 @@ def draw(task: str, jobs: Sequence[Trained]) -> None:
     figure.savefig(Path(FLAGS.workdir) / f'{task}.png', dpi=110)
 
 
-def report(places: dict[str, list[Path]], jobs: Sequence[Trained]) -> str:
-    """The table of a task: means and intervals over seeds, in per cent."""
-    own = ('--samples=1',)
-    published = (*own, f'--data={FLAGS[jobs[0].case.task].value}')
-    wanted = [
-        (name, files, place)
-        for name in places
-        for files in (own, published)
-        for place in places[name]
+def report(directories: dict[str, list[Path]], jobs: Sequence[Trained]) -> str:
+    """The table of a task, with means and intervals over seeds in per cent.
+
+    Args:
+      directories: name of a training -> the policies of its seeds.
+      jobs: the runs of SPG, one for each seed.
+    """
+    test_split = ('--samples=1',)
+    published = (*test_split, f'--data={FLAGS[jobs[0].case.task].value}')
+    evaluations = [
+        (name, arguments, directory)
+        for name in directories
+        for arguments in (test_split, published)
+        for directory in directories[name]
     ]
-    calls = [partial(runs.evaluate, place, *files) for _, files, place in wanted]
-    found = dict(zip(wanted, runs.at_once(FLAGS.jobs, calls), strict=True))
+    calls = [
+        partial(runs.evaluate, directory, *arguments) for _, arguments, directory in evaluations
+    ]
+    figures = dict(zip(evaluations, runs.at_once(FLAGS.jobs, calls), strict=True))
     lines = ['| policy | test split | published test |', '|---|---|---|']
-    for name in places:
+    for name in directories:
         cells = [
-            shown([found[name, files, place] for place in places[name]])
-            for files in (own, published)
+            cell([figures[name, arguments, directory] for directory in directories[name]])
+            for arguments in (test_split, published)
         ]
         lines.append(f'| {name} | {" | ".join(cells)} |')
-    passed, after, base, rl = (
+    base_pass, spg_pass, base_seconds, spg_seconds = (
         [job.result[key] for job in jobs]
         for key in ('base_pass_at_8', 'pass_at_8', 'base_seconds', 'seconds')
     )
     return '\n'.join(lines) + (
-        f'\n\npass@8 on the test split: base {runs.interval(passed)}, after SPG '
-        f'{runs.interval(after)}. Seconds on one core, at most: base policy {max(base):.0f}, '
-        f'RL {max(rl):.0f}.'
+        f'\n\npass@8 on the test split: base {runs.interval(base_pass)}, after SPG '
+        f'{runs.interval(spg_pass)}. Seconds on one core, at most: base policy '
+        f'{max(base_seconds):.0f}, RL {max(spg_seconds):.0f}.'
     )
 
 
-def shown(found: Sequence[dict[str, Any]]) -> str:
-    """Accuracy, for Sudoku cells and grids."""
-    accuracy = runs.interval([f['accuracy'] for f in found])
-    if 'grid_accuracy' not in found[0]:
+def cell(figures: Sequence[dict[str, Any]]) -> str:
+    """The accuracy over seeds with its interval; for Sudoku that of cells and that of grids."""
+    accuracy = runs.interval([seed['accuracy'] for seed in figures])
+    if 'grid_accuracy' not in figures[0]:
         return accuracy
-    return f'{accuracy} / {runs.interval([f["grid_accuracy"] for f in found])}'
+    return f'{accuracy} / {runs.interval([seed["grid_accuracy"] for seed in figures])}'
 
 
 def pretraining_pace(base: Path) -> float:
-    """Steps a second at which the base policy was trained, without the compiler's time."""
+    """The steps per second at which a base policy was trained, without the time of compiling."""
     rows = read_rows(base.with_name(base.name + '.training') / 'metrics.jsonl')
     first, last = rows[0], rows[-1]
     return (last['step'] - first['step']) / (last['seconds'] - first['seconds'])
@@ -256,8 +274,8 @@ def pretraining_pace(base: Path) -> float:
 
 if __name__ == '__main__':
     for task in TASKS:
-        flags.DEFINE_string(task, None, 'Its published test file.')
-    flags.DEFINE_integer('jobs', 2, 'Runs at a time.', lower_bound=1)
-    flags.DEFINE_string('workdir', 'runs/learning', 'Where the runs live.')
+        flags.DEFINE_string(task, None, 'The published test file of the task.')
+    flags.DEFINE_integer('jobs', 2, 'Runs that go on at the same time.', lower_bound=1)
+    flags.DEFINE_string('workdir', 'runs/learning', 'The folder of the runs.')
     flags.mark_flags_as_required(TASKS)
     cli.run(main)

@@ -1,10 +1,10 @@
-"""The plan of every LLaDA-8B preset: four tasks on six machines, none of them here.
+"""The plans of all LLaDA-8B presets: four tasks on six machines, none of which has to be here.
 
     python -m benchmarks.plan_tables [--topologies=v5e:4x4,h100:1]
 
-Writes docs/plan.md. Tasks of the same shapes share what was compiled. A program takes minutes to
-compile, the updates for v6e half an hour, so what was found is kept in build/plan/ and read again;
-delete it after a change to the programs.
+The command writes docs/plan.md. Tasks with the same shapes share their compiled programs. A program
+takes minutes to compile, and an update for v6e takes half an hour. Reports are therefore kept in
+build/plan/ and read again; delete this folder after a change to the programs.
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.presets import HARDWARE
 from spg_jax.process import cli
+from spg_jax.process.files import write_whole
 from spg_jax.runs.directory import digest
 
 FLAGS = flags.FLAGS
 TASKS = ('countdown', 'gsm8k', 'math500', 'sudoku')
 STORE = Path('build/plan')
-EFFICIENCY = 0.4
-TOLERANCE = 0.15  # of the formula, as a share of the compiler's peak
-DRAWS_ON = 'v5e:4x4'
+EFFICIENCY = 0.4  # share of the published rates that times assume
+TOLERANCE = 0.15  # largest error of the formula, as a share of the compiler's peak
+DRAWS_ON = 'v5e:4x4'  # the machine for which more draws are planned
 INTRODUCTION = f"""# LLaDA-8B on machines that are not here
 
     python -m benchmarks.plan_tables
@@ -61,35 +62,36 @@ SUMMARY = f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}'
 
 
 def preset_for(topology: str) -> str:
-    """The preset made for a machine."""
+    """The preset that was made for a machine."""
     return next(name for name, hardware in HARDWARE.items() if hardware.topology == topology)
 
 
 def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
-    """A report, from the store if a configuration of the same programs is there."""
-    same = {
+    """A report, which is read from the store if it has one of the same programs."""
+    shapes = {
         group: config[group].to_dict()
         for group in ('model', 'lora', 'sampling', 'corruption', 'rl', 'mesh')
     }
-    same['evaluation'] = config.evaluation.batch, config.evaluation.lengths
-    path = STORE / f'{machine.topology.replace(":", "-")}-{digest(same)}.json'
+    shapes['evaluation'] = config.evaluation.batch, config.evaluation.lengths
+    path = STORE / f'{machine.topology.replace(":", "-")}-{digest(shapes)}.json'
     if not path.exists():
         report = make_report(config, machine)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(report), indent=1))
-    found = json.loads(path.read_text())
+        write_whole(path, json.dumps(dataclasses.asdict(report), indent=1))
+    saved = json.loads(path.read_text())
     return Report(
-        **found
+        **saved
         | {
-            'resident': memory.Resident(**found['resident']),
-            'programs': {name: Program(**one) for name, one in found['programs'].items()},
+            'resident': memory.Resident(**saved['resident']),
+            'programs': {name: Program(**fields) for name, fields in saved['programs'].items()},
         }
     )
 
 
 def main(_: list[str]) -> None:
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', 8)  # stand in for GPUs, for which nothing is compiled
+    # CPU devices take the place of GPUs, for which nothing is compiled.
+    jax.config.update('jax_num_cpu_devices', 8)
     rows, details = [], []
     for topology in FLAGS.topologies:
         for task in TASKS:
@@ -101,11 +103,11 @@ def main(_: list[str]) -> None:
     print(f'\n{summary}')
     if tuple(FLAGS.topologies) == LISTED:
         page = [INTRODUCTION, summary, more_draws(), *details]
-        Path('docs/plan.md').write_text('\n\n'.join(page) + '\n')
+        write_whole(Path('docs/plan.md'), '\n\n'.join(page) + '\n')
 
 
 def planned(task: str, topology: str) -> tuple[str, str]:
-    """A task on a machine: its row of the summary, and its own section."""
+    """(row of the summary, section of the page) for a task on a machine."""
     machine, preset = find_machine(topology), preset_for(topology)
     config = importlib.import_module(f'configs.{task}').get_config(preset)
     assemble(config)
@@ -113,16 +115,16 @@ def planned(task: str, topology: str) -> tuple[str, str]:
     chip = machine.chip
     if not report.fits(chip):
         raise RuntimeError(verdict(report, config, machine, EFFICIENCY))
-    off = [report.deviation(name) for name in report.programs]
-    if machine.chip.platform == 'tpu' and max(map(abs, off)) > TOLERANCE:
-        raise RuntimeError(f'{task} on {topology}: the formula is off by {off}')
+    deviations = [report.deviation(name) for name in report.programs]
+    if machine.chip.platform == 'tpu' and max(map(abs, deviations)) > TOLERANCE:
+        raise RuntimeError(f'{task} on {topology}: the formula is off by {deviations}')
     time = times(report, config, chip, EFFICIENCY)
     peaks = [report.peak(name) for name in ('rollout', 'evaluation', 'update')]
     row = (
         f'| {topology} | {task} | {report.resident.total / GIB:.1f} | '
         + ' | '.join(f'{peak / GIB:.1f}' for peak in peaks)
         + f' | {chip.memory / GIB:.1f} | '
-        + ('estimate' if None in off else f'{min(off):+.0%} … {max(off):+.0%}')
+        + ('estimate' if None in deviations else f'{min(deviations):+.0%} … {max(deviations):+.0%}')
         + f' | {time.rollout:.0f} | {time.update:.1f} | {time.hours:.0f} |'
     )
     console = Console(width=250, file=io.StringIO())
@@ -138,7 +140,7 @@ def planned(task: str, topology: str) -> tuple[str, str]:
 
 
 def more_draws() -> str:
-    """What four times the Monte-Carlo draws need."""
+    """A sentence about the memory that four times as many Monte-Carlo draws need."""
     peaks = []
     for draws in (2, 8):
         config = gsm8k.get_config(preset_for(DRAWS_ON))
@@ -152,5 +154,7 @@ def more_draws() -> str:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_list('topologies', list(LISTED), 'Of the machines; docs/plan.md needs all.')
+    flags.DEFINE_list(
+        'topologies', list(LISTED), 'The machines; docs/plan.md is written only for all of them.'
+    )
     cli.run(main)

@@ -1,4 +1,4 @@
-"""Runs of the entry points as processes, and means with intervals over seeds."""
+"""Runs entry points as processes, and computes means with intervals over seeds."""
 
 import json
 import os
@@ -14,14 +14,14 @@ import numpy as np
 from scipy import stats
 
 Result = TypeVar('Result')
-Accuracies = dict[float, float]  # on validation, of each learning rate
+Accuracies = dict[float, float]  # learning rate -> accuracy on validation
 
 
 def train(config: str, workdir: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The result of a training run; goes on with one that was cut, reads one that is finished.
+    """The result of a training run; an interrupted run goes on, a finished one is only read.
 
     Raises:
-      RuntimeError: the run failed or was interrupted; its own last words are on stderr.
+      RuntimeError: if the run failed or was interrupted; its message is on standard error.
     """
     run('spg_jax.train', f'--config={config}', f'--workdir={workdir}', *_flags(overrides))
     path = workdir / 'result.json'
@@ -30,27 +30,34 @@ def train(config: str, workdir: Path, overrides: dict[str, Any]) -> dict[str, An
     return json.loads(path.read_text())
 
 
-def pretrain(config: str, workdir: Path, overrides: dict[str, Any], *more: str) -> None:
-    """A pre-training or fine-tuning run into `workdir`, unless it is finished."""
-    run('spg_jax.pretrain', f'--config={config}', f'--workdir={workdir}', *more, *_flags(overrides))
+def pretrain(config: str, workdir: Path, overrides: dict[str, Any], *arguments: str) -> None:
+    """Pre-trains or fine-tunes a policy into `workdir`, unless it exists."""
+    run(
+        'spg_jax.pretrain',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        *arguments,
+        *_flags(overrides),
+    )
 
 
-def evaluate(workdir: Path, *more: str) -> dict[str, Any]:
-    """What `spg_jax.evaluate` reports about a run or a policy."""
-    out = run('spg_jax.evaluate', f'--workdir={workdir}', *more)
+def evaluate(workdir: Path, *arguments: str) -> dict[str, Any]:
+    """The report of `spg_jax.evaluate` about a run or a policy."""
+    out = run('spg_jax.evaluate', f'--workdir={workdir}', *arguments)
     return json.loads(out.splitlines()[-1])
 
 
 def at_once(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Results of `calls`, `jobs` of them running at a time, each with its own share of the cores.
+    """The results of `calls`, of which `jobs` run at a time, each on its share of the cores.
 
-    Small models leave half of two cores idle; a core each gets more done, at the same pace for all.
+    A small model leaves half of two cores idle, so two runs with a core each get more done. Each
+    run then has the same pace.
     """
     cores = sorted(os.sched_getaffinity(0))
     shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for job in range(jobs):
         shares.put(cores[job::jobs] or cores)
-    # The affinity of a thread is that of the processes it starts.
+    # A process inherits the affinity of the thread that starts it.
     with ThreadPoolExecutor(
         jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())
     ) as threads:
@@ -58,17 +65,17 @@ def at_once(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
 
 
 def run(module: str, *arguments: str) -> str:
-    """Standard output of `python -m module`; its progress goes to our stderr."""
+    """The standard output of `python -m module`; its progress goes to standard error."""
     command = [sys.executable, '-m', module, *arguments]
     print('+', ' '.join(command[1:]), file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f'{module} ended with status {done.returncode}: {" ".join(command)}')
-    return done.stdout
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise RuntimeError(f'{module} ended with status {process.returncode}: {" ".join(command)}')
+    return process.stdout
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half-width of the 95 % interval of the mean (Student's t), as percentages."""
+    """The mean and the half-width of its 95 % interval (Student's t), in per cent."""
     values = 100 * np.asarray(values)
     if len(values) < 2:
         return f'{values.mean():.1f}'
@@ -77,18 +84,18 @@ def interval(values: Sequence[float]) -> str:
 
 
 def best(accuracies: Accuracies) -> float:
-    """The learning rate most accurate on validation."""
+    """The learning rate with the highest accuracy on validation."""
     return max(accuracies, key=accuracies.get)
 
 
-def tuning_table(found: dict[str, Accuracies], seed: int) -> str:
-    """What each method reached on validation with each learning rate, in per cent."""
-    rates = list(next(iter(found.values())))
+def tuning_table(accuracies_of: dict[str, Accuracies], seed: int) -> str:
+    """A table of the accuracy on validation for each method and learning rate, in per cent."""
+    rates = list(next(iter(accuracies_of.values())))
     lines = [
         f'| on validation, seed {seed} | {" | ".join(f"{rate:g}" for rate in rates)} |',
         '|---' * (len(rates) + 1) + '|',
     ]
-    for name, accuracies in found.items():
+    for name, accuracies in accuracies_of.items():
         cells = ' | '.join(f'{100 * accuracies[rate]:.1f}' for rate in rates)
         lines.append(f'| {name.replace("_", " ")} | {cells} |')
     return '\n'.join(lines)

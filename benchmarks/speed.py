@@ -1,9 +1,10 @@
-"""Where time and memory go: rollout, update, memory against draws and length, as one table.
+"""Measures the speed of rollout and update, and memory for different draws and lengths.
 
     python -m benchmarks.speed [--config=configs/sudoku.py]
 
-Speeds are shares of the largest matrix-product rate this machine shows in the same run. A pass
-over a token costs 2 FLOPs a parameter forwards and 4 backwards; attention is left out.
+The command prints one table. Speeds are shares of the highest rate of a matrix product that this
+machine reaches in the same run. Each token costs 2 FLOPs per parameter in a forward pass and 4 in a
+backward pass; attention is left out.
 """
 
 import time
@@ -34,7 +35,7 @@ REPEATS = 5
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Median of REPEATS runs after one that compiles."""
+    """The median seconds of REPEATS runs, after one run that compiles."""
     jax.block_until_ready(run())
     times = []
     for _ in range(REPEATS):
@@ -45,7 +46,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_flops(size: int = 2048) -> float:
-    """FLOPs a second of the best of several square float32 products: the physical limit here."""
+    """FLOPs per second of the fastest of several square float32 products."""
     product = jax.jit(jnp.matmul)
     x = jnp.ones((size, size))
     jax.block_until_ready(product(x, x))
@@ -53,7 +54,7 @@ def peak_flops(size: int = 2048) -> float:
 
 
 class Bench:
-    """Programs of a configuration on random parameters and a random rollout."""
+    """The programs of a configuration, with random parameters and a random rollout."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config, self.parts = config, assemble(config)
@@ -68,27 +69,28 @@ class Bench:
         self.sequence = config.sampling.prompt_length + config.sampling.length
 
     def rollout(self) -> Rollout:
-        """Random tokens, completions of full length, alternating advantages."""
+        """A rollout of random tokens: no row ends early, and the signs of advantages alternate."""
         lengths = self.config.sampling.prompt_length, self.config.sampling.length
         rollout = empty_rollout(self.rows, *lengths, self.mesh)
-        words = lambda shape: np.random.default_rng(0).integers(3, 11, shape, np.int32)  # noqa: E731
+        random_ids = lambda shape: np.random.default_rng(0).integers(3, 11, shape, np.int32)  # noqa: E731
         return rollout.replace(
-            prompt=jnp.asarray(words(rollout.prompt.shape)),
+            prompt=jnp.asarray(random_ids(rollout.prompt.shape)),
             prompt_mask=jnp.ones(rollout.prompt.shape, bool),
-            completion=jnp.asarray(words(rollout.completion.shape)),
+            completion=jnp.asarray(random_ids(rollout.completion.shape)),
             scored=jnp.ones(rollout.completion.shape, bool),
             advantage=jnp.where(jnp.arange(self.rows) % 2, 0.5, -0.5),
             example_id=jnp.arange(self.rows, dtype=jnp.uint32),
         )
 
     def rollout_seconds(self) -> float:
-        """One rollout batch, without scoring; random parameters rarely stop early."""
+        """Seconds to generate one rollout batch; with random parameters rows rarely end early."""
         generate = make_generate(self.policy, self.parts.sampling)
         rollout = self.rollout()
         keys = example_keys(0, Purpose.SAMPLE, 0, rollout.example_id)
         return seconds(lambda: generate(self.variables, rollout.prompt, rollout.prompt_mask, keys))
 
     def update(self) -> tuple[Callable, object, Rollout]:
+        """The compiled update, a train state and a rollout."""
         parts, optimizer = self.parts, optimizers.for_rl(self.parts.optimizer, 100)
         state = initial_state(self.variables, optimizer, self.policy, self.mesh, average=False)
         shardings = shardings_of(state)
@@ -96,6 +98,7 @@ class Bench:
         return update, state, self.rollout()
 
     def update_seconds(self) -> float:
+        """Seconds of one update."""
         update, state, rollout = self.update()
 
         def run() -> object:
@@ -106,7 +109,7 @@ class Bench:
         return seconds(run)
 
     def update_bytes(self) -> int:
-        """Temporary and output bytes of the compiled update."""
+        """The temporary and output bytes of the compiled update."""
         update, state, rollout = self.update()
         memory = update.lower(state, rollout).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -131,9 +134,8 @@ def main(_: Sequence[str]) -> None:
         )
         for per_pass in (0, 1):
             for draws in (2, 4, 8):
-                changed = (
-                    config.copy_and_resolve_references()
-                )  # groups too, unlike ConfigDict(config)
+                # Unlike ConfigDict(config), this copies the groups too.
+                changed = config.copy_and_resolve_references()
                 changed.corruption.draws, changed.rl.draws_per_pass = draws, per_pass
                 how = 'one draw a pass' if per_pass else 'all draws at once'
                 size = Bench(changed).update_bytes()

@@ -1,11 +1,12 @@
-"""SPG on Countdown with three numbers: reach the target with +, -, * and /, every number once.
+"""SPG on Countdown with three numbers: reach the target with +, -, * and /, each number used once.
 
 python -m spg_jax.train --config=configs/countdown.py            # small: a laptop
 python -m spg_jax.train --config=configs/countdown.py:tiny       # the whole pipeline, no learning
 python -m spg_jax.train --config=configs/countdown.py:llada_8b   # published recipe on LLaDA-8B
 python -m spg_jax.plan --config=configs/countdown.py:llada_8b_v5e16 --topology=v5e:4x4
 
-On one CPU core: base policy 248 s, RL 103 s, 9 % -> 71 % right (`benchmarks.learning`).
+On one CPU core the base policy takes 248 s and RL 103 s; right answers rise from 9 % to 71 %
+(`benchmarks.learning`).
 """
 
 import ml_collections
@@ -28,8 +29,8 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
             f'configs/countdown.py has no preset {preset!r}; use one of {", ".join(PRESETS)}'
         )
 
-    # A prompt is "100 93 30 = 23 :", an answer "<answer> 93 + 30 - 100 </answer>" and EOS: one
-    # token a step, because the tokens of an expression depend on each other.
+    # A prompt is "100 93 30 = 23 :" and an answer "<answer> 93 + 30 - 100 </answer>" with EOS. Each
+    # decoding step commits one token, because the tokens of an expression depend on each other.
     on_a_laptop(config, length=12, block_length=4)
     config.sampling.prompt_length = 6
     config.base.update(stages=((1300, 1.0), (300, 0.15)), number_features=True)

@@ -1,10 +1,11 @@
-"""SPG on MATH, competition problems, tested on MATH500: the reward is mostly for the right formula.
+"""SPG on competition problems (MATH, tested on MATH500); most reward is for the right formula.
 
 python -m spg_jax.train --config=configs/math500.py:llada_8b   # published recipe on LLaDA-8B
 python -m spg_jax.plan --config=configs/math500.py:llada_8b_v5e16 --topology=v5e:4x4
 
-The problems are downloaded on first use; without a network, the message says what to put where.
-Published (SPG, 256 tokens): 32.4 % -> 40.0 % right, with a checkpoint chosen on the test.
+The problems are downloaded when they are first used. Without a network an error message says which
+files to put where. Published result of SPG at 256 tokens, with a checkpoint chosen on the test set:
+right answers rise from 32.4 % to 40.0 %.
 """
 
 import ml_collections
@@ -25,5 +26,5 @@ def get_config(preset: str = 'llada_8b') -> ml_collections.ConfigDict:
     config = default_config()
     config.task.name = 'math500'
     on_llada_8b(config, preset)
-    config.train.steps = 4000  # [E], see default_config; all else is the default
+    config.train.steps = 4000  # [E] of default_config; all other settings have their defaults
     return config

@@ -1,12 +1,12 @@
-"""SPG on 4x4 Sudoku: the reward is the share of the empty cells that are filled rightly.
+"""SPG on 4x4 Sudoku: the reward is the share of the empty cells that are filled correctly.
 
 python -m spg_jax.train --config=configs/sudoku.py            # small: a laptop
 python -m spg_jax.train --config=configs/sudoku.py:tiny       # the whole pipeline, no learning
 python -m spg_jax.train --config=configs/sudoku.py:llada_8b   # published recipe on LLaDA-8B
 python -m spg_jax.plan --config=configs/sudoku.py:llada_8b_v5e16 --topology=v5e:4x4
 
-On one CPU core: base policy 417 s, RL 293 s, cells 51 % -> 95 %, grids 6 % -> 88 % right
-(`benchmarks.learning`).
+On one CPU core the base policy takes 417 s and RL 293 s; right cells rise from 51 % to 95 % and
+right grids from 6 % to 88 % (`benchmarks.learning`).
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     config = default_config()
     config.task.name = 'sudoku'
     if preset in HARDWARE:
-        # Where the publication says otherwise than for other tasks; sources as in default_config.
+        # Numbers that are published for Sudoku only; `default_config` explains their sources.
         config.task.shots = 3  # [S]
         config.sampling.prompt_length = 1500  # [S]
         config.sampling.temperature = 0.3  # [S]
@@ -35,7 +35,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
             f'configs/sudoku.py has no preset {preset!r}; use one of {", ".join(PRESETS)}'
         )
 
-    # A prompt is 16 digits and a colon; an answer is a tag, 16 digits, a tag and EOS, 19 tokens.
+    # A prompt is 16 digits and a colon. An answer is a tag, 16 digits, a tag and EOS: 19 tokens.
     on_a_laptop(config, length=20, block_length=4)
     config.sampling.prompt_length = 17
     config.base.stages = ((1000, 1.0), (250, 0.15))

@@ -1,9 +1,9 @@
-"""Every setting of a run, its default and its meaning: a table and nothing else.
+"""Every setting of a run, with its default and its meaning.
 
-`configs/<task>.py` start from `default_config()` and change what their preset needs, with the help
-of `spg_jax.presets`. `spg_jax.assembly` turns settings into the parts of a run, and refuses those
-that cannot work. The defaults are the published recipe (SPG, arXiv 2510.09541, appendix and
-released code) wherever the publication gives a number.
+The files `configs/<task>.py` start from `default_config()` and change the settings of their preset,
+with the help of `spg_jax.presets`. `spg_jax.assembly` makes the parts of a run from the settings,
+and refuses settings that cannot work. Where the publication gives a number, it is the default (SPG,
+arXiv 2510.09541, appendix and released code).
 """
 
 import ml_collections
@@ -13,122 +13,145 @@ from spg_jax.models.lora import TARGETS
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The published recipe, without a task or a size of model.
+    """The published recipe, without a task and without the size of a model.
 
-    The comment on a published number ends in its source: the appendix of the paper [A]; in the
-    released code the scripts of spg/slurm_scripts/spg_mix, for 8 GPUs [S], spg/diffu_grpo_config.py
-    [C] and eval/ [E]. Other numbers are ours.
+    The comment on a published number ends in its source: the appendix of the paper [A], or in the
+    released code the scripts of spg/slurm_scripts/spg_mix, for 8 GPUs [S],
+    spg/diffu_grpo_config.py [C] or eval/ [E]. Numbers without a source are our choice. Capital
+    letters such as P and C are the axis letters that comments in the code use.
     """
     c = config_dict.create
 
     return c(
         task=c(
-            name='countdown',  # a name in spg_jax.tasks
-            format='compact',  # compact | published_train (evaluated as published_eval)
-            prompt_template='',  # file with the wording of the prompt; '' is our own
-            shots=0,  # worked examples in the prompt; published Sudoku has up to 3, others none
-            rules='released',  # of the reward: released | mended (math500, see its task.py)
-            data_dir='data',  # where problems are kept, and given files of them looked for
+            name='countdown',  # the task: countdown, gsm8k, math500 or sudoku
+            # A run that trains on 'published_train' is evaluated on 'published_eval'.
+            format='compact',  # the format of prompts and answers: compact or published_train
+            prompt_template='',  # a file with the wording of the prompt; '' uses our wording
+            shots=0,  # worked examples in each prompt: 0 to 3 in published Sudoku, 0 elsewhere
+            # In the released rewards of math500 some rules are mistaken; see tasks/math500/task.py.
+            rules='released',  # the rules of the reward: released, or mended (math500 only)
+            data_dir='data',  # the folder of the problems, also searched for published files
         ),
         data=c(
-            # What to do with training prompts over sampling.prompt_length: 'drop' leaves them out.
-            # Evaluation takes prompts whole, however long; base policies refuse long ones always.
-            long_prompts='drop',  # drop | truncate_left (keep the end, as released) | error
+            # A training prompt is long if it has more than sampling.prompt_length tokens. 'drop'
+            # leaves out its problem, 'truncate_left' keeps the end of the prompt as the released
+            # code does, and 'error' ends the run. Evaluation never drops or cuts a prompt. The
+            # training of a base policy always refuses long prompts.
+            long_prompts='drop',  # what happens to long prompts: drop, truncate_left or error
         ),
-        model=c(  # of a base policy trained here; an imported checkpoint brings its own
-            width=64,  # D
-            layers=6,  # transformer blocks; these tasks reward depth over width
-            heads=4,  # N
-            kv_heads=4,  # K; fewer than heads is grouped-query attention
-            mlp_width=192,  # F
-            tie_embeddings=True,  # unembed with the embedding table
-            scale_logits=True,  # logits x width^-1/2; tied small models learn far faster so
-            dtype='float32',  # of activations and products
-            remat=False,  # recompute layers backwards: less memory, a third more time
-            scan_unroll=1,  # layers per iteration of the scan over layers
-            attention='auto',  # auto (the platform's fastest) | einsum | folded | splash | cudnn
-            quantize='',  # kernels of the frozen base under adapters: int8 | int4 | nf4; '' as read
+        # A policy trained here has these sizes. A checkpoint brings its own sizes and dtype.
+        model=c(
+            width=64,  # D, the width of the hidden states
+            layers=6,  # the number of transformer blocks; these tasks need depth more than width
+            heads=4,  # N, the number of attention heads
+            kv_heads=4,  # K, the number of key/value heads, which groups of attention heads share
+            mlp_width=192,  # F, the width inside the gated MLP
+            tie_embeddings=True,  # whether the embedding table is also the output layer
+            # Small models with tied embeddings learn far faster with scaled logits.
+            scale_logits=True,  # whether logits are multiplied by width**-0.5
+            dtype='float32',  # the type of activations and products: float32 or bfloat16
+            # The last four settings say how to compute, and apply to checkpoints as well.
+            # Recomputation saves memory and takes about a third more time.
+            remat=False,  # whether the backward pass recomputes each layer instead of storing it
+            scan_unroll=1,  # layers in one iteration of the loop over layers; more suits CPUs
+            # 'auto' is the fastest implementation on the platform.
+            attention='auto',  # the implementation: auto, einsum, folded, splash or cudnn
+            quantize='',  # format of the kernels under adapters: int8, int4 or nf4; '' keeps them
         ),
-        base=c(
-            checkpoint='',  # a policy directory or published checkpoint; '' trains a policy
-            cache='runs/base',  # trained base policies, a folder for each hash of what made it
-            stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right demonstrations), in turn
-            batch_size=128,  # demonstrations a step
-            learning_rate=3e-3,  # peak; warm-up, then cosine to a tenth
-            weight_decay=0.01,  # of everything but norms
-            grad_clip=1.0,  # largest gradient norm
-            ema=0.995,  # decay of the averaged parameters, which are the base policy
-            number_features=False,  # start embeddings of numbers as waves of their value
-            seed=0,  # of parameters, data order and masks
+        base=c(  # the base policy, from which RL starts
+            checkpoint='',  # a policy directory or published checkpoint; '' trains a base policy
+            cache='runs/base',  # the folder that holds the base policies which are trained here
+            # The share of right answers in a stage lies in [0, 1].
+            stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right answers) of each stage
+            batch_size=128,  # demonstrations in the batch of one training step
+            learning_rate=3e-3,  # the peak of the learning rate, from which it falls to a tenth
+            weight_decay=0.01,  # weight decay of all parameters except the scales of norms
+            grad_clip=1.0,  # a gradient with a larger norm is scaled down to this norm
+            ema=0.995,  # decay per step of the averaged parameters, which become the base policy
+            number_features=False,  # whether embeddings of numbers start as waves of their value
+            seed=0,  # the seed of initial parameters, order of demonstrations, and masks
         ),
-        lora=c(  # adapters, in RL
-            rank=128,  # with them nothing else is trained; 0 trains every parameter [A]
-            alpha=64.0,  # an adapter's product is scaled by alpha / rank [A]
-            dropout=0.05,  # share of an adapter's inputs dropped in updates [A]
-            targets=TARGETS,  # products that have one [A]
-            adapter='',  # what PEFT saved, to start from; '' starts from new ones
+        lora=c(  # low-rank adapters, which RL trains in place of the parameters
+            rank=128,  # the rank of the adapters; 0 trains every parameter without adapters [A]
+            alpha=64.0,  # the product of an adapter is multiplied by alpha / rank [A]
+            dropout=0.05,  # the share of an adapter's inputs that updates drop [A]
+            targets=TARGETS,  # the products that have an adapter, names of models.lora.TARGETS [A]
+            adapter='',  # a directory of adapters that PEFT saved, to start from; '' makes new ones
         ),
-        sampling=c(
-            prompt_length=200,  # P; training prompts are left-padded to it [A]
-            prompt_buckets=(),  # or to the shortest of these with room for the batch's longest
-            length=256,  # C, completion tokens [A]
-            steps=128,  # denoising steps for the whole completion [A]
-            block_length=32,  # positions finished before the next ones start [A]
-            temperature=0.9,  # of the Gumbel-max choice of tokens [C]
-            commit='low_confidence',  # which to fix: low_confidence | random | entropy | margin [C]
-            guidance=0.0,  # classifier-free guidance scale [C]
-            stop_early=True,  # stop once every row has ended; False decodes the rest as released
+        sampling=c(  # how completions are generated in training
+            prompt_length=200,  # P, the number of tokens that prompts are left-padded to [A]
+            # A batch is padded to the shortest of these lengths, or else to prompt_length.
+            prompt_buckets=(),  # shorter lengths for batches of short prompts, ascending
+            length=256,  # C, the number of tokens in a completion [A]
+            steps=128,  # denoising steps over the whole completion; each commits some tokens [A]
+            block_length=32,  # positions in a block, which is finished before the next starts [A]
+            temperature=0.9,  # temperature of the choice of tokens; 0 takes the likeliest [C]
+            # 'low_confidence' is the published name for keeping the most probable tokens.
+            commit='low_confidence',  # kept tokens: low_confidence, random, entropy or margin [C]
+            guidance=0.0,  # scale of classifier-free guidance; 0 switches it off [C]
+            # The released code does not stop early and decodes all blocks.
+            stop_early=True,  # whether a completion ends with the block that holds its first EOS
         ),
-        corruption=c(
-            kind='block',  # full | uniform | block | block_full [S]
-            draws=2,  # M, Monte-Carlo draws a sequence [S]
-            prompt_rate=0.15,  # perturbation of the prompt and, under block, of earlier blocks [A]
-            block_draw='balanced',  # balanced | released
+        corruption=c(  # how completions are masked for the likelihood bounds
+            kind='block',  # what is masked: full, uniform, block or block_full [S]
+            draws=2,  # M, the number of random maskings of each completion in an update [S]
+            # The block kinds also mask tokens of earlier blocks with this probability, unless
+            # rl.estimator is 'block'.
+            prompt_rate=0.15,  # probability that a token of the prompt is masked [A]
+            # The released choice is neither uniform nor free of repeats.
+            block_draw='balanced',  # how draws choose blocks: balanced or released
         ),
         rl=c(
-            objective='spg',  # a name in spg_jax.rl.objectives.REGISTRY
-            negative='mixture',  # for worse completions: mixture | eubo | elbo | none [S]
-            estimator='released',  # released | paper (uniform) | block (block corruption)
-            bound='plain',  # plain | strict | loose: which upper bound
-            beta=1.5,  # Renyi order of the EUBO [S]
-            omega=0.5,  # share of the EUBO in the mixture [S]
-            group_size=6,  # G, completions a prompt [S]
-            prompts=16,  # prompts a rollout batch [S]
-            generation_batch=0,  # completions generated at once, while others are scored; 0 is all
-            inner_updates=4,  # gradient steps a rollout batch [S]
-            microbatch=48,  # rows differentiated at once, over all devices: 6 on each of 8
-            draws_per_pass=0,  # draws differentiated at once; 0 is all, 1 keeps memory flat in M
+            objective='spg',  # the policy-gradient method, a file of spg_jax/rl/objectives
+            negative='mixture',  # bound for worse completions: mixture, eubo, elbo or none [S]
+            # 'paper' goes with uniform corruption and 'block' with block corruption.
+            estimator='released',  # how draws become bounds: released, paper or block
+            bound='plain',  # which upper bound (EUBO) is used: plain, strict or loose
+            beta=1.5,  # the Renyi order of the EUBO, at least 1 [S]
+            omega=0.5,  # the share of the EUBO in the mixture; the ELBO has the rest [S]
+            group_size=6,  # G, the number of completions of each prompt [S]
+            prompts=16,  # the number of prompts in a rollout batch [S]
+            # While one part is generated, the part before it is decoded and rewarded.
+            generation_batch=0,  # completions that are generated at once; 0 generates all
+            inner_updates=4,  # updates on each rollout batch [S]
+            # The released code differentiates 6 rows at once on each of 8 GPUs.
+            microbatch=48,  # rows that are differentiated at once, on all devices together
+            # With 1 memory does not grow with corruption.draws.
+            draws_per_pass=0,  # draws of a row that are differentiated at once; 0 takes all
         ),
-        optimizer=c(
-            learning_rate=3e-6,  # constant after the warm-up [A]
-            warmup_fraction=1e-4,  # of the steps [A]
-            b1=0.9,  # AdamW's decay of the mean gradient [A]
-            b2=0.99,  # AdamW's decay of the mean square [A]
-            weight_decay=0.1,  # of everything but norms [A]
-            grad_clip=0.2,  # largest gradient norm [A]
+        optimizer=c(  # AdamW, for RL
+            learning_rate=3e-6,  # the learning rate, which is constant after the warm-up [A]
+            warmup_fraction=1e-4,  # the share of train.steps in which the learning rate rises [A]
+            b1=0.9,  # decay of the running mean of gradients [A]
+            b2=0.99,  # decay of the running mean of squared gradients [A]
+            weight_decay=0.1,  # weight decay of all parameters except the scales of norms [A]
+            grad_clip=0.2,  # a gradient with a larger norm is scaled down to this norm [A]
         ),
-        mesh=c(
-            data=-1,  # devices along rows; -1 is all that are left
-            fsdp=1,  # devices along rows that also split the parameters
-            tensor=1,  # devices along heads, MLP and vocabulary
+        mesh=c(  # how the devices are arranged; an axis of -1 takes all devices that are left
+            data=-1,  # the number of devices along which rows are split and parameters repeated
+            fsdp=1,  # the number of devices along which both rows and parameters are split
+            tensor=1,  # the number of devices along which heads, MLP and vocabulary are split
         ),
         train=c(
-            steps=6000,  # updates [E]
-            seed=0,  # of prompts, sampling and corruption
-            max_skipped=20,  # non-finite updates in a row before the run stops
-            wandb='',  # project to log to as well (extra 'wandb'); '' does not
+            steps=6000,  # the number of updates of the run [E]
+            seed=0,  # the seed of order of prompts, sampling and corruption
+            # A non-finite update leaves the parameters as they are.
+            max_skipped=20,  # the run stops after this many non-finite updates in a row
+            # Logging to Weights & Biases needs the extra 'wandb'.
+            wandb='',  # the project that metrics are also sent to; '' sends none
         ),
-        evaluation=c(
-            lengths=(128, 256, 512),  # completion lengths, each reported [E]
-            steps=(64, 128, 256),  # denoising steps for each length [E]
-            block_length=32,  # positions finished before the next ones start [E]
-            every=100,  # updates between validations
-            problems=256,  # validation problems
-            batch=64,  # rows generated at once
-            samples=8,  # k of pass@k
+        evaluation=c(  # on the validation and test splits, at temperature 0 except for pass@k
+            lengths=(128, 256, 512),  # lengths of completions in tokens, all of them reported [E]
+            steps=(64, 128, 256),  # denoising steps for each of evaluation.lengths [E]
+            block_length=32,  # positions in a block, which is finished before the next starts [E]
+            every=100,  # updates between two validations
+            problems=256,  # the number of problems in a validation
+            batch=64,  # completions that are generated at once, on all devices together
+            samples=8,  # k of pass@k, the share of problems that at least one of k samples solves
         ),
         checkpoint=c(
-            every=100,  # updates between checkpoints
-            keep=2,  # newest checkpoints kept
+            every=100,  # updates between two checkpoints
+            keep=2,  # the number of newest checkpoints that are kept
         ),
     )

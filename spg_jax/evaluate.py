@@ -1,11 +1,11 @@
-"""Accuracy by the published protocol: temperature 0, low-confidence commitment, fixed lengths.
+"""Measures accuracy by the published protocol: greedy, low-confidence commitment, fixed lengths.
 
     python -m spg_jax.evaluate --workdir=DIR                # its best policy, on the test split
     python -m spg_jax.evaluate --workdir=DIR --data=FILE    # on a published test file
     python -m spg_jax.evaluate --config=configs/sudoku.py:llada_8b --checkpoint=DIR [--adapter=DIR]
 
-DIR is a run of `spg_jax.train` or a policy directory; with --checkpoint, also a published one. The
-last line of standard output is one JSON object.
+DIR is a run of `spg_jax.train` or a policy directory. With --checkpoint it may also be a published
+checkpoint. The last line of standard output is one JSON object.
 """
 
 import json
@@ -67,7 +67,12 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     cli.define_policy_flags()
     cli.define_distributed_flag()
-    flags.DEFINE_string('data', '', "A published test file; '' is a split of the task's own.")
-    flags.DEFINE_enum('split', 'test', SPLITS, 'Which of those splits.')
-    flags.DEFINE_integer('samples', None, "k of pass@k; by default the run's.", lower_bound=1)
+    flags.DEFINE_string('data', '', "A published test file; '' evaluates on --split.")
+    flags.DEFINE_enum('split', 'test', SPLITS, 'The split of the task, without --data.')
+    flags.DEFINE_integer(
+        'samples',
+        None,
+        'k of pass@k; by default evaluation.samples of the configuration.',
+        lower_bound=1,
+    )
     cli.run(main)

@@ -3,10 +3,11 @@
     python -m spg_jax.export --workdir=DIR --out=OUT           # adapters, as PEFT saves them
     python -m spg_jax.export --workdir=DIR --out=OUT --merge   # a whole checkpoint
 
-DIR is a run of `spg_jax.train` that started from a published checkpoint, or a policy directory. A
-run that trained every parameter gives a whole checkpoint either way. Adapters trained on a
-quantised base are merged into the checkpoint as it was published. With --distributed every process
-of a job runs the command, and together they hold the parameters that --merge reads.
+DIR is a run of `spg_jax.train` that started from a published checkpoint, or the policy directory of
+such a run. A run that trained every parameter gives a whole checkpoint, with or without --merge.
+Adapters that were trained on a quantised base are merged into the checkpoint as it was published.
+With --distributed every process of a job runs the command, and each holds a part of the parameters
+that --merge reads.
 """
 
 import shutil
@@ -25,27 +26,28 @@ FLAGS = flags.FLAGS
 
 
 def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
-    """Writes the policy in `directory` to `out`; every process calls this, and the leader writes.
+    """Writes a policy to `out`. Every process has to call this function; the leader writes.
 
     Args:
-      directory: a policy.
-      source: the published checkpoint it started from.
-      out: must not exist.
-      whole: merge adapters into a checkpoint; False writes them alone.
+      directory: the policy.
+      source: the published checkpoint that the policy started from.
+      out: a directory, which must not exist.
+      whole: whether adapters are merged into a whole checkpoint or written alone.
 
     Raises:
-      ValueError, FileNotFoundError: `out` exists, or what is to be read is not there.
+      ValueError, FileNotFoundError: if `out` exists, or the policy or checkpoint cannot be read.
     """
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
-    distributed.barrier(f'room for {out}')  # else one would find what another has begun
+    # Every process has to see that `out` does not exist before another process creates it.
+    distributed.barrier(f'room for {out}')
     adapter = directory / policies.ADAPTER
     if adapter.is_dir() and not whole:
         if distributed.is_leader():
             shutil.copytree(adapter, out)
         distributed.barrier(f'exported {out}')
         return
-    weights.read_config(source / 'config.json')  # says what is wrong before any long work
+    weights.read_config(source / 'config.json')  # Fails early if the checkpoint cannot be used.
     mesh = sharding.make_mesh({'fsdp': -1})
     policy, _, variables = policies.load_policy(directory, mesh)
     weights.save_checkpoint(
@@ -59,21 +61,21 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
 
 def main(_: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
-    given = run_config(workdir).base.checkpoint
-    if not given:
+    checkpoint = run_config(workdir).base.checkpoint
+    if not checkpoint:
         raise ValueError(
-            f'{workdir} did not start from a published checkpoint, and others cannot read its '
-            f'model; use {policy_of_run(workdir)} as it is'
+            f'{workdir} did not start from a published checkpoint, and other programs cannot read '
+            f'its model; use {policy_of_run(workdir)} as it is'
         )
-    source = policies.base_of(Path(given))
+    source = policies.base_of(Path(checkpoint))
     export(policy_of_run(workdir), source, Path(FLAGS.out), FLAGS.merge)
     print(f'exported  {FLAGS.out}')
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy trained here.')
-    flags.DEFINE_string('out', None, 'A new directory.')
-    flags.DEFINE_bool('merge', False, 'A whole checkpoint, with adapters merged into it.')
+    flags.DEFINE_string('out', None, 'The directory to write, which must not exist.')
+    flags.DEFINE_bool('merge', False, 'Write a whole checkpoint, with adapters merged into it.')
     flags.mark_flags_as_required(['workdir', 'out'])
     cli.define_distributed_flag()
     cli.run(main)

@@ -1,11 +1,11 @@
-"""Completes a prompt with a policy, and shows in which order the tokens were committed.
+"""Completes a prompt with a policy; --trace shows in which order the tokens were committed.
 
     python -m spg_jax.generate --workdir=DIR --trace --prompt='100 93 30 = 23 :'
     python -m spg_jax.generate --workdir=DIR --temperature=0.9 --seed=1
     python -m spg_jax.generate --config=configs/countdown.py:llada_8b --checkpoint=DIR
 
-Without a prompt it takes the first test problem of the task. A published checkpoint gets the prompt
-as one user turn of its chat template.
+Without --prompt the command completes the first test problem of the task. A published checkpoint
+gets the prompt as one user turn of its chat template.
 """
 
 import dataclasses
@@ -53,9 +53,14 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
     cli.define_policy_flags()
-    flags.DEFINE_string('prompt', '', "The prompt, in the run's format; '' is a test problem.")
+    flags.DEFINE_string(
+        'prompt', '', "The prompt, in the format of the run; '' is the first test problem."
+    )
     flags.DEFINE_float(
-        'temperature', 0.0, 'Of the choice of tokens; 0 takes the likeliest.', lower_bound=0.0
+        'temperature',
+        0.0,
+        'Temperature of the choice of tokens; 0 takes the likeliest.',
+        lower_bound=0.0,
     )
     flags.DEFINE_integer('seed', 0, 'Seed of the choice of tokens at a temperature above 0.')
     flags.DEFINE_bool('trace', False, 'Show the completion after every denoising step.')

@@ -1,10 +1,10 @@
-"""Does a run fit a machine, and how long will it take: answered without the machine.
+"""Answers without the machine whether a run fits it, and how long the run will take.
 
     python -m spg_jax.plan --config=configs/gsm8k.py:llada_8b_v5e16 --topology=v5e:4x4
 
-Compiles the real rollout, evaluation and update for a TPU slice, on any CPU, in minutes: v5e, v5p
-or v6e with the slice's shape. For GPUs (h100:1, a100:8) it lowers them, and estimates by formula.
-Exits with status 1 and says what to change if the run does not fit.
+For a TPU slice (v5e, v5p or v6e with its shape) the command compiles the real rollout, evaluation
+and update, on any CPU, in minutes. For GPUs (h100:1, a100:8) it lowers them and estimates their
+memory by formula. If the run does not fit, it says what to change and exits with status 1.
 """
 
 import json
@@ -28,11 +28,11 @@ def main(_: list[str]) -> None:
     if not 0 < FLAGS.efficiency <= 1:
         raise ValueError(f'--efficiency is {FLAGS.efficiency}; use a share within (0, 1]')
     config = FLAGS.config
-    assemble(config)  # refuses settings that cannot work before any long work
+    assemble(config)  # Settings that cannot work are refused before any long work.
     checkpoint = config.base.checkpoint
     if checkpoint and not Path(checkpoint).is_dir():
-        print(f'{checkpoint} is not here: planned with the sizes of LLaDA-8B', file=sys.stderr)
-    # The parameters stay shapes: what little is computed, this machine's CPU does.
+        print(f'{checkpoint} does not exist: planned with the sizes of LLaDA-8B', file=sys.stderr)
+    # Parameters have shapes and no values; the CPU is enough for the little that is computed.
     jax.config.update('jax_platforms', 'cpu')
     machine = find_machine(FLAGS.topology)
     if machine.devices is None:
@@ -43,17 +43,17 @@ def main(_: list[str]) -> None:
     else:
         print(heading(report, config, machine))
         Console(width=200).print(table(report, machine))
-    found = verdict(report, config, machine, FLAGS.efficiency)
+    sentence = verdict(report, config, machine, FLAGS.efficiency)
     if not report.fits(machine.chip):
-        raise ValueError(found)
+        raise ValueError(sentence)
     if not FLAGS.json:
-        print(found)
+        print(sentence)
 
 
 if __name__ == '__main__':
     cli.define_config_flag()
-    flags.DEFINE_string('topology', None, f'Chips and their number: {", ".join(LISTED)}, ...')
+    flags.DEFINE_string('topology', None, f'The chips, such as {", ".join(LISTED)}.')
     flags.mark_flag_as_required('topology')
-    flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates a run is taken to get.')
+    flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates that a run reaches.')
     flags.DEFINE_bool('json', False, 'Print one JSON object instead of a table.')
     cli.run(main)

@@ -1,6 +1,6 @@
-"""What configurations of `configs/` have in common: a laptop, seconds, LLaDA-8B on a machine.
+"""What the configurations in `configs/` share: presets for a laptop, for tests and for LLaDA-8B.
 
-Each function changes a configuration that starts from `spg_jax.config.default_config()`.
+Each function changes a configuration that started as `spg_jax.config.default_config()`.
 """
 
 from typing import NamedTuple
@@ -9,15 +9,15 @@ import ml_collections
 
 
 class Hardware(NamedTuple):
-    """How the published recipe is spread over a machine. None of it changes what is learned."""
+    """How the published recipe is spread over a machine, which does not change what is learned."""
 
-    topology: str  # as `spg_jax.plan` names it; '' is whatever there is
-    mesh: tuple[int, int, int]  # data, fsdp, tensor
-    long_microbatch: int  # rows of Sudoku, 1756 tokens, differentiated at once over all chips
+    topology: str  # the name of the machine for `spg_jax.plan`; '' is whatever machine there is
+    mesh: tuple[int, int, int]  # devices along data, fsdp and tensor
+    long_microbatch: int  # rows of Sudoku, of 1756 tokens, differentiated at once over all chips
 
 
-# `python -m spg_jax.plan` says whether one fits. More 'tensor' splits what a layer needs,
-# more 'fsdp' what stays; small meshes of small chips need some of both.
+# `python -m spg_jax.plan` says whether a preset fits its machine. A larger 'tensor' splits what a
+# layer needs in memory, and a larger 'fsdp' what the parameters need. A few small chips need both.
 HARDWARE = {
     'llada_8b': Hardware('', (1, -1, 1), 48),
     'llada_8b_v5e8': Hardware('v5e:2x4', (1, 4, 2), 24),
@@ -30,21 +30,21 @@ HARDWARE = {
 
 
 def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> None:
-    """Completes the published recipe, which the defaults are, with the model and a machine.
+    """Adds the model and a machine to the published recipe, which is the default configuration.
 
-    Microbatches and passes over draws are ours: the gradient does not depend on them. The released
-    code differentiates 6 rows (Sudoku 3) on each of 8 GPUs at once [S].
+    Microbatches and passes over draws are our choice, and the gradient does not depend on them. The
+    released code differentiates 6 rows (Sudoku 3) at once on each of 8 GPUs [S].
 
     Args:
-      config: changed in place; after the length of its prompts is set.
-      preset: a name in HARDWARE.
+      config: the configuration, which is changed. Its prompt length must be set before.
+      preset: a key of HARDWARE.
     """
     hardware = HARDWARE[preset]
     config.task.format = 'published_train'
-    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model SPG trains
+    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model that SPG trains
     config.model.remat = True
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
-    config.rl.draws_per_pass = 1  # memory flat in M
+    config.rl.draws_per_pass = 1  # so that memory does not grow with M
     if config.sampling.prompt_length > 1000:
         config.rl.microbatch = hardware.long_microbatch
 
@@ -52,13 +52,13 @@ def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> 
 def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: int) -> None:
     """Changes the published recipe into one for a small model on two CPU cores.
 
-    Four draws and two inner updates in place of two and four: at this size the variance of the
-    negative term is what hurts.
+    The recipe has two draws and four inner updates, this one four draws and two inner updates,
+    because the variance of the negative term harms small models most.
 
     Args:
-      config: changed in place.
-      length: completion tokens, decoded one a step.
-      block_length: divides `length`.
+      config: the configuration, which is changed.
+      length: C, the number of completion tokens; each decoding step commits one.
+      block_length: positions in a block; it divides `length`.
     """
     decoding = dict(length=length, steps=length, block_length=block_length)
     config.model.scan_unroll = config.model.layers  # faster on a CPU
@@ -76,7 +76,7 @@ def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: in
 
 
 def tiny(config: ml_collections.ConfigDict) -> None:
-    """Changes a laptop's configuration into one of seconds, for tests: it learns nothing."""
+    """Shrinks the configuration of a laptop to a run of seconds, for tests. It learns nothing."""
     config.model.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
     config.base.update(stages=((20, 1.0), (4, 0.35)), batch_size=32)
     config.rl.update(prompts=4, microbatch=16)

@@ -218,7 +218,7 @@ class Lessons:
             prompt_length=self._config.sampling.prompt_length,
             length=self._config.sampling.length,
             seed=self._config.base.seed + number,
-            own=self._local_rows,
+            local_rows=self._local_rows,
         )
         if self._records is not None:
             return batches.recorded_demonstrations(self._task, tokenizer, self._records, **sizes)

@@ -203,7 +203,7 @@ def prepare(
         buckets=parts.prompt_lengths,
         seed=seed,
         truncate=config.data.long_prompts == 'truncate_left',
-        own=batching.local_prompts(mesh),
+        local_prompts=batching.local_prompts(mesh),
     )
     programs = Programs(
         policy=policy,

@@ -1,4 +1,4 @@
-"""Configurations: every setting is read, every preset holds, what cannot work is refused."""
+"""Configurations: every setting is used, every preset assembles, and wrong settings are refused."""
 
 import importlib
 import inspect
@@ -33,7 +33,7 @@ def leaves(config):
     return [(group, leaf) for group, settings in config.items() for leaf in settings]
 
 
-# Groups whose settings become fields of a part, and the code in which these fields are used.
+# The settings of these groups become fields of a part, which this code uses.
 USERS = {
     'model': [Transformer, Block, TransformerConfig.head_dim.fget],
     'lora': [LoRA.scale.fget, Adapter, layers],
@@ -94,7 +94,7 @@ def test_an_unknown_preset_is_one_line(task):
 
 @pytest.mark.parametrize('preset', HARDWARE)
 def test_the_published_recipe(preset):
-    """Numbers of the publication (SPG, appendix), typed here a second time; on every machine."""
+    """The numbers of the publication (SPG, appendix) were typed here a second time."""
     for task, steps, temperature, beta, prompt, shots in (
         ('countdown', 6000, 0.9, 1.5, 200, 0),
         ('gsm8k', 6000, 0.9, 1.5, 200, 0),
@@ -124,7 +124,7 @@ def test_the_published_recipe(preset):
 
 
 @pytest.mark.parametrize(
-    ('change', 'said'),
+    ('change', 'message'),
     [
         ({'sampling.length': 250}, 'sampling.length 250'),
         ({'sampling.steps': 300}, '300'),
@@ -148,11 +148,11 @@ def test_the_published_recipe(preset):
         ({'base.stages': ()}, 'one step or more'),
         ({'task.name': 'chess'}, 'chess'),
         ({'task.prompt_template': 'nowhere.txt'}, 'nowhere.txt'),
-        ({'task.name': 'gsm8k'}, "unknown format 'compact' of task gsm8k"),
+        ({'task.name': 'gsm8k'}, "format of task gsm8k is 'compact'"),
         ({'task.shots': 3}, 'task.shots is 3'),
         ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': 4}, '0 to 3'),
         ({'task.name': 'sudoku', 'task.format': 'published_train', 'task.shots': -1}, '0 to 3'),
-        ({'task.rules': 'mended'}, "task.rules is 'mended'"),
+        ({'task.rules': 'mended'}, "task.rules of countdown is 'mended'"),
         ({'model.width': 25}, 'model.width 25'),
         ({'optimizer.learning_rate': -1e-4}, 'optimizer.learning_rate'),
         ({'lora.rank': -4}, 'lora.rank is -4'),
@@ -169,12 +169,12 @@ def test_the_published_recipe(preset):
         ({'checkpoint.every': 0}, 'checkpoint.every'),
     ],
 )
-def test_what_cannot_work_is_refused_with_key_and_value(change, said):
+def test_what_cannot_work_is_refused_with_key_and_value(change, message):
     config = default_config()
     for name, value in change.items():
         group, leaf = name.split('.')
         config[group][leaf] = value
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         assemble(config)
     assert '\n' not in str(error.value)
 

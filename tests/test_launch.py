@@ -1,7 +1,8 @@
-"""The launchers, run for real against stand-ins of gcloud, systemd and Slurm (`stand_ins/`).
+"""The launchers run for real against stand-ins of gcloud, systemd and Slurm in `stand_ins/`.
 
-The stand-ins know what the real ones document, no more: a slice of two workers whose homes are
-directories, a service whose process gets SIGTERM, a batch job with two tasks.
+The stand-ins do what the documentation of the real commands says and nothing else. They know a
+slice of two workers whose homes are directories, a service whose process gets SIGTERM, and a batch
+job with two tasks.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ AWKWARD = [
 
 
 class Cloud:
-    """What the stand-ins share: the state of a slice, and a log of every command they got."""
+    """What the stand-ins share: the state of a slice, and a log of all commands they received."""
 
     def __init__(self, directory: Path, source: Path) -> None:
         self.directory = directory
@@ -81,7 +82,7 @@ class Cloud:
         return [command for command in commands if command[0] == program]
 
     def story(self) -> list[str]:
-        """What was done to the slice, without the looking."""
+        """The commands that changed the slice, without those that only looked at it."""
         told = []
         for command in self.log('gcloud'):
             told += [verb for verb in ('create', 'delete', 'scp') if verb in command]
@@ -91,7 +92,7 @@ class Cloud:
         return told
 
     def arguments(self, worker: int) -> tuple[str, list[str]]:
-        """Where the training of a worker ran, and what it was told."""
+        """The directory in which the training of a worker ran, and its arguments."""
         place, _, words = (self.directory / f'arguments-{worker}').read_text().partition('\n')
         return place, words.split('\0')[:-1]
 
@@ -102,7 +103,7 @@ class Cloud:
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A git checkout with the launchers in it."""
+    """A git checkout that contains the launchers."""
     source = tmp_path_factory.mktemp('checkout')
     shutil.copytree(ROOT / 'launch', source / 'launch')
     identity = '-c user.name=t -c user.email=t@t'
@@ -210,7 +211,7 @@ def test_a_dry_run_prints_what_a_run_does_and_does_nothing(cloud, command):
 
 
 def _one_command_a_line(text: str) -> list[str]:
-    """Lines as bash reads them; $'…', which shlex does not know, is put in plain quotes."""
+    """Lines as bash reads them. $'…', which shlex does not know, becomes plain quotes."""
     words = run(
         ['bash', '-c', 'while IFS= read -r line; do eval "w=($line)"; printf "%s\\0" "${w[@]}"; '
          'printf "\\1\\0"; done'],

@@ -1,1 +1,1 @@
-"""Text becomes batches of tokens: tokenizers, prompts and demonstrations."""
+"""Tokenizers, and batches of prompts and demonstrations as tokens."""

@@ -1,5 +1,7 @@
-"""Prompts and demonstrations as batches of tokens, by grain: deterministic, and resumable by its
-state."""
+"""Batches of prompts and of demonstrations as tokens, made by grain.
+
+The order of the batches is fixed by a seed, and the state of an iterator is enough to resume it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,99 +15,105 @@ from spg_jax.process import distributed
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
-# One thread ahead of the training step is enough, and leaves it the cores.
+# One thread is enough to stay ahead of the training step, and leaves the cores to that step.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
+READ_AT_ONCE = 1024  # problems that are in memory together while all prompts are measured
 
-READ_AT_ONCE = 1024  # problems, when reading all
-
-Record = tuple[Example, str]  # a problem with an answer to imitate
+Record = tuple[Example, str]  # a problem and an answer to imitate
 LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
 
 
 class PromptBatch(NamedTuple):
-    """Tokenised prompts beside the problems they came from."""
+    """Tokenised prompts, with the problems that they came from."""
 
     prompt: np.ndarray  # [B, P] int32, left-padded
     prompt_mask: np.ndarray  # [B, P] bool, False on padding
-    index: np.ndarray  # [B] uint32, of the problem in its split
-    examples: Sequence[Example]  # B problems, as the task's rewards and scores take them
+    index: np.ndarray  # [B] uint32, the place of each problem in its split
+    examples: Sequence[Example]  # the B problems, which rewards and scores read
 
 
 class Problems(NamedTuple):
-    """The problems of a split that are trained on."""
+    """The problems of a split that training uses."""
 
-    source: Sequence[Example]
-    kept: np.ndarray  # [n] int64, their places in `source`
-    lengths: np.ndarray  # [n] int32, tokens of their prompts, cut if they are to be
+    source: Sequence[Example]  # all problems of the split
+    places: np.ndarray  # [n] int64, the places in `source` of the problems that are used
+    lengths: np.ndarray  # [n] int32, tokens of each prompt, after it was cut if it was too long
 
 
 class Demonstrations(NamedTuple):
-    """Prompts with an answer each, for supervised training."""
+    """Prompts with one answer each, for supervised training."""
 
     prompt: np.ndarray  # [B, P] int32, left-padded
     prompt_mask: np.ndarray  # [B, P] bool
-    completion: np.ndarray  # [B, C] int32, filled up with EOS
-    index: np.ndarray  # [B] uint32, of the problem among those the batches are drawn from
+    completion: np.ndarray  # [B, C] int32, the answer, then EOS to the end
+    index: np.ndarray  # [B] uint32, the place of each problem in the data set of the batches
 
 
 def fit_prompts(
     task: Task, tokenizer: Tokenizer, source: Sequence[Example], length: int, long_prompts: str
 ) -> tuple[Problems, str]:
-    """Looks at every training prompt before any work is done with it; each process at its share.
+    """Measures every training prompt before training starts, and applies the rule for long ones.
+
+    Each process measures a share of the prompts.
 
     Args:
+      task: writes the prompts.
+      tokenizer: the tokenizer of the policy.
       source: the problems.
-      length: P, the tokens there is room for.
-      long_prompts: one of LONG_PROMPTS, what to do with longer ones.
+      length: P, the largest number of tokens that a prompt may have.
+      long_prompts: what to do with longer prompts, one of LONG_PROMPTS.
 
     Returns:
-      (the problems to use, what happened to others in one line or '').
+      (the problems to use, one line that says what happened to long prompts, '' if there are none).
 
     Raises:
-      ValueError: prompts that do not fit and may be neither dropped nor cut, or none that fits.
+      ValueError: if some prompts are too long and may be neither dropped nor cut, or if all are too
+        long and may not be cut.
     """
     lengths = _prompt_lengths(task, tokenizer, source)
-    everything = np.arange(len(source))
-    longer, longest = int((lengths > length).sum()), lengths.max(initial=0)
-    if not longer:
-        return Problems(source, everything, lengths), ''
-    found = (
-        f'{longer} of {len(source)} training prompts are longer than sampling.prompt_length '
+    all_places = np.arange(len(source))
+    too_long, longest = int((lengths > length).sum()), lengths.max(initial=0)
+    if not too_long:
+        return Problems(source, all_places, lengths), ''
+    count = (
+        f'{too_long} of {len(source)} training prompts are longer than sampling.prompt_length '
         f'{length}, up to {longest} tokens'
     )
     if long_prompts == 'truncate_left':
-        cut = Problems(source, everything, np.minimum(lengths, length))
-        return cut, f'{found}: cut to their last {length}'
-    droppable = longer < len(source)
+        cut = Problems(source, all_places, np.minimum(lengths, length))
+        return cut, f'{count}: cut to their last {length}'
+    droppable = too_long < len(source)
     if long_prompts == 'error' or not droppable:
         remedy = "'truncate_left' or 'drop'" if droppable else "'truncate_left'"
-        raise ValueError(f'{found}; set it to at least {longest}, or data.long_prompts to {remedy}')
+        raise ValueError(f'{count}; set it to at least {longest}, or data.long_prompts to {remedy}')
     fits = lengths <= length
-    return Problems(source, everything[fits], lengths[fits]), f'{found}: dropped'
+    return Problems(source, all_places[fits], lengths[fits]), f'{count}: dropped'
 
 
 def _prompt_lengths(task: Task, tokenizer: Tokenizer, source: Sequence[Example]) -> np.ndarray:
-    """Tokens of every prompt, [N] int32; each process reads and measures its share of them."""
+    """The number of tokens of every prompt, [N] int32; each process measures a share of them."""
     share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
-    lengths, known = np.zeros(len(source), np.int32), np.zeros(len(source), bool)
-    known[share] = True
-    for some in np.array_split(share, -(-len(share) // READ_AT_ONCE) or 1):
-        if some.size:
-            examples = source[some[0] : some[-1] + 1]
-            lengths[some] = [len(prompt_tokens(task, tokenizer, each)) for each in examples]
-    return distributed.merge(lengths, known)
+    lengths, is_local = np.zeros(len(source), np.int32), np.zeros(len(source), bool)
+    is_local[share] = True
+    for places in np.array_split(share, -(-len(share) // READ_AT_ONCE) or 1):
+        if places.size:
+            examples = source[places[0] : places[-1] + 1]
+            lengths[places] = [len(prompt_tokens(task, tokenizer, each)) for each in examples]
+    return distributed.merge(lengths, is_local)
 
 
 def padded_length(longest: int, buckets: Sequence[int]) -> int:
-    """What to pad prompts to: the smallest bucket with room for the longest; past them all, the
-    next multiple of 64. Few lengths mean few programs."""
-    room = [bucket for bucket in buckets if bucket >= longest]
-    return min(room) if room else -(-longest // 64) * 64
+    """The length to pad prompts to: the smallest bucket with room for the longest prompt.
+
+    Beyond all buckets it is the next multiple of 64. Few lengths mean few programs to compile.
+    """
+    large_enough = [bucket for bucket in buckets if bucket >= longest]
+    return min(large_enough) if large_enough else -(-longest // 64) * 64
 
 
 def prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[int]:
-    """The ids of a prompt and of the prefill, which the completion is made to start with."""
+    """The ids of a prompt and of the prefill, with which the answer is made to start."""
     return tokenizer.encode_prompt(task.prompt(example), task.prefill)
 
 
@@ -116,7 +124,7 @@ def encode_prompts(
     length: int,
     truncate: bool = False,
 ) -> PromptBatch:
-    """Left-pads the prompts of `examples` to `length` tokens; otherwise as `left_pad`."""
+    """The prompts of `examples`, left-padded to `length` tokens as `left_pad` does."""
     tokens = [prompt_tokens(task, tokenizer, example) for example in examples]
     prompt, prompt_mask = left_pad(tokens, length, tokenizer.pad_id, truncate)
     index = np.array([example['index'] for example in examples], np.uint32)
@@ -126,13 +134,20 @@ def encode_prompts(
 def left_pad(
     rows: Sequence[Sequence[int]], length: int, pad_id: int, truncate: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, length] int32 and [B, length] bool, False on padding.
+    """Rows of tokens with padding on their left.
 
     Args:
-      truncate: keep the last `length` tokens of a longer row, start token lost, as released.
+      rows: B lists of token ids.
+      length: the length of the result.
+      pad_id: the id of the padding.
+      truncate: whether a longer row is cut to its last `length` tokens, as in the released code.
+        Its start token is then lost.
+
+    Returns:
+      (tokens [B, length] int32, mask [B, length] bool that is False on padding).
 
     Raises:
-      ValueError: if a row is longer and not truncated, with its length and what to set.
+      ValueError: if a row is too long and may not be cut; the message says what to set.
     """
     if truncate:
         rows = [row[-length:] for row in rows]
@@ -140,22 +155,22 @@ def left_pad(
         np.full((len(rows), length), pad_id, np.int32),
         np.zeros((len(rows), length), bool),
     )
-    for row, given in enumerate(rows):
-        if len(given) > length:
+    for row, ids in enumerate(rows):
+        if len(ids) > length:
             raise ValueError(
-                f'a prompt has {len(given)} tokens, more than sampling.prompt_length {length}; '
-                f'set it to at least {len(given)}'
+                f'a prompt has {len(ids)} tokens, more than sampling.prompt_length {length}; '
+                f'set it to at least {len(ids)}'
             )
-        if given:
-            tokens[row, -len(given) :], valid[row, -len(given) :] = given, True
+        if ids:
+            tokens[row, -len(ids) :], valid[row, -len(ids) :] = ids, True
     return tokens, valid
 
 
 def encode_completions(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:
-    """[B, C] int32: each text, then EOS to the end.
+    """The ids of each text, followed by EOS to the end: [B, C] int32, where C is `length`.
 
     Raises:
-      ValueError: if a text and its EOS do not fit `length` tokens.
+      ValueError: if a text and one EOS need more than `length` tokens.
     """
     completion = np.full((len(texts), length), tokenizer.eos_id, np.int32)
     for row, text in enumerate(texts):
@@ -175,7 +190,7 @@ def encode_pairs(
     """Tokenised problems and answers.
 
     Raises:
-      ValueError: if a prompt or an answer does not fit, whatever `data.long_prompts` says.
+      ValueError: if a prompt or an answer is too long. `data.long_prompts` does not apply here.
     """
     examples, answers = zip(*pairs, strict=True)
     prompt = encode_prompts(task, tokenizer, examples, prompt_length)
@@ -192,26 +207,28 @@ def prompts(
     buckets: Sequence[int],
     seed: int,
     truncate: bool = False,
-    own: np.ndarray | None = None,
+    local_prompts: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of prompts; the iterator has get_state and set_state.
 
     Args:
-      problems: from `fit_prompts`.
-      batch_size: prompts a batch, over all processes.
-      buckets: lengths to pad to; a batch takes the smallest that fits all its prompts.
-      seed: of the order.
-      truncate: cut prompts longer than all buckets.
-      own: [b] which prompts of a batch this process reads; None is all.
+      task: writes the prompts.
+      tokenizer: the tokenizer of the policy.
+      problems: the result of `fit_prompts`.
+      batch_size: prompts in a batch, over all processes.
+      buckets: lengths to pad to; a batch takes the smallest that has room for all its prompts.
+      seed: determines the order of the problems.
+      truncate: whether prompts that are longer than all buckets are cut.
+      local_prompts: [b] places in a batch of the prompts that this process reads; None reads all.
     """
 
     def encode(places: np.ndarray) -> PromptBatch:
         length = padded_length(problems.lengths[places].max(), buckets)
-        mine = problems.kept[places if own is None else places[own]]
-        examples = [problems.source[int(place)] for place in mine]
+        local_places = places if local_prompts is None else places[local_prompts]
+        examples = [problems.source[int(place)] for place in problems.places[local_places]]
         return encode_prompts(task, tokenizer, examples, length, truncate)
 
-    places = grain.MapDataset.range(len(problems.kept)).seed(seed).shuffle().repeat()
+    places = grain.MapDataset.range(len(problems.places)).seed(seed).shuffle().repeat()
     return iter(places.batch(batch_size).map(encode).to_iter_dataset(_READING))
 
 
@@ -225,10 +242,21 @@ def demonstrations(
     prompt_length: int,
     length: int,
     seed: int,
-    own: np.ndarray,
+    local_rows: np.ndarray,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches of answers by the task's imperfect demonstrator, fresh in every
-    epoch; `own` [b] are the rows of a batch that this process encodes."""
+    """Endless shuffled batches of answers that the task's demonstrator writes, anew in every epoch.
+
+    Args:
+      task: writes the prompts and the answers.
+      tokenizer: the tokenizer of the policy.
+      source: the problems.
+      right_share: the share of right answers, in [0, 1].
+      batch_size: rows in a batch, over all processes.
+      prompt_length: P.
+      length: C.
+      seed: determines the order and the answers.
+      local_rows: [b] the rows of a batch that this process encodes.
+    """
 
     def demonstrate(example: Example, rng: np.random.Generator) -> Record:
         return example, task.demonstration(example, rng, right_share)
@@ -240,15 +268,15 @@ def demonstrations(
         batch_size,
         prompt_length,
         length,
-        own,
+        local_rows,
     )
 
 
 def read_demonstrations(path: str, task: Task) -> list[Record]:
-    """Problems of `task` with an answer each, from JSON lines {"example", "completion"}.
+    """Problems of `task` and their answers, from JSON lines {"example", "completion"}.
 
     Raises:
-      ValueError: naming the file, the line, what was found and what was expected.
+      ValueError: if a line is wrong; the message names file and line, and quotes the line.
     """
     records = []
     for where, row in reading.json_lines(path):
@@ -275,19 +303,21 @@ def recorded_demonstrations(
     prompt_length: int,
     length: int,
     seed: int,
-    own: np.ndarray,
+    local_rows: np.ndarray,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches of given (problem, answer) pairs: supervised fine-tuning on one's
-    own data; `own` as in `demonstrations`."""
+    """Endless shuffled batches of recorded (problem, answer) pairs, for supervised fine-tuning.
+
+    Arguments other than `records` are those of `demonstrations`.
+    """
     dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    return _supervised(dataset, task, tokenizer, batch_size, prompt_length, length, own)
+    return _supervised(dataset, task, tokenizer, batch_size, prompt_length, length, local_rows)
 
 
 def _supervised(
-    dataset, task, tokenizer, batch_size, prompt_length, length, own
+    dataset, task, tokenizer, batch_size, prompt_length, length, local_rows
 ) -> grain.DatasetIterator:
     def encode(pairs: Sequence[Record]) -> Demonstrations:
-        mine = [pairs[row] for row in own]
-        return encode_pairs(task, tokenizer, mine, prompt_length, length)
+        local_pairs = [pairs[row] for row in local_rows]
+        return encode_pairs(task, tokenizer, local_pairs, prompt_length, length)
 
     return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))

@@ -9,24 +9,26 @@ from typing import Any
 
 import numpy as np
 
+from spg_jax.errors import one_line
+
 SETTINGS = 'tokenizer_config.json'
 FILES = ('tokenizer.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
-_MARKER = re.compile(r'<\|[^|<>]*\|>')  # how chat templates write what must be one token
+_MARKER = re.compile(r'<\|[^|<>]*\|>')  # the form of special tokens in chat templates
 
 
 class HFTokenizer:
     """A published tokenizer and its chat template, read by `transformers` from local files only.
 
-    The special ids are those the model was trained with, from its config.json. Files that say
-    otherwise belong to another model and are refused.
+    The special ids are those that the model was trained with, from its config.json. Tokenizer files
+    with other ids belong to another model and are refused.
     """
 
     def __init__(self, directory: Path, mask_id: int, eos_id: int, pad_id: int):
         """Reads the tokenizer files in `directory`.
 
         Raises:
-          ValueError: `transformers` is not installed, the files cannot be read, or they do not fit
-            the ids; one line with the file and what to do.
+          ValueError: if `transformers` is not installed, the files cannot be read, or they do not
+            fit the ids; the message is one line that names the file and the remedy.
         """
         self.mask_id, self.eos_id, self.pad_id = mask_id, eos_id, pad_id
         self._directory, self._settings = directory, directory / SETTINGS
@@ -34,20 +36,20 @@ class HFTokenizer:
         self._ids = self._hf.get_vocab()
         self._texts = {id: text for text, id in self._ids.items()}
         self.size = max(self._texts, default=-1) + 1
-        unknown = self._ids.get(self._hf.special_tokens_map.get('unk_token'))
-        # Some tokenizers that know every byte name EOS as what stands for the unknown.
-        self._unknown = None if unknown == eos_id else unknown
+        unknown_id = self._ids.get(self._hf.special_tokens_map.get('unk_token'))
+        # Tokenizers that know every byte need no unknown token, and some of them declare EOS as it.
+        self._unknown_id = None if unknown_id == eos_id else unknown_id
         self._check_ids()
         self._check_template()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` as it stands: nothing is put before or after it.
+        """Returns the ids of `text` alone: no special token is put before or after it.
 
         Raises:
-          ValueError: the tokenizer has no id for a part of it.
+          ValueError: if the tokenizer has no id for a part of the text.
         """
         ids = self._hf.encode(text, add_special_tokens=False)
-        if self._unknown is not None and self._unknown in ids:
+        if self._unknown_id is not None and self._unknown_id in ids:
             raise ValueError(
                 f'{self._directory}: the tokenizer has no id for a part of {text[:60]!r}; use only '
                 'what its vocabulary has'
@@ -55,9 +57,14 @@ class HFTokenizer:
         return ids
 
     def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
-        """Returns the ids of `text` as one user turn of the chat template, the opening of the
-        answer, and `prefill`; raises as `encode`."""
-        # The template writes the start token itself, which is why `encode` must not add one.
+        """Returns the ids of one user turn of the chat template, the opening of the answer, and
+        `prefill`; raises what `encode` raises.
+
+        Args:
+          text: what the user says.
+          prefill: the start of the answer.
+        """
+        # The template writes the start token itself, so `encode` must not add another one.
         return self.encode(self._user_turn(text) + prefill)
 
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
@@ -65,11 +72,11 @@ class HFTokenizer:
 
         Args:
           ids: [n] token ids.
-          keep_specials: False stops before the first EOS and drops every special token; True shows
-            all of them, as published scorers see a completion.
+          keep_specials: False stops before the first EOS and drops every special token; True keeps
+            all tokens, because published scorers read completions with their special tokens.
 
         Raises:
-          ValueError: an id that the tokenizer does not have.
+          ValueError: if the tokenizer does not have one of the ids.
         """
         ids = [int(id) for id in ids]
         if not keep_specials:
@@ -83,10 +90,12 @@ class HFTokenizer:
         )
 
     def allowed(self, size: int) -> np.ndarray:
-        """Returns [size] bool, True for EOS and the other ids of the tokenizer but MASK and PAD.
+        """Returns [size] bool, True for every id of the tokenizer except MASK and PAD.
+
+        EOS is always allowed, although published models also pad with it.
 
         Raises:
-          ValueError: the model has fewer ids than the tokenizer.
+          ValueError: if the model has fewer ids than the tokenizer.
         """
         if size < self.size:
             raise ValueError(
@@ -96,11 +105,11 @@ class HFTokenizer:
         allowed = np.zeros(size, bool)
         allowed[list(self._texts)] = True
         allowed[[self.mask_id, self.pad_id]] = False
-        allowed[self.eos_id] = True  # published models pad with EOS
+        allowed[self.eos_id] = True  # EOS comes after PAD, because both may be the same id.
         return allowed
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Copies its files, byte for byte, into `directory`, which it makes; returns its ids."""
+        """Copies the tokenizer files byte for byte into a new directory; returns the ids."""
         directory.mkdir()
         for name in {SETTINGS, *FILES, *self._hf.vocab_files_names.values()}:
             if (self._directory / name).is_file():
@@ -114,16 +123,17 @@ class HFTokenizer:
         )
 
     def _check_ids(self) -> None:
-        """Refuses files in which EOS, PAD or MASK is not what the model was trained with."""
-        named = self._hf.special_tokens_map
-        for name, ours in (('eos', self.eos_id), ('pad', self.pad_id), ('mask', self.mask_id)):
-            token = named.get(f'{name}_token')
-            # Few files name MASK, and PAD is never looked at; EOS ends every completion.
-            if (token or name == 'eos') and (token is None or self._ids.get(token) != ours):
-                found = f'{token!r}, id {self._ids.get(token)}' if token else 'missing'
+        """Refuses files whose EOS, PAD or MASK is not the one that the model was trained with."""
+        specials = self._hf.special_tokens_map
+        for name, id in (('eos', self.eos_id), ('pad', self.pad_id), ('mask', self.mask_id)):
+            token = specials.get(f'{name}_token')
+            # Only EOS must be declared, because it ends every completion. Many files do not declare
+            # MASK, and a completion never depends on PAD.
+            if (token or name == 'eos') and (token is None or self._ids.get(token) != id):
+                declared = f'{token!r}, id {self._ids.get(token)}' if token else 'missing'
                 raise ValueError(
-                    f'{self._settings}: {name}_token is {found}, but the model was trained with '
-                    f'{name}_token_id {ours} (its config.json); use the tokenizer files that came '
+                    f'{self._settings}: {name}_token is {declared}, but the model was trained with '
+                    f'{name}_token_id {id} (its config.json); use the tokenizer files that came '
                     'with the weights'
                 )
         mask = self._texts.get(self.mask_id)
@@ -135,7 +145,7 @@ class HFTokenizer:
             )
 
     def _check_template(self) -> None:
-        """Refuses a chat template that is missing, fails, or uses tokens that are not there."""
+        """Refuses a chat template that is missing, fails, or writes tokens that do not exist."""
         if not self._hf.chat_template:
             raise ValueError(
                 f'{self._settings} has no chat_template, and no chat_template.jinja is beside it; '
@@ -143,11 +153,10 @@ class HFTokenizer:
             )
         try:
             turn = self._user_turn('')
-        except Exception as error:  # a template is a program: it fails in any way it likes
-            line = ' '.join(f'{type(error).__name__}: {error}'.split())
+        except Exception as error:  # A template is a program, which can raise any exception.
             raise ValueError(
-                f'{self._settings}: the chat_template cannot be used ({line[:200]}); use the '
-                'tokenizer files that came with the weights'
+                f'{self._settings}: the chat_template cannot be used ({one_line(error)[:200]}); '
+                'use the tokenizer files that came with the weights'
             ) from error
         for marker in _MARKER.findall(turn):
             if marker not in self._ids:
@@ -158,11 +167,12 @@ class HFTokenizer:
 
 
 def _read(directory: Path) -> Any:
-    """The tokenizer that `transformers` makes of local files, running no code that lies there."""
-    # Read when transformers is imported: that there is no PyTorch is no news here.
+    """The tokenizer that `transformers` makes from local files; no code in them is run."""
+    # transformers reads this variable when it is imported, and then does not warn that PyTorch is
+    # missing, which is not needed here.
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     try:
-        import jinja2  # noqa: F401 (what transformers runs chat templates with)
+        import jinja2  # noqa: F401 (transformers needs it to run chat templates)
         import transformers
     except ImportError as error:
         raise ValueError(
@@ -173,14 +183,14 @@ def _read(directory: Path) -> Any:
         raise ValueError(
             f'{directory / SETTINGS} does not exist; put the tokenizer files beside the weights'
         )
-    transformers.logging.set_verbosity_error()  # it warns that it has no LLaDA model: we have
+    # Otherwise it warns that it has no LLaDA model. The model is implemented in this package.
+    transformers.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(directory.absolute()), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the libraries below raise anything, Exception itself included
-        line = ' '.join(f'{type(error).__name__}: {error}'.split())
+    except Exception as error:  # The libraries raise many types, even Exception itself.
         raise ValueError(
-            f'{directory}: the tokenizer cannot be read ({line[:200]}); download tokenizer.json '
-            f'and {SETTINGS} again'
+            f'{directory}: the tokenizer cannot be read ({one_line(error)[:200]}); download '
+            f'tokenizer.json and {SETTINGS} again'
         ) from error

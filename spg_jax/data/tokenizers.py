@@ -1,6 +1,6 @@
-"""Text to token ids and back, for policies small enough to have a vocabulary of their own.
+"""Tokenizers turn text into token ids and back; this one is for small policies trained here.
 
-`spg_jax.data.hf_tokenizer` has the published tokenizers.
+Published tokenizers are in `spg_jax.data.hf_tokenizer`.
 """
 
 import re
@@ -16,37 +16,47 @@ _SPACE = re.compile(r'\s*')
 
 
 class Tokenizer(Protocol):
-    """What a policy's data needs of a tokenizer, whoever made it."""
+    """What a policy needs of a tokenizer, whether it is published or made here."""
 
     mask_id: int
     eos_id: int
     pad_id: int
-    size: int  # ids the tokenizer has: 0 .. size - 1
+    size: int  # the largest id plus 1
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without EOS; a ValueError names what it has no id for."""
+        """Returns the ids of `text`, without EOS; raises ValueError for text that has no ids."""
 
     def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
-        """Returns the ids of what a completion follows: `text` as the policy expects to be asked,
-        then `prefill`, which the completion is made to start with; raises as `encode`."""
+        """Returns the ids that a completion follows; raises what `encode` raises.
+
+        Args:
+          text: the question, which is written in the form that the policy expects.
+          prefill: the start of the answer, which follows the question.
+        """
 
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
-        """Returns the text of `ids` up to the first EOS, or all of it, special tokens included."""
+        """Returns the text of `ids` up to the first EOS, or of all ids, special tokens included."""
 
     def allowed(self, size: int) -> np.ndarray:
-        """Returns [size] bool: those of a model's `size` ids that generation may choose."""
+        """Returns [size] bool, True for the ids of a model with `size` ids that it may generate."""
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Makes `directory` if it is read from files, and puts them there; returns its part of a
-        policy's description, JSON values."""
+        """Saves the tokenizer with a policy.
+
+        A tokenizer that was read from files creates `directory` and puts the files there.
+
+        Returns:
+          JSON values for the policy's description, from which the tokenizer can be made again.
+        """
 
 
 class WordTokenizer:
-    """One token a word; words are separated by white space or simply follow each other.
+    """One token for each word; words are separated by white space or follow each other directly.
 
-    Ids 0, 1, 2 are MASK, EOS and PAD, then come the words in the order given. Encoding takes the
-    longest word that fits, except that a number is never cut in two: with words up to 100, `300` is
-    an error and not `30 0`. With single digits only, `4312` is four tokens.
+    Ids 0, 1 and 2 are MASK, EOS and PAD. The words follow in the order of the vocabulary. Encoding
+    takes the longest word that fits, except that a number is never cut in two: with the numbers up
+    to 100 as words, `300` is an error and not `30 0`. If all numbers in the vocabulary are single
+    digits, `4312` is four tokens.
     """
 
     mask_id, eos_id, pad_id = range(len(SPECIALS))
@@ -55,8 +65,8 @@ class WordTokenizer:
         """Takes the words of the vocabulary.
 
         Raises:
-          ValueError: no word at all, or one that is repeated, empty, special, or has white space
-            inside.
+          ValueError: if there is no word, or a word is repeated, empty, special, or contains white
+            space.
         """
         self.words = tuple(words)
         if not self.words:
@@ -82,25 +92,25 @@ class WordTokenizer:
         """Returns the ids of the words of `text`.
 
         Raises:
-          ValueError: names the first thing that is no word, and where it stands.
+          ValueError: if a part of the text is no word; the message names the part and its place.
         """
         ids, place = [], 0
         while True:
             place = _SPACE.match(text, place).end()
             if place == len(text):
                 return ids
-            found = self._word.match(text, place)
-            if not found:
+            match = self._word.match(text, place)
+            if not match:
                 unknown = text[place:].split(maxsplit=1)[0][:40]
                 raise ValueError(
                     f'{unknown!r} at character {place} is none of the {len(self.words)} words '
                     f'{self.words[0]!r} to {self.words[-1]!r}; use only these or another format'
                 )
-            ids.append(self._ids[found[0]])
-            place = found.end()
+            ids.append(self._ids[match[0]])
+            place = match.end()
 
     def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
-        """Returns the ids of `text` and `prefill`, one after the other; raises as `encode`."""
+        """Returns the ids of `text` followed by `prefill`; raises what `encode` raises."""
         return self.encode(text + prefill)
 
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
@@ -108,11 +118,11 @@ class WordTokenizer:
 
         Args:
           ids: [n] token ids.
-          keep_specials: False stops before the first EOS and drops MASK and PAD; True shows every
+          keep_specials: False stops before the first EOS and drops MASK and PAD; True keeps every
             token.
 
         Raises:
-          ValueError: an id that the vocabulary does not have.
+          ValueError: if the vocabulary does not have one of the ids.
         """
         words = []
         for id in map(int, ids):
@@ -125,10 +135,10 @@ class WordTokenizer:
         return ' '.join(words)
 
     def allowed(self, size: int) -> np.ndarray:
-        """Returns [size] bool, True for EOS and the words: not MASK, not PAD, no id without a word.
+        """Returns [size] bool, True for EOS and the words only.
 
         Raises:
-          ValueError: the model has fewer ids than the vocabulary.
+          ValueError: if the model has fewer ids than the vocabulary.
         """
         if size < self.size:
             raise ValueError(
@@ -139,5 +149,5 @@ class WordTokenizer:
         return allowed
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Returns its words; they need no file."""
+        """Returns the words for the policy's description; they need no file in `directory`."""
         return {'words': self.words}

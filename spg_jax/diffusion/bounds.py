@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.corruption import KINDS, Corruption
+from spg_jax.errors import check_one_of
 
 # Estimator -> the corruptions that it may be used with. 'paper' and 'block' bound a likelihood
 # under these only; the released code uses its estimate with all of them.
@@ -49,8 +50,7 @@ def estimator(name: str, block_length: int) -> Estimator:
     Raises:
       ValueError: on an unknown name, or a block length below 1 with 'block'.
     """
-    if name not in PAIRINGS:
-        raise ValueError(f'rl.estimator is {name!r}; use one of {", ".join(PAIRINGS)}')
+    check_one_of('rl.estimator', name, PAIRINGS)
     if name != 'block':
         # Draws mask exact numbers of positions, so n/|S_k| is both the 1/t_k of the released code
         # and the paper's weight 1/t: one formula. `check_pairing` allows them other corruptions.
@@ -78,8 +78,7 @@ def check_pairing(name: str, corruption: Corruption) -> None:
       corruption: the corruption that draws the masks. The block estimator needs one that leaves
         earlier blocks clean and chooses blocks uniformly.
     """
-    if name not in PAIRINGS:
-        raise ValueError(f'rl.estimator is {name!r}; use one of {", ".join(PAIRINGS)}')
+    check_one_of('rl.estimator', name, PAIRINGS)
     if corruption.kind not in PAIRINGS[name]:
         raise ValueError(
             f'rl.estimator {name!r} does not go with corruption.kind {corruption.kind!r}; '

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from spg_jax.errors import check_one_of
+
 KINDS = ('full', 'uniform', 'block', 'block_full')
 BLOCK_KINDS = ('block', 'block_full')
 BLOCK_DRAWS = ('balanced', 'released')
@@ -65,12 +67,8 @@ class Corruption:
     perturb_completion: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f'corruption.kind is {self.kind!r}; use one of {", ".join(KINDS)}')
-        if self.block_draw not in BLOCK_DRAWS:
-            raise ValueError(
-                f'corruption.block_draw is {self.block_draw!r}; use one of {", ".join(BLOCK_DRAWS)}'
-            )
+        check_one_of('corruption.kind', self.kind, KINDS)
+        check_one_of('corruption.block_draw', self.block_draw, BLOCK_DRAWS)
         if self.draws < 1:
             raise ValueError(f'corruption.draws is {self.draws}; a sequence needs at least 1 draw')
         if self.kind in BLOCK_KINDS and self.block_length < 1:

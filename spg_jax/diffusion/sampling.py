@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from spg_jax.errors import check_one_of
+
 COMMITS = ('low_confidence', 'random', 'entropy', 'margin')
 
 
@@ -72,8 +74,7 @@ class SamplingConfig:
             )
         if not 0.0 <= self.temperature < float('inf'):
             raise ValueError(f'sampling.temperature is {self.temperature}; use 0 or more')
-        if self.commit not in COMMITS:
-            raise ValueError(f'sampling.commit is {self.commit!r}; use one of {", ".join(COMMITS)}')
+        check_one_of('sampling.commit', self.commit, COMMITS)
 
     @property
     def blocks(self) -> int:

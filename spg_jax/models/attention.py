@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spg_jax.errors import check_one_of
 from spg_jax.models.splash import splash_attention
 
 # The score of an invalid key. It is finite so that the softmax of a row without a valid key is
@@ -73,11 +74,7 @@ def resolve(implementation: str, platform: str, dtype: str = 'bfloat16') -> str:
 
 def check_implementation(implementation: str, *more_names: str) -> None:
     """Raises ValueError unless `attention` accepts the name or it is one of `more_names`."""
-    names = (*more_names, *_IMPLEMENTATIONS)
-    if implementation not in names:
-        raise ValueError(
-            f'model.attention {implementation!r} does not exist; use one of {", ".join(names)}'
-        )
+    check_one_of('model.attention', implementation, (*more_names, *_IMPLEMENTATIONS))
 
 
 def cudnn_attention(

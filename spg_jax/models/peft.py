@@ -20,6 +20,7 @@ from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
 from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.process.files import write_whole
 from spg_jax.sharding import abstract_params
 
 CONFIG = 'adapter_config.json'
@@ -82,7 +83,7 @@ def _write_description(path: Path, lora: LoRA, base: str) -> None:
         'target_modules': rf'.*\.blocks\.\d+\.({modules})',
         **PLAIN,
     }
-    path.write_text(json.dumps(description, indent=1))
+    write_whole(path, json.dumps(description, indent=1))
 
 
 def load_adapter(

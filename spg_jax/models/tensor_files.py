@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from spg_jax.errors import check_one_of
+from spg_jax.process.files import write_whole
+
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 FLOATS = ('F32', 'BF16', 'F16')  # the types of tensors that can be read
@@ -111,7 +114,7 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, Tensor], shard_bytes
     total = sum(_bytes(tensor) for tensor in tensors.values())
     if jax.process_index() == 0:
         index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
+        write_whole(directory / INDEX, json.dumps(index, indent=1))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -128,9 +131,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     offset = 0
     for name, tensor in tensors.items():
         dtype = np.dtype(tensor.dtype)
-        if dtype.name not in _TYPE_NAMES:
-            types = ', '.join(_TYPE_NAMES)
-            raise ValueError(f'{path}: {name!r} is {dtype.name}; use one of {types}')
+        check_one_of(f'{path}: the type of {name!r}', dtype.name, _TYPE_NAMES)
         header[name] = {
             'dtype': _TYPE_NAMES[dtype.name],
             'shape': list(tensor.shape),

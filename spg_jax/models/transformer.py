@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
+from spg_jax.errors import check_one_of
 from spg_jax.models.attention import attention, check_implementation
 from spg_jax.models.layers import (
     Linear,
@@ -86,10 +87,7 @@ class TransformerConfig:
                 f'{self.head_dim}, but rotary positions need an even one; change either'
             )
         for name in ('dtype', 'param_dtype'):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(
-                    f'model.{name} is {getattr(self, name)!r}; use one of {", ".join(DTYPES)}'
-                )
+            check_one_of(f'model.{name}', getattr(self, name), DTYPES)
         for name in ('rope_theta', 'norm_eps'):
             if not getattr(self, name) > 0:
                 raise ValueError(f'model.{name} is {getattr(self, name)}; use a positive number')

@@ -1,1 +1,1 @@
-"""What a run needs of a machine it has not been given yet: memory, arithmetic, traffic, time."""
+"""What a run would need of a machine that is not there: memory, arithmetic, traffic and time."""

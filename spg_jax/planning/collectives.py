@@ -1,8 +1,8 @@
-"""What chips send each other, read from a compiled program, loops counted as often as they run.
+"""The traffic between chips, read from a compiled program; a loop counts as often as it runs.
 
-XLA's own cost analysis counts the body of a loop once, and here everything that matters is in
-loops: denoising steps, microbatches, draws, layers, and the windows in which TPUs overlap a product
-with the gathering of its kernel.
+XLA's own cost analysis counts the body of a loop only once. In these programs all large costs are
+in loops: over denoising steps, microbatches, draws and layers, and over the windows in which a TPU
+overlaps a product with the gathering of its kernel.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
-# The settings of a kernel have lines of their own, so that not every brace ends a computation.
+# Settings of a kernel stand on separate lines with braces, so not every brace ends a computation.
 _COMPUTATION = re.compile(
     r'^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}(?=$|, execution_thread=)', re.S | re.M
 )
@@ -24,17 +24,17 @@ _CHANNEL = re.compile(r'channel_id=\d+')
 _OPERAND = re.compile(r'%([\w.\-]+)')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d\w*)\[([\d,]*)\]')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# Three ways to write which chips take part: lists, an iota, and axes of a mesh.
+# HLO writes the groups of chips that take part in three ways: as lists, an iota, or mesh axes.
 _GROUP_LIST = re.compile(r'replica_groups=\{\{([\d,]*)\}')
 _GROUP_IOTA = re.compile(r'replica_groups=\[\d+,(\d+)\]')
 _GROUP_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 
 
 class Traffic(NamedTuple):
-    """Of one kind of collective in one program."""
+    """The traffic of one kind of collective in one program."""
 
-    count: int  # times it runs
-    received: float  # bytes by each chip, over all of them
+    count: int  # how often collectives of this kind run
+    received: float  # bytes that each chip receives in all of these runs
 
 
 class _Instruction(NamedTuple):
@@ -44,13 +44,13 @@ class _Instruction(NamedTuple):
 
 
 def read_traffic(text: str) -> dict[str, Traffic]:
-    """Collectives of a compiled program by kind, as often as they run at most.
+    """The traffic of a compiled program by kind of collective, if no loop stops early.
 
     Args:
-      text: its HLO, `compiled.as_text()`.
+      text: the HLO of the program, `compiled.as_text()`.
 
     Raises:
-      ValueError: for a loop whose number of iterations cannot be read.
+      ValueError: if the number of iterations of a loop cannot be read.
     """
     bodies, entry = {}, ''
     for is_entry, name, body in _COMPUTATION.findall(text):
@@ -66,8 +66,9 @@ def read_traffic(text: str) -> dict[str, Traffic]:
             elif kind := _kind(instruction.operation):
                 identity = f'{name} {label}'
                 if fused:
-                    # TPUs spread a collective over the products it overlaps with, even over those
-                    # of a loop inside: a piece in each fusion. The outermost tells how often.
+                    # TPUs spread a collective over the products that it overlaps with, even over
+                    # products of an inner loop: each fusion has a piece of it. The piece in the
+                    # outermost loop runs as often as the collective.
                     identity = kind + _CHANNEL.search(rest)[0]
                 if identity not in runs or times < runs[identity][1]:
                     runs[identity] = kind, times, _received(kind, instruction)
@@ -77,24 +78,24 @@ def read_traffic(text: str) -> dict[str, Traffic]:
                     walk(called, times, fused or instruction.operation == 'fusion')
 
     walk(entry, 1)
-    found: dict[str, Traffic] = {}
+    traffic: dict[str, Traffic] = {}
     for kind, times, received in runs.values():
-        count, total = found.get(kind, (0, 0.0))
-        found[kind] = Traffic(count + times, total + times * received)
-    return found
+        count, total = traffic.get(kind, (0, 0.0))
+        traffic[kind] = Traffic(count + times, total + times * received)
+    return traffic
 
 
 def _instructions(body: str) -> dict[str, _Instruction]:
-    """Name -> instruction of a computation; 'ROOT' is its result."""
-    found = {}
+    """Name -> instruction, for a computation; the instruction of the result is called 'ROOT'."""
+    instructions = {}
     for root, name, definition in _INSTRUCTION.findall(body):
         operation = _OPERATION.search(definition)
         if operation:
             shape, rest = definition[: operation.start()], definition[operation.end() :]
-            found[name] = _Instruction(operation[1], shape, rest)
+            instructions[name] = _Instruction(operation[1], shape, rest)
             if root:
-                found['ROOT'] = found.pop(name)
-    return found
+                instructions['ROOT'] = instructions.pop(name)
+    return instructions
 
 
 def _kind(operation: str) -> str | None:
@@ -106,7 +107,7 @@ def _received(kind: str, instruction: _Instruction) -> float:
     """Bytes that each chip receives when a collective runs once, by the usual ring algorithms."""
     arrays = [_bytes(*array) for array in _ARRAY.findall(instruction.shape)]
     if instruction.operation.endswith('-start') and kind != 'all-reduce':
-        # (operands, results, counters of four bytes each)
+        # The shape is a tuple: the operands, then the results, then counters of four bytes each.
         arrays = [size for size in arrays if size > 4]
         arrays = arrays[len(arrays) // 2 :]
     result = sum(arrays)
@@ -119,7 +120,7 @@ def _received(kind: str, instruction: _Instruction) -> float:
 
 
 def _group(rest: str) -> int:
-    """Chips that take part in a collective together."""
+    """The number of chips that take part in a collective together."""
     if group := _GROUP_LIST.search(rest):
         return len(group[1].split(','))
     if group := _GROUP_IOTA.search(rest):
@@ -131,13 +132,13 @@ def _group(rest: str) -> int:
 
 
 def _trips(bodies: Mapping[str, str], loop: str) -> int:
-    """Iterations of a while loop: as the compiler noted, or limit / step of its counter.
+    """The iterations of a while loop, from a note of the compiler or as limit / step of a counter.
 
-    Loops begin at 0. Where a loop may stop earlier (decoding does once every row has ended), the
-    limit of its counter.
+    Counters start at 0. A loop that may stop early, as decoding does once every row has ended,
+    counts as if it did not.
     """
-    if known := _KNOWN_TRIPS.search(loop):
-        return int(known[1])
+    if note := _KNOWN_TRIPS.search(loop):
+        return int(note[1])
     condition = _instructions(bodies[re.search(r'condition=%([\w.\-]+)', loop)[1]])
     body = _instructions(bodies[re.search(r'body=%([\w.\-]+)', loop)[1]])
     results = _operands(body['ROOT'])
@@ -157,7 +158,8 @@ def _trips(bodies: Mapping[str, str], loop: str) -> int:
         trips += [-(-_constant(limit) // step) for step in steps]
     if not trips:
         raise ValueError(f'cannot read how often a loop runs: {loop[:200]!r}')
-    return max(trips)  # the condition may compare its counter with 0, too, to take a remainder
+    # The condition may also compare the counter with 0, to take a remainder.
+    return max(trips)
 
 
 def _operands(instruction: _Instruction) -> list[str]:
@@ -165,7 +167,7 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 
 def _source(instructions: Mapping[str, _Instruction], name: str) -> _Instruction:
-    """What an instruction's value is, behind copies of it."""
+    """The instruction that made a value, which copies may hide."""
     while instructions[name].operation == 'copy':
         (name,) = _operands(instructions[name])
     return instructions[name]

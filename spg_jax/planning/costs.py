@@ -1,13 +1,14 @@
-"""Arithmetic and memory traffic of the programs, by formula, over all chips.
+"""The arithmetic and memory traffic of the programs by formula, for all chips together.
 
-A product [n, i] x [i, o] costs 2 n i o FLOPs. What a row of length L costs is then
+A product [n, i] x [i, o] costs 2 n i o FLOPs. The forward pass of a row of length L therefore costs
 
     products    2 L (parameters of the layers' kernels and adapters)
     attention   4 L^2 D: scores, and the mix of values, in each layer
     unembedding 2 D V for each position unembedded
 
-forwards. Backwards, attention costs a multiple of that; a product as much again for its input, and
-again for its kernel where that is trained. Norms, softmax and the like are left out.
+In the backward pass attention costs a multiple of that. A product costs the same again for the
+gradient of its input, and once more for that of its kernel if the kernel is trained. Norms, softmax
+and other small costs are left out.
 """
 
 import math
@@ -20,26 +21,26 @@ from spg_jax.models.attention import FUSED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan
 
-# Cost of attention backwards in units of forwards, which is two products. Fused kernels compute the
-# scores again; splash does in two kernels what cuDNN does in one.
+# The cost of attention in the backward pass, in units of the forward pass, which is two products.
+# Fused kernels compute the scores again, once in cuDNN and twice in splash, which has two kernels.
 _ATTENTION_BACKWARDS = {'einsum': 2.0, 'folded': 2.0, 'cudnn': 2.5, 'splash': 3.5}
 
 
 class Work(NamedTuple):
-    """Of all chips together."""
+    """The work of a program on all chips together."""
 
     flops: float
-    bytes: float  # to and from memory
+    bytes: float  # moved between chips and their memory
 
 
 class _Pass(NamedTuple):
-    """One forward pass of one row."""
+    """The FLOPs of the forward pass of one row."""
 
-    kernels: float  # FLOPs of frozen products
+    kernels: float  # products with the kernels of the layers
     adapters: float
     attention: float
     unembedding: float
-    last: float  # of the kernels, the last product of each layer: nothing needs its recomputation
+    last: float  # the part of `kernels` that is never recomputed: the last product of each layer
 
     @property
     def total(self) -> float:
@@ -47,7 +48,7 @@ class _Pass(NamedTuple):
 
 
 def work(plan: Plan, name: str) -> Work:
-    """What a program costs if no row ends early."""
+    """The work of a program if no row ends early."""
     rows, passes, length = _passes(plan, name)
     if name == 'update':
         unembedded = plan.parts.sampling.length
@@ -59,12 +60,12 @@ def work(plan: Plan, name: str) -> Work:
 
 
 def forward(model: TransformerConfig, length: int, unembedded: int) -> _Pass:
-    """FLOPs of one row's forward pass.
+    """The FLOPs of the forward pass of one row.
 
     Args:
-      model: sizes.
+      model: the sizes of the model.
       length: L.
-      unembedded: positions whose logits are wanted.
+      unembedded: the number of positions whose logits are computed.
     """
     kernels = _kernels(model)
     adapters = {}
@@ -81,8 +82,11 @@ def forward(model: TransformerConfig, length: int, unembedded: int) -> _Pass:
 
 
 def expected_received(plan: Plan, name: str) -> float:
-    """Bytes a chip receives, where no compiler tells: kernels gathered over 'fsdp' in every pass
-    over a layer, and over 'tensor' two sums of activations a layer in every pass."""
+    """The bytes that each chip receives, by formula, for chips whose compiler is not here.
+
+    In every pass over a layer its kernels are gathered over 'fsdp', and two arrays of activations
+    are summed over 'tensor'.
+    """
     model = plan.policy.config
     fsdp, tensor = plan.mesh.shape['fsdp'], plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
@@ -95,7 +99,7 @@ def expected_received(plan: Plan, name: str) -> float:
 
 
 def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
-    """Rows a pass over the layers, forwards or backwards; passes; positions of a row."""
+    """(rows in a pass over the layers, passes forwards and backwards, positions of a row)."""
     batching, length = plan.parts.batching, plan.prompt_length + plan.parts.sampling.length
     if name != 'update':
         decoding = plan.decoding(name)
@@ -104,35 +108,35 @@ def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
     draws = plan.parts.objective.corruption.draws
     at_once = batching.draws_per_pass or draws
     passes = batching.rows // batching.microbatch * (draws // at_once)
-    # Forwards, forwards again where layers are recomputed, backwards; before them, where draws are
-    # taken some at a time, forwards for all log-probabilities.
+    # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking a
+    # few draws at a time, which first needs the log-probabilities of all draws.
     kinds = 2 + plan.policy.config.remat + (at_once < draws)
     return batching.microbatch * at_once, passes * kinds, length
 
 
 def _update_flops(plan: Plan) -> float:
-    """Forwards, recomputation and backwards of every row and draw.
+    """The FLOPs of forward pass, recomputation and backward pass, over all rows and draws.
 
-    Taking some draws at a time (`rl.draws_per_pass`) costs one more forward pass of each.
+    Taking a few draws at a time (`rl.draws_per_pass`) costs one more forward pass of every draw.
     """
     parts, model = plan.parts, plan.policy.config
     draws, length = parts.objective.corruption.draws, parts.sampling.length
     rows = parts.batching.rows * draws
-    one = forward(model, plan.prompt_length + length, length)
+    row = forward(model, plan.prompt_length + length, length)
     twice = 0 < parts.batching.draws_per_pass < draws
-    again = model.remat * (one.total - one.unembedding - one.last)
-    trained = one.adapters if model.lora else one.kernels + one.unembedding
-    scores = _ATTENTION_BACKWARDS[plan.attention] * one.attention
-    backwards = one.total - one.attention + scores + trained
-    return rows * ((1 + twice) * one.total + again + backwards)
+    recomputed = model.remat * (row.total - row.unembedding - row.last)
+    trained = row.adapters if model.lora else row.kernels + row.unembedding
+    attention = _ATTENTION_BACKWARDS[plan.attention] * row.attention
+    backwards = row.total - row.attention + attention + trained
+    return rows * ((1 + twice) * row.total + recomputed + backwards)
 
 
 def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:
-    """Bytes of a forward pass: every product reads its operands and writes its result once.
+    """The bytes of a forward pass: every product reads its operands and writes its result once.
 
-    A pass backwards moves about as much, as long as kernels are frozen. Every chip reads the
-    kernels of its 'tensor' shard, whatever 'fsdp' is, for its own rows. Attention that is not fused
-    reads and writes its scores once in float32.
+    A backward pass moves about as many bytes while the kernels are frozen. Every chip reads the
+    kernels of its 'tensor' shard for its rows, whatever the size of 'fsdp'. Attention that is not
+    fused reads and writes its scores once in float32.
     """
     model = plan.policy.config
     itemsize = jnp.dtype(model.dtype).itemsize
@@ -148,7 +152,7 @@ def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:
 
 
 def _kernels(model: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of the products of a layer."""
+    """Name -> (in, out) of the kernels of a layer."""
     width, mlp = model.width, model.mlp_width
     keys = model.kv_heads * model.head_dim
     return {

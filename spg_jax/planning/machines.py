@@ -1,8 +1,8 @@
-"""Chips by their published figures, and machines made of them, none of which need be there.
+"""Chips with their published figures, and machines made of them, which need not be there.
 
 Sources: Cloud TPU documentation, pages v5e, v5p and v6e (system architecture); NVIDIA's data sheets
-of H100 SXM and A100 80 GB SXM. A link's published bandwidth counts both directions; half of it
-carries what a chip receives.
+of H100 SXM and A100 80 GB SXM. The published bandwidth of a link is the sum of both directions, so
+a chip receives at half of it.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,15 @@ class Chip(NamedTuple):
 
     name: str
     platform: str  # tpu | cuda
-    memory: float  # bytes a program can have
-    flops: float  # bfloat16, a second, dense
-    bandwidth: float  # bytes a second to its memory
-    links: float  # bytes a second received over all links to its neighbours
+    memory: float  # bytes that a program can use
+    flops: float  # dense bfloat16 FLOPs per second
+    bandwidth: float  # bytes per second between the chip and its memory
+    links: float  # bytes per second that the chip receives over all links to its neighbours
 
 
-# Memory of a TPU is the limit the compiler names when a program does not fit. XLA takes a share of
-# a GPU's memory, 0.75 unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: 0.92 is meant here.
+# The memory of a TPU is the limit that the compiler names when a program does not fit. XLA takes a
+# share of a GPU's memory: these figures are for XLA_PYTHON_CLIENT_MEM_FRACTION=0.92; the default of
+# XLA is 0.75.
 CHIPS = {
     'v5e': Chip('TPU v5e', 'tpu', 15.75 * GIB, 197e12, 819e9, 200e9),
     'v5p': Chip('TPU v5p', 'tpu', 95.73 * GIB, 459e12, 2765e9, 600e9),
@@ -35,33 +36,33 @@ CHIPS = {
     'h100': Chip('H100 80 GB SXM', 'cuda', 0.92 * 80e9, 989e12, 3350e9, 450e9),
     'a100': Chip('A100 80 GB SXM', 'cuda', 0.92 * 80e9, 312e12, 2039e9, 300e9),
 }
-# The machines whose tables are published, in their order.
+# The machines in docs/plan.md, in the order of its tables.
 LISTED = ('v5e:2x4', 'v5e:4x4', 'v6e:2x4', 'v5p:2x2x1', 'h100:1', 'a100:8')
 
 
 class Machine(NamedTuple):
     """Chips that run one program."""
 
-    topology: str  # as given
+    topology: str  # its name, such as v5e:4x4
     chip: Chip
     count: int
-    devices: Sequence[jax.Device] | None  # of a TPU slice, to compile for; None on CUDA
+    devices: Sequence[jax.Device] | None  # of a TPU slice, known to the compiler only; None on CUDA
 
 
 def find_machine(topology: str) -> Machine:
     """The machine that a topology such as v5e:4x4, v5p:2x2x1 or h100:8 describes.
 
     Raises:
-      ValueError: for a chip or a shape that does not exist, and where libtpu is not installed.
+      ValueError: if the chip or the shape does not exist, or libtpu is needed and not installed.
     """
     name, _, shape = topology.partition(':')
-    known = ', '.join(LISTED)
+    examples = ', '.join(LISTED)
     if name not in CHIPS:
-        raise ValueError(f'topology {topology!r}: no chip {name!r}; use one such as {known}')
+        raise ValueError(f'topology {topology!r}: no chip {name!r}; use one such as {examples}')
     chip = CHIPS[name]
     sizes = shape.split('x')
     if not all(size.isdecimal() and int(size) for size in sizes):
-        raise ValueError(f'topology {topology!r}: no shape {shape!r}; use one such as {known}')
+        raise ValueError(f'topology {topology!r}: no shape {shape!r}; use one such as {examples}')
     if chip.platform == 'cuda':
         if len(sizes) > 1:
             raise ValueError(f'topology {topology!r}: GPUs are counted; use one such as {name}:8')
@@ -71,7 +72,7 @@ def find_machine(topology: str) -> Machine:
 
 
 def _tpu_devices(topology: str) -> Sequence[jax.Device]:
-    """Devices that only the compiler sees."""
+    """The devices of a TPU slice, which only the compiler knows."""
     if not libtpu.is_installed():
         raise ValueError("libtpu, which compiles for TPUs, is not installed; pip install '.[plan]'")
     libtpu.work_without_a_tpu()

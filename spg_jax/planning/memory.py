@@ -1,7 +1,7 @@
-"""Memory of a chip, by part: exact for what stays, and an estimate for what comes and goes.
+"""The memory of a chip by part: exact for arrays that stay, estimated for arrays of a program.
 
-The compiler knows better what comes and goes, but only for TPUs and only in minutes. The estimate
-takes no time and serves every chip; `plan` prints how far it is from the compiler.
+The compiler measures the memory of a program better, but it exists for TPUs only and takes minutes.
+The estimate takes no time and works for every chip; `plan` prints how far it is from the compiler.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from spg_jax.training.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """Bytes a chip holds throughout a run."""
+    """The bytes that a chip holds throughout a run."""
 
-    weights: int  # the model's, frozen or not
+    weights: int  # parameters of the model, frozen or trained
     adapters: int
-    optimizer: int  # moments
+    optimizer: int  # moments of the trained parameters
 
     @property
     def total(self) -> int:
@@ -32,7 +32,7 @@ class Resident:
 
 
 def resident(state: TrainState) -> Resident:
-    """What stays, from the shardings."""
+    """The bytes that stay on a chip, computed from the shardings of a train state."""
     variables = state.variables
     return Resident(
         weights=local_bytes(variables['params']),
@@ -42,7 +42,7 @@ def resident(state: TrainState) -> Resident:
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of a chip's shards of abstract arrays."""
+    """The bytes of the shards that a chip holds of a tree of abstract arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
@@ -50,26 +50,26 @@ def local_bytes(tree: Any) -> int:
 
 
 def _bits(dtype: jnp.dtype) -> int:
-    """Of an element in the memory of a chip, where two of four bits share a byte."""
+    """The bits of an element in the memory of a chip, where two elements of 4 bits share a byte."""
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def estimate(plan: Plan, name: str) -> dict[str, float]:
-    """What a program needs beside what stays, in bytes a chip, by its largest parts.
+    """The bytes that a program needs on a chip beside those that stay, by part.
 
-    With r rows of length L on a chip, 'fsdp' of size f and 'tensor' of size t:
+    A chip has r rows of length L; f is the size of 'fsdp' and t that of 'tensor'.
 
-    - casts: the adapters in the type of products, which the compiler takes out of the loops;
-    - tables: embedding and unembedding whole along 'embed', 2 V/t D, unless f is 1;
-    - logits: r V/t for every position unembedded at once, float32;
-    - attention: as `_attention` says;
-    - layer: the inputs and results of products: decoding, r L D four times in a layer and twice
-      while unembedding; updating, r L (4 D + 3 F/t);
-    - saved (update): the inputs of all layers, r L D each, kept for the backward pass;
-    - gradients (update): of what is trained, the sum so far and the next term.
+    - casts: the adapters in the type of products, because the compiler converts them before loops;
+    - tables: embedding and unembedding whole along 'embed', 2 V/t D elements, unless f is 1;
+    - logits: r V/t in float32 for every position that is unembedded at once;
+    - attention: see `_attention`;
+    - layer: the inputs and results of products. Decoding has r L D four times in a layer and twice
+      while unembedding; an update has r L (4 D + 3 F/t);
+    - saved (update): the inputs of all layers, r L D each, which are kept for the backward pass;
+    - gradients (update): the sum so far and the next term, for all trained parameters.
 
-    Decoding peaks in a layer or while unembedding; an update has all at once. The factors are what
-    the compiler for TPUs was seen to need.
+    Decoding needs most either in a layer or while unembedding; an update has all parts at once. The
+    factors are those that the compiler for TPUs was observed to need.
     """
     if name == 'update':
         return _updating(plan)
@@ -108,18 +108,21 @@ def _updating(plan: Plan) -> dict[str, float]:
 
 
 class _Sizes(NamedTuple):
-    """On a chip; bytes but for the first two."""
+    """Sizes on one chip; all but the first two are in bytes."""
 
     rows: float  # r
     length: int  # L
     hidden: float  # [r, L, D]
-    casts: float
+    casts: float  # these three as in `estimate`
     tables: float
     logits: float
 
 
 def _sizes(plan: Plan, rows: int, completion: int, unembedded: int) -> _Sizes:
-    """Args: rows over all chips; completion tokens, and those unembedded at once."""
+    """Sizes for `rows` over all chips, of which each has `completion` tokens.
+
+    `unembedded` is the number of positions of a row that are unembedded at once.
+    """
     model, tensor = plan.policy.config, plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
     rows /= sharding.row_shards(plan.mesh)
@@ -136,17 +139,21 @@ def _sizes(plan: Plan, rows: int, completion: int, unembedded: int) -> _Sizes:
 
 
 def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:
-    """Of one layer: copies of queries, keys, values and results, r L D/t each and padded by splash;
-    scores, r N/t L^2, float32 and backwards in the compute type as well; cuDNN's bias, r L^2."""
+    """The bytes of the attention of one layer.
+
+    They are copies of queries, keys, values and results, r L D/t each, whose length splash pads;
+    scores, r N/t L^2, in float32 and for the backward pass also in the compute type; and with cuDNN
+    a mask and a bias, r L^2 each.
+    """
     model, tensor = plan.policy.config, plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
     rows, length, heads = sizes.rows, sizes.length, sizes.hidden / tensor
     match plan.attention:
         case 'splash':
-            # Where heads are split, products overlap with the sums over them, a piece at a time.
+            # Where heads are split, products overlap piece by piece with the sums over heads.
             copies = 10 if backwards else 7 if tensor == 1 else 16
             return copies * heads * padded_length(length) / length
-        case 'cudnn':  # the mask, and the bias made of it
+        case 'cudnn':  # The bias is made of the mask, and both exist at once.
             return 6 * heads + rows * length**2 * (1 + itemsize)
     scores = rows * model.heads / tensor * length**2
     return scores * (4 + itemsize) if backwards else scores * 4 + 6 * heads

@@ -1,6 +1,6 @@
-"""The real programs of a run (rollout, evaluation, update) compiled for chips that are not there.
+"""The real programs of a run (rollout, evaluation, update), compiled for chips that are not there.
 
-Nothing is computed: parameters and batches are shapes with shardings.
+Nothing is computed, because parameters and batches are shapes with shardings and have no values.
 """
 
 import dataclasses
@@ -29,30 +29,30 @@ from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import TrainState, shardings_of
 
-# config.json of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, for those who have not downloaded it.
+# A copy of config.json of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, to plan without the checkpoint.
 PUBLISHED = Path(__file__).parent / 'llada_8b_instruct.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the programs of a run are made of. Leaves are `jax.ShapeDtypeStruct` with shardings."""
+    """What the programs of a run are made of. Arrays are `jax.ShapeDtypeStruct` with shardings."""
 
     parts: Parts
     steps: int  # updates of the run
-    seed: int
+    seed: int  # train.seed
     mesh: Mesh
-    attention: str  # as the chips compute it
+    attention: str  # the implementation that the chips use
     policy: Policy
     state: TrainState
     rollout: Rollout
 
     @property
     def prompt_length(self) -> int:
-        """P, the longest prompts that training uses."""
+        """P, the longest length that training prompts are padded to."""
         return self.parts.prompt_lengths[-1]
 
     def decoding(self, name: str) -> SamplingConfig:
-        """How 'rollout' decodes, or 'evaluation' at its longest completions, which need most."""
+        """How 'rollout' decodes, or how 'evaluation' decodes its longest completions."""
         if name == 'rollout':
             return self.parts.sampling
         return max(self.parts.evaluation.decodings, key=lambda each: (each.length, each.steps))
@@ -72,13 +72,13 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     """The abstract state and rollout of a configuration on a mesh of chips of a platform.
 
     Raises:
-      ValueError: where the mesh does not divide the model or the rows.
+      ValueError: if the mesh does not divide the model or the rows.
     """
     parts = assemble(config)
     policy = planned_policy(config, platform)
     check_heads(policy.config, mesh)
     attention = policy.config.attention
-    if attention == 'cudnn':  # which JAX traces only where it finds it
+    if attention == 'cudnn':  # JAX traces it only where cuDNN is installed.
         stand_in = dataclasses.replace(policy.config, attention='einsum')
         policy = dataclasses.replace(policy, config=stand_in)
     variables = {
@@ -111,13 +111,13 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
 
 
 def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
-    """The policy that RL would start from on chips of a platform, by sizes alone.
+    """The policy that RL would start from on chips of a platform; only its sizes are right.
 
-    A published checkpoint that is not there is taken to be LLaDA-8B-Instruct.
+    A published checkpoint that does not exist here is taken to be LLaDA-8B-Instruct.
 
     Raises:
-      ValueError: for a checkpoint of another architecture.
-      FileNotFoundError: for a checkpoint directory without config.json.
+      ValueError: if the checkpoint has another architecture.
+      FileNotFoundError: if the checkpoint directory has no config.json.
     """
     parts = assemble(config)
     if not config.base.checkpoint:
@@ -131,7 +131,7 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
     attention = resolve(parts.execution['attention'], platform, model.dtype)
     execution = parts.execution | {'attention': attention}
     model = dataclasses.replace(model, **execution, lora=parts.lora)
-    allowed = jnp.arange(model.vocab_size) != ids.mask  # which ids are words does not matter here
+    allowed = jnp.arange(model.vocab_size) != ids.mask  # other ids do not matter to the sizes
     return Policy(model, ids.mask, ids.eos, jax.device_get(allowed))
 
 
@@ -156,19 +156,19 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a program."""
+    """What the compiler reports about a program."""
 
-    memory: Any  # `CompiledMemoryStats`, bytes a chip
+    memory: Any  # `CompiledMemoryStats`, in bytes on each chip
     text: str  # HLO
 
 
 def compile_program(plan: Plan, name: str) -> Compiled:
-    """Compiles for the TPUs of the mesh, which only the compiler needs to know."""
+    """Compiles a program for the TPUs of the mesh, which do not have to be there."""
     run, arguments = program(plan, name)
-    # Not jax.set_mesh: under it even a constant would have to be computed on those devices.
+    # Under jax.set_mesh even a constant would have to be computed on those devices.
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
         lowered = run.lower(*arguments)
-    # Not compiled.as_text(): it cannot read programs that use the sparse cores of a v6e.
+    # The text comes from a dump, because compiled.as_text() fails for the sparse cores of a v6e.
     with tempfile.TemporaryDirectory() as directory:
         options = {'xla_dump_to': directory, 'xla_dump_hlo_as_text': True}
         compiled = lowered.compile(compiler_options=options)
@@ -177,7 +177,7 @@ def compile_program(plan: Plan, name: str) -> Compiled:
 
 
 def lower_for_cuda(plan: Plan, name: str) -> int:
-    """Lowers for CUDA without a CUDA device; returns the bytes of the program's text."""
+    """Lowers a program for CUDA without a CUDA device; returns the bytes of the lowered module."""
     run, arguments = program(plan, name)
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
         return len(jax.export.export(run, platforms=['cuda'])(*arguments).mlir_module_serialized)
@@ -209,5 +209,5 @@ def _abstract_rollout(parts: Parts, mesh: Mesh) -> Rollout:
     )
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

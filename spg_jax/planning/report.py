@@ -1,4 +1,4 @@
-"""The plan of a run on a machine: figures of its programs, whether they fit, how long they take."""
+"""The plan of a run on a machine: its programs, whether they fit, and how long they take."""
 
 import dataclasses
 import time
@@ -18,34 +18,37 @@ PROGRAMS = ('rollout', 'evaluation', 'update')
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one program needs of each chip. Bytes, FLOPs and seconds."""
+    """What one program needs of each chip."""
 
     flops: float
-    bytes: float
-    estimated: dict[str, float]  # memory beside what stays, by part, by formula
-    compiled: int | None  # the same by the compiler; None where it was not asked
-    exceeded: str  # what the compiler said where the program does not fit, else ''
-    code: int
-    collectives: dict[str, tuple[int, float]]  # kind -> times, bytes received in all
-    seconds: float  # that compiling or lowering took
+    bytes: float  # moved between the chip and its memory
+    estimated: dict[str, float]  # bytes by formula beside those that stay: part -> bytes
+    compiled: int | None  # the same by the compiler; None if there is no figure of the compiler
+    exceeded: str  # the message of the compiler if the program does not fit, otherwise ''
+    code: int  # bytes of the program's code
+    collectives: dict[str, tuple[int, float]]  # kind -> (runs, bytes received in all runs)
+    seconds: float  # time that compiling or lowering took
 
     @property
     def estimate(self) -> float:
-        """Memory beside what stays, by formula."""
+        """The bytes that the program needs beside those that stay, by formula."""
         return sum(self.estimated.values())
 
     @property
     def needed(self) -> float:
-        """Memory beside what stays: by the compiler where it says, else by formula."""
+        """The same bytes by the compiler if it gave a figure, otherwise by formula."""
         return self.estimate if self.compiled is None else self.compiled
 
     @property
     def received(self) -> float:
+        """The bytes that a chip receives in all collectives."""
         return sum(received for _, received in self.collectives.values())
 
     def limits(self, chip: Chip) -> dict[str, float]:
-        """Seconds that arithmetic, memory and links need at the chip's published rates; the program
-        takes at least the longest."""
+        """Seconds that arithmetic, memory and links need at the chip's published rates.
+
+        The program takes at least as long as the longest of them.
+        """
         return {
             'arithmetic': self.flops / chip.flops,
             'memory': self.bytes / chip.bandwidth,
@@ -55,21 +58,21 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Figures of a configuration on a machine."""
+    """The figures of a configuration on a machine."""
 
     topology: str
-    mesh: dict[str, int]
-    attention: str  # how the chips compute it
+    mesh: dict[str, int]  # axis -> chips along it
+    attention: str  # the implementation that the chips use
     resident: memory.Resident
     programs: dict[str, Program]
 
     def peak(self, name: str) -> float:
-        """Bytes of a chip while a program runs: what stays, code of all programs, its own."""
+        """The bytes of a chip while a program runs: resident ones, all code, and the program's."""
         code = sum(program.code for program in self.programs.values())
         return self.resident.total + code + self.programs[name].needed
 
     def deviation(self, name: str) -> float | None:
-        """How far the formula's peak is from the compiler's, as a share of that."""
+        """How far the peak by formula is from the compiler's, as a share of the latter."""
         program = self.programs[name]
         if program.compiled is None:
             return None
@@ -81,6 +84,7 @@ class Report:
         return max(self.programs, key=self.peak)
 
     def fits(self, chip: Chip) -> bool:
+        """Whether every program fits into the memory of a chip."""
         exceeded = any(program.exceeded for program in self.programs.values())
         return not exceeded and self.peak(self.largest) <= chip.memory
 
@@ -89,9 +93,9 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
     """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
 
     Raises:
-      ValueError: for a mesh that does not divide the machine, the model or the rows.
+      ValueError: if the mesh does not divide the machine, the model or the rows.
     """
-    # For CUDA nothing is compiled, so CPU devices can stand in.
+    # For CUDA nothing is compiled, so CPU devices can take the place of GPUs.
     devices = machine.devices or jax.devices('cpu')[: machine.count]
     mesh = sharding.make_mesh(config.mesh, devices)
     check_mesh(config, assemble(config), mesh)
@@ -108,7 +112,7 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
 
 def _compiled(plan: Plan, name: str) -> Program:
     started = time.monotonic()
-    held = memory.local_bytes(plan.state if name == 'update' else plan.state.variables)
+    held_bytes = memory.local_bytes(plan.state if name == 'update' else plan.state.variables)
     try:
         program = compile_program(plan, name)
     except jax.errors.JaxRuntimeError as error:
@@ -117,21 +121,21 @@ def _compiled(plan: Plan, name: str) -> Program:
                 f'{name}: the compiler fails on mesh {dict(plan.mesh.shape)} with '
                 f'{_first_line(error)!r}; use another mesh, or another version of libtpu'
             ) from None
-        found = {'compiled': None, 'exceeded': _first_line(error), 'code': 0, 'collectives': {}}
+        figures = {'compiled': None, 'exceeded': _first_line(error), 'code': 0, 'collectives': {}}
     else:
-        used = program.memory
-        needed = used.argument_size_in_bytes - held + used.temp_size_in_bytes
-        needed += used.output_size_in_bytes - used.alias_size_in_bytes
-        found = {
+        stats = program.memory
+        needed = stats.argument_size_in_bytes - held_bytes + stats.temp_size_in_bytes
+        needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
+        figures = {
             'compiled': needed,
             'exceeded': '',
-            'code': used.generated_code_size_in_bytes,
+            'code': stats.generated_code_size_in_bytes,
             'collectives': {
                 kind: tuple(traffic)
                 for kind, traffic in collectives.read_traffic(program.text).items()
             },
         }
-    return _program(plan, name, started, **found)
+    return _program(plan, name, started, **figures)
 
 
 def _lowered(plan: Plan, name: str) -> Program:
@@ -141,19 +145,19 @@ def _lowered(plan: Plan, name: str) -> Program:
     return _program(plan, name, started, compiled=None, exceeded='', code=0, collectives=traffic)
 
 
-def _program(plan: Plan, name: str, started: float, **found: Any) -> Program:
+def _program(plan: Plan, name: str, started: float, **figures: Any) -> Program:
     work = costs.work(plan, name)
     return Program(
         flops=work.flops / plan.mesh.size,
         bytes=work.bytes / plan.mesh.size,
         estimated=memory.estimate(plan, name),
         seconds=time.monotonic() - started,
-        **found,
+        **figures,
     )
 
 
 def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str:
-    """What to change where a run does not fit, on one line."""
+    """One line that says what to change in a run that does not fit."""
     exceeded = [name for name, program in report.programs.items() if program.exceeded]
     name = exceeded[0] if exceeded else report.largest
     needed = report.programs[name].exceeded or (
@@ -185,18 +189,24 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Of a recipe at the assumed efficiency: seconds of a whole rollout, however many parts it is
-    generated in, and of an update; hours of all."""
+    """How long a recipe takes at the assumed efficiency."""
 
-    rollout: float
-    update: float
-    hours: float
+    rollout: float  # seconds of a whole rollout, in however many parts it is generated
+    update: float  # seconds of an update
+    hours: float  # hours of all rollouts and updates
 
 
 def times(
     report: Report, config: ml_collections.ConfigDict, chip: Chip, efficiency: float
 ) -> Times:
-    """How long a recipe takes without evaluations, if every completion is decoded to its end."""
+    """How long a recipe takes without evaluations, if no completion ends early.
+
+    Args:
+      report: the figures of its programs.
+      config: the configuration of the run.
+      chip: the chip that the programs run on.
+      efficiency: the share of the published rates that the programs reach.
+    """
     seconds = {
         name: max(program.limits(chip).values()) / efficiency
         for name, program in report.programs.items()
@@ -212,7 +222,7 @@ def times(
 def summary(
     report: Report, config: ml_collections.ConfigDict, machine: Machine, efficiency: float
 ) -> dict[str, Any]:
-    """Everything the table says, as JSON values: bytes, FLOPs and seconds a chip."""
+    """Everything in the table as JSON values: bytes, FLOPs and seconds on each chip."""
     chip = machine.chip
     return dataclasses.asdict(report) | {
         'task': config.task.name,

@@ -1,4 +1,4 @@
-"""A plan as a table and the lines around it, for a terminal or for Markdown."""
+"""A plan as a table with lines of text around it, for a terminal or for Markdown."""
 
 import ml_collections
 from rich import box
@@ -7,6 +7,7 @@ from rich.table import Table
 from spg_jax.planning.machines import GIB, Machine
 from spg_jax.planning.report import Program, Report, remedy, times
 
+# Kind of collective -> its name in the table.
 SHORT = {
     'all-gather': 'gather',
     'all-reduce': 'reduce',
@@ -18,30 +19,29 @@ SHORT = {
 
 
 def table(report: Report, machine: Machine, markdown: bool = False) -> Table:
-    """A row a program: memory a chip, work a chip, and what limits it."""
+    """A table with a row for each program: memory and work on each chip, and what limits it."""
     chip = machine.chip
-    found = Table(box=box.MARKDOWN if markdown else box.SIMPLE)
-    found.add_column('program')
-    # Not "formula": on CUDA there is nothing else.
+    grid = Table(box=box.MARKDOWN if markdown else box.SIMPLE)
+    grid.add_column('program')
     for column in ('activations GiB', 'peak GiB', 'of chip', 'by formula GiB', 'off by'):
-        found.add_column(column, justify='right')
+        grid.add_column(column, justify='right')
     for column in ('TFLOP', 'memory GB', 'links GB', 'seconds at least'):
-        found.add_column(column, justify='right')
-    found.add_column('limited by')
-    found.add_column('collectives: times, GB')
+        grid.add_column(column, justify='right')
+    grid.add_column('limited by')
+    grid.add_column('collectives: times, GB')
     for name, program in report.programs.items():
         limits = program.limits(chip)
         slowest = max(limits, key=limits.get)
-        off = report.deviation(name)
+        deviation = report.deviation(name)
         peak = report.peak(name)
         by_formula = peak - program.needed + program.estimate
-        found.add_row(
+        grid.add_row(
             name,
             f'{program.needed / GIB:.2f}' if not program.exceeded else 'too much',
             f'{peak / GIB:.2f}' if not program.exceeded else 'too much',
             f'{peak / chip.memory:.0%}' if not program.exceeded else '',
             f'{by_formula / GIB:.2f}',
-            'estimate' if off is None else f'{off:+.0%}',
+            'estimate' if deviation is None else f'{deviation:+.0%}',
             f'{program.flops / 1e12:.0f}',
             f'{program.bytes / 1e9:.0f}',
             f'{program.received / 1e9:.1f}',
@@ -49,11 +49,11 @@ def table(report: Report, machine: Machine, markdown: bool = False) -> Table:
             slowest,
             _collectives(program),
         )
-    return found
+    return grid
 
 
 def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine) -> str:
-    """What is planned, and what stays on each chip."""
+    """Lines that say what is planned, and which bytes stay on each chip."""
     chip, resident = machine.chip, report.resident
     mesh = ' x '.join(f'{axis}={size}' for axis, size in report.mesh.items())
     return (
@@ -69,7 +69,7 @@ def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine)
 def verdict(
     report: Report, config: ml_collections.ConfigDict, machine: Machine, efficiency: float
 ) -> str:
-    """Whether it fits, and how long the recipe takes."""
+    """A sentence that says whether the run fits, and how long the recipe takes."""
     chip = machine.chip
     how = '' if chip.platform == 'tpu' else ' (by formula: an estimate)'
     if not report.fits(chip):

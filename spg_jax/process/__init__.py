@@ -1,1 +1,1 @@
-"""How the process lives: flags, several processes, interruption, progress, libtpu."""
+"""The life of a process: flags, several processes, files, interruption, progress and libtpu."""

@@ -1,8 +1,8 @@
 """One program in several processes: how they find each other, agree on values and end together.
 
-Every process runs the same entry point over the same mesh. One of them, the leader, speaks on
-standard output and writes what is not an array; all of them see one file system. With one process
-everything here does nothing.
+Every process runs the same entry point over the same mesh. One of them, the leader, prints to
+standard output and writes every file that does not hold sharded arrays. All processes see one file
+system. In a run of one process nothing here waits or communicates.
 """
 
 import atexit
@@ -17,23 +17,24 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-# `jax.distributed` has no public way to its store of keys and values.
+# `jax.distributed` has no public function for its store of keys and values.
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # without a sign of life from a process, the others end
-POLL_SECONDS = 1.0
-_FAILED = 'spg_jax/failed'
+HEARTBEAT_SECONDS = 30  # after this time without a sign of life from a process, the others end
+POLL_SECONDS = 1.0  # between two looks at whether another process has failed
+_FAILED = 'spg_jax/failed'  # key in the store of JAX: the message of the process that failed
 
 
 def start() -> None:
-    """Joins the processes of a job, before anything else of JAX is used.
+    """Joins the processes of a job; it has to be called before anything else of JAX is used.
 
-    On TPU VMs and under Slurm (one process a node, with all its GPUs) JAX finds them; elsewhere
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+    On TPU VMs and under Slurm (one process for each node and all its GPUs) JAX finds the processes.
+    Elsewhere the variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID describe the job.
 
     Raises:
-      ValueError: none of that is there, or the processes did not find each other in time.
+      ValueError: if nothing describes the job, or the processes did not find each other in time.
     """
     count, number = os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_PROCESS_ID')
     try:
@@ -50,35 +51,39 @@ def start() -> None:
             'or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID'
         ) from error
     if not is_leader():
-        sys.stdout = open(os.devnull, 'w')  # what all would say is said once
+        sys.stdout = open(os.devnull, 'w')  # Only the leader prints what all would print.
     stop = threading.Event()
     watcher = threading.Thread(target=_end_with_the_others, args=(stop,), daemon=True)
     watcher.start()
-    # Registered after JAX's own, so called before it: the store must outlive its reader.
+    # Exit handlers run in reverse order: this one ends the thread that reads the store before that
+    # of JAX closes the store.
     atexit.register(lambda: (stop.set(), watcher.join()))
 
 
 def _gpus_of_the_node() -> list[int] | None:
-    """All of the node; JAX would give each process of Slurm one GPU. None leaves it to JAX."""
+    """The indices of all GPUs if Slurm runs one process on each node; None leaves it to JAX.
+
+    JAX itself would give each process of Slurm one GPU.
+    """
     tasks, nodes = os.environ.get('SLURM_NTASKS'), os.environ.get('SLURM_STEP_NUM_NODES')
     gpus = os.environ.get('SLURM_GPUS_ON_NODE')
     return list(range(int(gpus))) if gpus and tasks == nodes else None
 
 
 def is_leader() -> bool:
-    """Whether this process speaks and writes."""
+    """Whether this process is the leader, which prints and writes."""
     return global_state.process_id == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it with this name."""
     if global_state.num_processes > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
-    """Lets the leader through the block before the others: it makes the files that they read."""
+    """Lets the leader run the block before the others, because it makes files that they read."""
     if not is_leader():
         barrier(name)
     yield
@@ -87,51 +92,58 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' values."""
+    """The largest of the values that the processes call it with."""
     if global_state.num_processes == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
-def merge(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Completes an array of which every process knows some rows.
+def merge(values: np.ndarray, is_local: np.ndarray) -> np.ndarray:
+    """Completes an array of which every process has a part of the rows.
 
     Args:
-      values: [N, ...] of 32 bits; of one shape everywhere.
-      known: [N] bool, rows that are right here. Between them the processes know all of them.
+      values: [N, ...] of a type of 32 bits, with the same shape in every process.
+      is_local: [N] bool, True for the rows that this process has. Every row must be True in at
+        least one process.
     """
     if global_state.num_processes == 1:
         return values
-    all_values, all_known = multihost_utils.process_allgather((values, known))
-    return all_values[all_known.argmax(0), np.arange(len(values))]
+    all_values, owners = multihost_utils.process_allgather((values, is_local))  # [process, N, ...]
+    return all_values[owners.argmax(0), np.arange(len(values))]
 
 
 def fail(message: str) -> NoReturn:
-    """Ends this process with one line and status 1, and the others with it."""
+    """Ends this process with a message of one line and status 1, and makes the others end too."""
     print(f'error: {message}', file=sys.stderr, flush=True)
     if global_state.num_processes == 1:
         sys.exit(1)
-    with contextlib.suppress(Exception):  # another process may have been first
+    with contextlib.suppress(Exception):  # Another process may have set the key already.
         global_state.client.key_value_set(_FAILED, f'process {global_state.process_id}: {message}')
     _leave()
 
 
 def _end_with_the_others(stop: threading.Event) -> None:
-    """Ends this process when another one says that it failed. If that one could not say so, JAX
-    ends this process after HEARTBEAT_SECONDS, with a line of its own."""
+    """Ends this process when another process has put its message into the store.
+
+    If a process dies without doing so, JAX ends this one after HEARTBEAT_SECONDS, with its own
+    message.
+    """
     while not stop.wait(POLL_SECONDS):
         try:
-            why = global_state.client.key_value_try_get(_FAILED)
-        except Exception:  # not set, so far
+            message = global_state.client.key_value_try_get(_FAILED)
+        except Exception:  # The key is not set yet.
             continue
-        if not why.startswith(f'process {global_state.process_id}:'):
-            print(f'error: ended with {why}', file=sys.stderr, flush=True)
+        if not message.startswith(f'process {global_state.process_id}:'):
+            print(f'error: ended with {message}', file=sys.stderr, flush=True)
             _leave()
 
 
 def _leave() -> NoReturn:
-    """Exits with status 1 at once: an orderly exit would wait for processes that may be waiting for
-    an array from here."""
+    """Exits with status 1 at once.
+
+    An orderly exit would wait for the other processes, which may be waiting for an array from this
+    one.
+    """
     if is_leader():
-        time.sleep(4 * POLL_SECONDS)  # the others read why from a store in this process
+        time.sleep(4 * POLL_SECONDS)  # The others read the message from a store in this process.
     os._exit(1)

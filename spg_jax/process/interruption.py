@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to save and stop, honoured between two updates."""
+"""Ctrl-C and SIGTERM as requests to save and stop, which are honoured between two updates."""
 
 import itertools
 import os
@@ -9,16 +9,18 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-# JAX lets several processes stop at the same call, counted over the life of the program.
+# With several processes JAX chooses one call of `requested` at which all of them stop. Calls are
+# counted over the life of the program.
 _calls = itertools.count()
 
-REPEAT_SECONDS = 3.0  # schedulers may send one signal by two ways
+REPEAT_SECONDS = 3.0  # a signal within this time repeats the last: schedulers may send it twice
 
 
 class Interruption:
-    """While entered, SIGINT or SIGTERM is remembered; another, REPEAT_SECONDS later, acts as usual.
+    """While it is entered, it remembers SIGINT or SIGTERM instead of letting them end the process.
 
-    With several processes a signal to any of them stops all, after the same update.
+    A second signal more than REPEAT_SECONDS after the first acts as usual. With several processes
+    a signal to any of them stops all of them after the same update.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,7 @@ class Interruption:
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> 'Interruption':
-        # SIGTERM to one of several processes is noticed, and passed on, by JAX.
+        # With several processes JAX itself handles SIGTERM, and tells the other processes.
         several = jax.process_count() > 1
         for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._request)
@@ -36,12 +38,12 @@ class Interruption:
         self.release()
 
     def release(self) -> None:
-        """Gives the signals their usual meaning again: nothing is left to save."""
+        """Gives the signals their usual meaning again, for when nothing is left to save."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether to save and stop now; to be asked once an update, by every process."""
+        """Whether to save and stop now. Every process has to call it once after each update."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(next(_calls))
         return self._requested_at is not None
@@ -58,5 +60,5 @@ class Interruption:
             f'\n{signal.Signals(number).name}: saving after the next update, again to stop at once',
             flush=True,
         )
-        if jax.process_count() > 1:
+        if jax.process_count() > 1:  # JAX tells the other processes of a SIGTERM only.
             os.kill(os.getpid(), signal.SIGTERM)

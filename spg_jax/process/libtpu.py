@@ -1,32 +1,33 @@
-"""The compiler and driver of TPUs on machines that have none."""
+"""The compiler and driver of TPUs, libtpu, on machines without a TPU."""
 
 import importlib.util
 import os
 from pathlib import Path
 
-# What it would ask a TPU's machine, or complain about where there is none, and leave to compile to
-# several processes at once.
+# On a machine without a TPU libtpu would wait for these facts or complain that they are missing.
+# The last variable lets several processes compile at the same time.
 _WITHOUT_A_TPU = {
     'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: a compiler is given a topology by name
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # Any type will do: a compilation names its topology.
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_WORKER_ID': '0',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
-_GOOGLE = '0x1ae0'  # as maker of a PCI device; not all of them are TPUs
+_GOOGLE = '0x1ae0'  # Google's vendor id of PCI devices, which are not all TPUs
 
 
 def is_installed() -> bool:
+    """Whether libtpu is installed."""
     return importlib.util.find_spec('libtpu') is not None
 
 
 def work_without_a_tpu() -> None:
-    """Lets libtpu compile, and find no chips without complaint; to call before JAX loads it."""
+    """Lets libtpu compile without a TPU and without complaints; call it before JAX loads libtpu."""
     for name, value in _WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
 
 
 def surely_absent(devices: Path = Path('/sys/bus/pci/devices')) -> bool:
-    """Whether this machine has no TPU; where that is not certain, False."""
-    makers = [path.read_text().strip() for path in devices.glob('*/vendor')]
-    return bool(makers) and _GOOGLE not in makers
+    """Whether this machine certainly has no TPU; False if that is uncertain."""
+    vendors = [path.read_text().strip() for path in devices.glob('*/vendor')]
+    return bool(vendors) and _GOOGLE not in vendors

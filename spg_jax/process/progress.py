@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a line every few seconds in a log."""
+"""The progress of long work: a live bar on a terminal, or a line every few seconds in a log."""
 
 import sys
 import time
@@ -9,23 +9,23 @@ from rich.console import Console
 
 from spg_jax.process import distributed
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0  # between two lines in a log
 
 
-def track(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
-    """Yields `steps` and shows how far they are, steps a second, time left and `describe()`.
+def track(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]:
+    """Yields `steps` and shows the steps done, steps per second, the time left and `describe()`.
 
     Args:
-      steps: what is left to do; its stop is the total.
-      what: two or three words, such as 'SPG updates'.
-      describe: the latest figures, in a few words.
+      steps: the steps that are left; their stop is the total.
+      label: what a step is, in two or three words such as 'SPG updates'.
+      describe: returns the latest figures in a few words.
     """
     if not distributed.is_leader():
         return iter(steps)
-    return _bar(steps, what, describe) if sys.stderr.isatty() else _lines(steps, what, describe)
+    return _bar(steps, label, describe) if sys.stderr.isatty() else _lines(steps, label, describe)
 
 
-def _bar(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
+def _bar(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]:
     columns = (
         rich_progress.TextColumn('{task.description}'),
         rich_progress.BarColumn(),
@@ -36,14 +36,14 @@ def _bar(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
     )
     start = time.monotonic()
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=steps.stop, completed=steps.start, rate='', figures='')
+        task = bar.add_task(label, total=steps.stop, completed=steps.start, rate='', figures='')
         for step in steps:
             yield step
             rate = (step + 1 - steps.start) / (time.monotonic() - start)
             bar.update(task, completed=step + 1, rate=f'{rate:.2f}/s', figures=describe())
 
 
-def _lines(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int]:
+def _lines(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]:
     start = last = time.monotonic()
     for step in steps:
         yield step
@@ -53,7 +53,7 @@ def _lines(steps: range, what: str, describe: Callable[[], str]) -> Iterator[int
             rate = (step + 1 - steps.start) / (now - start)
             left = (steps.stop - step - 1) / rate
             print(
-                f'{what} {step + 1}/{steps.stop}  {rate:.2f}/s  {left:.0f} s left  {describe()}',
+                f'{label} {step + 1}/{steps.stop}  {rate:.2f}/s  {left:.0f} s left  {describe()}',
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""A completion as it was filled in, step by step, for people to look at."""
+"""Shows how a completion was filled in, step by step."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from rich.text import Text
 
 
 def show_trace(
-    tokens: np.ndarray, commit_step: np.ndarray, word: Callable[[int], str], console: Console
+    tokens: np.ndarray, commit_step: np.ndarray, text_of: Callable[[int], str], console: Console
 ) -> None:
     """Prints one line for each denoising step: the newest tokens in colour, masked ones as dots.
 
     Args:
       tokens: [C] int32, the completion.
       commit_step: [C] int32, the step at which each token was fixed; -1 after an early stop.
-      word: the text of a token.
+      text_of: returns the text of a token id.
       console: where to print.
     """
     table = Table('step', 'completion', show_edge=False)
@@ -26,7 +26,7 @@ def show_trace(
             # Tokens that an early stop filled in have step -1: the policy never predicted them.
             visible = 0 <= committed <= step
             style = 'bold green' if committed == step else '' if visible else 'dim'
-            text = word(token).replace('\n', '\\n') if visible else '·'
+            text = text_of(token).replace('\n', '\\n') if visible else '·'
             line.append(f'{text} ', style=style)
         table.add_row(str(step), line)
     console.print(table)

@@ -1,1 +1,1 @@
-"""Reinforcement learning of masked diffusion policies: advantages, objectives, rollout, learner."""
+"""Reinforcement learning of masked diffusion policies: rollout, objectives, learner, evaluator."""

@@ -8,7 +8,7 @@ def group_advantages(reward: Array, group_size: int) -> Array:
     """A_j = R_j - mean_group(R), not divided by the group's standard deviation (SPG, section 2).
 
     Args:
-      reward: [B] float32, the G rows of a prompt next to each other.
+      reward: [B] float32, in which the G rows of a prompt are neighbours.
       group_size: G; divides B.
 
     Returns:
@@ -19,6 +19,6 @@ def group_advantages(reward: Array, group_size: int) -> Array:
 
 
 def groups_with_signal(reward: Array, group_size: int) -> Array:
-    """[B / G] bool: groups whose rewards differ, the only ones that teach anything."""
+    """[B / G] bool, True for groups whose rewards differ; in the others all advantages are 0."""
     groups = reward.reshape(-1, group_size)
     return jnp.any(groups != groups[:, :1], axis=1)

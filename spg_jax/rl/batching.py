@@ -1,4 +1,4 @@
-"""How the rows of a rollout batch are counted, and how they are cut into pieces."""
+"""The number of rows in a rollout batch, and the pieces that they are cut into."""
 
 import dataclasses
 import math
@@ -12,9 +12,9 @@ from spg_jax.sharding import own_rows
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """The size of a rollout batch, and of the pieces it is generated and differentiated in.
+    """The size of a rollout batch, and of the pieces in which it is generated and differentiated.
 
-    The pieces change memory and speed, and never what is learned.
+    The sizes of pieces change memory and speed, and never what is learned.
 
     Attributes:
       prompts: prompts of a rollout batch.
@@ -71,7 +71,7 @@ class Batching:
         """Refuses a number of draws that does not split into passes.
 
         Raises:
-          ValueError: naming the setting.
+          ValueError: if it does not; the message names the setting.
         """
         if self.draws_per_pass < 0 or (self.draws_per_pass and draws % self.draws_per_pass):
             raise ValueError(
@@ -80,10 +80,10 @@ class Batching:
             )
 
     def local_prompts(self, mesh: Mesh) -> np.ndarray:
-        """Indices [p] of the prompts that this process reads and scores: those of its own rows.
+        """The places [p] in a batch of the prompts whose rows this process has, reads and scores.
 
         Raises:
-          ValueError: the rows of a group would lie in two processes.
+          ValueError: if the rows of a group would lie in two processes.
         """
         local_rows = own_rows(mesh, self.rows)
         prompts = np.unique(local_rows // self.group_size)

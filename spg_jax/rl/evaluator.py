@@ -37,11 +37,11 @@ class Evaluation:
     def headline(self) -> SamplingConfig:
         """The decoding whose figures choose checkpoints and stand for the policy.
 
-        It is the one at the length the policy is trained at if there is one, else the first; it is
-        never the one that is best on the test.
+        It is the decoding at the length of training if there is one, and otherwise the first. It is
+        never chosen by its figures on the test split.
         """
-        trained = (each for each in self.decodings if each.length == self.trained_length)
-        return next(trained, self.decodings[0])
+        matching = (each for each in self.decodings if each.length == self.trained_length)
+        return next(matching, self.decodings[0])
 
 
 class _Completions(NamedTuple):
@@ -55,9 +55,9 @@ class _Completions(NamedTuple):
     def of_all_processes(self, values: np.ndarray) -> np.ndarray:
         """Merges the values [n, ...] that each process has for its rows -> [total, ...]."""
         merged = np.zeros((self.total, *values.shape[1:]), values.dtype)
-        filled = np.zeros(self.total, bool)
-        merged[self.rows], filled[self.rows] = values, True
-        return distributed.merge(merged, filled)
+        is_local = np.zeros(self.total, bool)
+        merged[self.rows], is_local[self.rows] = values, True
+        return distributed.merge(merged, is_local)
 
 
 class Evaluator:
@@ -90,7 +90,7 @@ class Evaluator:
         }
 
     def validate(self, variables: Variables, examples: Sequence[Example]) -> Figures:
-        """Figures at the headline length only, which are cheap enough to come often."""
+        """Figures at the headline length only, which are cheap enough to compute often."""
         return self.greedy(variables, examples, self._evaluation.headline)
 
     def greedy(
@@ -108,7 +108,7 @@ class Evaluator:
         return figures | {'reward': float(mean_reward)}
 
     def pass_at(self, variables: Variables, examples: Sequence[Example]) -> float:
-        """Share of problems that at least one of k completions solves, sampled as in rollouts."""
+        """Share of problems that at least one of k completions, sampled as in rollouts, solves."""
         evaluation, samples = self._evaluation, self._evaluation.samples
         decoding = dataclasses.replace(evaluation.headline, temperature=evaluation.temperature)
         completions = self._generate(variables, examples, decoding, samples)
@@ -124,7 +124,7 @@ class Evaluator:
     ) -> list[str]:
         """The texts of `samples` completions of each example, next to each other.
 
-        With several processes, each gets the texts of its own rows.
+        With several processes, each gets the texts of the rows that it has.
         """
         completions = self._generate(variables, examples, decoding, samples)
         return decode(self._tokenizer, completions.tokens)
@@ -137,7 +137,7 @@ class Evaluator:
     def _scores(
         self, completions: _Completions, examples: Sequence[Example], samples: int
     ) -> list[Score]:
-        """The verdicts on all rows; each process scores its own."""
+        """The verdicts on all rows; each process scores the rows that it has."""
         # Published scorers look for the end of the turn in the text; published rewards do not.
         specials = self._task.scorer == 'published'
         texts = decode(self._tokenizer, completions.tokens, keep_specials=specials)
@@ -158,7 +158,7 @@ class Evaluator:
         decoding: SamplingConfig,
         samples: int,
     ) -> _Completions:
-        """Completions of N examples: N * samples rows, of which each process gets its own."""
+        """Completions of N examples: N * samples rows, of which each process gets a part."""
         if decoding not in self._programs:
             self._programs[decoding] = make_generate(self._policy, decoding)
         program, shards = self._programs[decoding], row_shards(self._mesh)
@@ -184,7 +184,7 @@ class Evaluator:
             completion = program(variables, placed['prompt'], placed['prompt_mask'], keys)
             tokens.append(own_values(completion.tokens))
             commit_steps.append(own_values(completion.commit_step))
-        rows, first = np.unique(batches, return_index=True)  # without the filling
+        rows, first = np.unique(batches, return_index=True)  # Drops the rows of the filling.
         return _Completions(
             total, rows, np.concatenate(tokens)[first], np.concatenate(commit_steps)[first]
         )

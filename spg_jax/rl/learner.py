@@ -1,11 +1,12 @@
-"""Learner: one gradient step of an objective on a rollout, in microbatches and, if asked, draw by
-draw.
+"""The learner: one gradient step of an objective on a rollout, in microbatches and passes of draws.
 
-The policy enters a loss only through the log-probabilities logp [b, M, C], so the gradient is the
-product of d loss / d logp, cheap, with the Jacobian of logp. That product can be taken one draw at
-a time: first all log-probabilities without a gradient, then for each draw its share of d loss / d
-logp as fixed weights. Memory is then flat in M, for one more forward pass, and the gradient is the
-same even though the EUBO couples the draws through its logarithm.
+A loss depends on the policy only through the log-probabilities logp [b, M, C]. Its gradient is
+therefore the product of d loss / d logp, which is cheap, and the Jacobian of logp. This product can
+be computed a few draws at a time. A first pass computes all log-probabilities without a gradient,
+and from them d loss / d logp. Then each pass differentiates the log-probabilities of its draws,
+weighted by their part of d loss / d logp, which stays fixed. Memory then does not grow with M, at
+the price of one more forward pass. The gradient is the same, although the EUBO couples the draws
+through its logarithm.
 """
 
 from collections.abc import Callable
@@ -36,17 +37,17 @@ def make_update(
     seed: int,
     shardings: TrainState,
 ) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
-    """A compiled (state, rollout) -> (state, metrics); the old state's memory is given up.
+    """A compiled (state, rollout) -> (state, metrics), which reuses the memory of the old state.
 
-    Every update corrupts the rows afresh, from (seed, step, row identity).
+    Every update corrupts the rows afresh, with keys made from seed, step and identity of the row.
 
     Args:
       policy: the model.
-      objective: what to descend.
-      optimizer: how.
+      objective: the corruption and the loss.
+      optimizer: how a gradient changes the parameters.
       batching: how the rows are cut into pieces.
-      seed: root of the run's random numbers.
-      shardings: of the state, which the new state keeps; `shardings_of(state)`.
+      seed: the root of the run's random numbers.
+      shardings: `shardings_of` the state, which the new state keeps.
     """
     gradient_of = make_gradient(
         policy, objective, microbatch=batching.microbatch, draws_per_pass=batching.draws_per_pass
@@ -80,12 +81,12 @@ def make_gradient(
 
     Args:
       policy: the model.
-      objective: its loss; `draws` come from its corruption, [B, M, L] and [B, M].
-      microbatch: rows differentiated at once; divides B.
-      draws_per_pass: draws differentiated at once; divides M, 0 is all.
+      objective: its loss is differentiated; its corruption made `draws`, [B, M, L] and [B, M].
+      microbatch: rows that are differentiated at once; it divides B.
+      draws_per_pass: draws that are differentiated at once; it divides M, and 0 stands for all.
 
-    The function differentiates by `trained` alone; `frozen` holds the policy's other collections
-    and `dropout` keys [B, M] of the adapters' dropout, or None.
+    The function differentiates by `trained` only. `frozen` holds the policy's other collections,
+    and `dropout` holds the keys [B, M] of the adapters' dropout, or is None.
     """
 
     def of_microbatch(
@@ -100,22 +101,22 @@ def make_gradient(
             advantage=rollout.advantage,
         )
 
-        def log_probs(trained: Variables, some: Corrupted) -> Array:
-            return draw_log_probs(policy, frozen | trained, rollout, *some)
+        def log_probs(trained: Variables, corrupted: Corrupted) -> Array:
+            return draw_log_probs(policy, frozen | trained, rollout, *corrupted)
 
         def loss_of(logp: Array) -> tuple[Array, Any]:
             loss = objective.loss(logp, batch)
             return loss.total, loss
 
-        weigh = jax.grad(loss_of, has_aux=True)
+        weights_of = jax.grad(loss_of, has_aux=True)  # logp -> (d loss / d logp, Loss)
         corrupted = draws.masked, dropout
         passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
         if passes == 1:
             logp, pull_back = jax.vjp(lambda trained: log_probs(trained, corrupted), trained)
-            weights, loss = weigh(logp)
+            weights, loss = weights_of(logp)
             return pull_back(weights)[0], loss
         corrupted = jax.tree.map(lambda x: _split(x, passes), corrupted)
-        return _in_passes(log_probs, weigh, trained, corrupted)
+        return _in_passes(log_probs, weights_of, trained, corrupted)
 
     def gradient_of(
         trained: Variables,
@@ -128,8 +129,8 @@ def make_gradient(
         rows = jax.tree.map(lambda x: _microbatches(x, batches), (rollout, draws, dropout))
 
         def add(gradient: Variables, rows: Any) -> tuple[Variables, Any]:
-            more, loss = of_microbatch(trained, frozen, rows)
-            return jax.tree.map(jnp.add, gradient, more), loss
+            addend, loss = of_microbatch(trained, frozen, rows)
+            return jax.tree.map(jnp.add, gradient, addend), loss
 
         gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), rows)
         losses = jax.tree.map(lambda x: x.sum(0), losses)
@@ -141,28 +142,28 @@ def make_gradient(
 
 def _in_passes(
     log_probs: Callable[[Variables, Corrupted], Array],
-    weigh: Callable[[Array], tuple[Array, Any]],
+    weights_of: Callable[[Array], tuple[Array, Any]],
     trained: Variables,
     corrupted: Corrupted,
 ) -> tuple[Variables, Any]:
-    """The gradient of a loss, some draws at a time, and what `weigh` says beside it.
+    """The gradient of a loss, computed in passes over the draws, and the loss.
 
     Args:
-      log_probs: (trained, masked [b, m, L] and keys [b, m]) -> logp [b, m, C].
-      weigh: logp [b, M, C] of all draws -> (d loss / d logp, anything).
-      trained: where to take the gradient.
-      corrupted: with a leading axis of passes.
+      log_probs: (trained, (masked [b, m, L], keys [b, m])) -> logp [b, m, C] of m draws.
+      weights_of: logp [b, M, C] of all draws -> (d loss / d logp, loss).
+      trained: the parameters at which the gradient is taken.
+      corrupted: masks and keys of all draws, with a leading axis of passes.
     """
-    logp = jax.lax.map(lambda some: log_probs(trained, some), corrupted)
-    weights, beside = weigh(_join(logp))
+    logp = jax.lax.map(lambda corrupted: log_probs(trained, corrupted), corrupted)
+    weights, loss = weights_of(_join(logp))
 
-    def add(gradient: Variables, some: tuple[Corrupted, Array]) -> tuple[Variables, None]:
-        corrupted, weights = some
-        more = jax.grad(lambda trained: jnp.vdot(weights, log_probs(trained, corrupted)))(trained)
-        return jax.tree.map(jnp.add, gradient, more), None
+    def add(gradient: Variables, draws: tuple[Corrupted, Array]) -> tuple[Variables, None]:
+        corrupted, weights = draws
+        addend = jax.grad(lambda trained: jnp.vdot(weights, log_probs(trained, corrupted)))(trained)
+        return jax.tree.map(jnp.add, gradient, addend), None
 
     zero = jax.tree.map(jnp.zeros_like, trained)
-    return jax.lax.scan(add, zero, (corrupted, _split(weights, len(logp))))[0], beside
+    return jax.lax.scan(add, zero, (corrupted, _split(weights, len(logp))))[0], loss
 
 
 def draw_log_probs(
@@ -175,12 +176,14 @@ def draw_log_probs(
     """Log-probability of every completion token under each draw.
 
     Args:
+      policy: the model.
+      variables: its collections of parameters.
       rollout: b rows.
-      masked: [b, m, L] bool, tokens replaced by MASK.
+      masked: [b, m, L] bool, True where MASK replaces the token.
       dropout: [b, m] keys of the adapters' dropout, or None.
 
     Returns:
-      [b, m, C] float32, in nats; logits exist for b x m x C positions and no more.
+      [b, m, C] float32, in nats. Logits are computed for b x m x C positions only.
     """
     rows, draws, _ = masked.shape
     prompt_length = rollout.prompt.shape[1]
@@ -199,8 +202,7 @@ def draw_log_probs(
 
 
 def _microbatches(x: Array, batches: int) -> Array:
-    """[B, ...] -> [batches, B / batches, ...]; strided, so that rows stay on the devices they are
-    on."""
+    """[B, ...] -> [batches, B / batches, ...]; the stride keeps rows on their devices."""
     return jnp.moveaxis(x.reshape(len(x) // batches, batches, *x.shape[1:]), 1, 0)
 
 

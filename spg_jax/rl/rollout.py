@@ -1,4 +1,4 @@
-"""Rollout: a batch of prompts becomes groups of scored completions to learn from."""
+"""The rollout: a batch of prompts becomes groups of completions with rewards to learn from."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,20 +25,20 @@ from spg_jax.tasks.task import Example, Task
 
 @struct.dataclass
 class Rollout:
-    """Completions of a batch of prompts, scored and ready to learn from. Rows are sequences."""
+    """Completions of a batch of prompts with their rewards and advantages. A row is a sequence."""
 
     prompt: Array  # [B, P] int32, left-padded
     prompt_mask: Array  # [B, P] bool, False on padding
     completion: Array  # [B, C] int32
     scored: Array  # [B, C] bool, True through the first EOS
-    commit_step: Array  # [B, C] int32, denoising step that fixed each token, -1 after a stop
+    commit_step: Array  # [B, C] int32, denoising step that fixed each token; -1 after a stop
     reward: Array  # [B] float32
     advantage: Array  # [B] float32
-    example_id: Array  # [B] uint32, prompt index * G + member: seeds all that is random in the row
+    example_id: Array  # [B] uint32, prompt index * G + member; seeds the random numbers of a row
 
 
 def empty_rollout(rows: int, prompt_length: int, length: int, mesh: Mesh) -> Rollout:
-    """A rollout of zeros, whose shapes and shardings a saved one is restored into.
+    """A rollout of zeros, with the shapes and shardings that a saved rollout is restored into.
 
     Args:
       rows: B, over all processes.
@@ -66,8 +66,10 @@ Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
 
 
 def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
-    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion, its rows
-    split over devices as those of the prompts are to be."""
+    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion.
+
+    The rows of the result are split over devices as the rows of the prompts are.
+    """
 
     @jax.jit
     def generate(
@@ -90,7 +92,7 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
 
 
 def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:
-    """The text of each row through its first EOS, with or without special tokens."""
+    """The text of each row [C] of tokens through its first EOS, with or without special tokens."""
     rows = np.asarray(completion).tolist()
     eos = tokenizer.eos_id
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
@@ -106,12 +108,20 @@ def make_collect(
     seed: int,
     mesh: Mesh,
 ) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
-    """A function (variables, prompts, step) -> (Rollout, texts): sample, decode, reward, compare
-    within groups.
+    """A function (variables, prompts, step) -> (Rollout, texts) that samples, decodes and rewards.
 
-    `prompts` are those of this process, in whole groups, and so are the texts; the rollout is of
-    all processes. Completions are generated in parts, and while the devices work at one part the
-    host decodes and rewards the part before.
+    The prompts and the texts are those of this process, in whole groups; the rollout has the rows
+    of all processes. Completions are generated in parts. While the devices work on one part, the
+    host decodes and rewards the part before it.
+
+    Args:
+      policy: the model.
+      task: rewards the texts.
+      tokenizer: the tokenizer of the policy.
+      decoding: how completions are decoded.
+      batching: the size of a group and of a part.
+      seed: the root of the run's random numbers.
+      mesh: the devices.
     """
     generate = make_generate(policy, decoding)
     group_size = batching.group_size
@@ -160,7 +170,7 @@ def make_collect(
 
 
 def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields each item when the next one has been made, so that what it started is under way."""
+    """Yields each item after the next one was made, so that the work it started is under way."""
     iterator = iter(items)
     previous = next(iterator)
     for item in iterator:
@@ -172,12 +182,12 @@ def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
 def rollout_metrics(
     rollout: Rollout, group_size: int, eos_id: int
 ) -> dict[str, tuple[Array, Array]]:
-    """What the rollout looked like, each figure as (sum, weight)."""
+    """Figures that describe a rollout, each as (sum, weight)."""
     rows = jnp.float32(len(rollout.reward))
     groups = rollout.completion.reshape(-1, group_size, rollout.completion.shape[1])
     same = jnp.all(groups[:, :, None, :] == groups[:, None, :, :], axis=-1)  # [B/G, G, G]
     # A completion counts as distinct if no earlier member of its group equals it.
-    first = ~jnp.any(jnp.tril(same, k=-1), axis=-1)
+    is_distinct = ~jnp.any(jnp.tril(same, k=-1), axis=-1)  # [B/G, G]
     signal = groups_with_signal(rollout.reward, group_size)
     ended = jnp.any((rollout.completion == eos_id) & rollout.scored, axis=1)
     return {
@@ -187,7 +197,7 @@ def rollout_metrics(
             jnp.float32(len(groups)),
         ),
         'groups_with_signal': (signal.sum().astype(jnp.float32), jnp.float32(len(groups))),
-        'distinct_completions': (first.sum().astype(jnp.float32), rows),
+        'distinct_completions': (is_distinct.sum().astype(jnp.float32), rows),
         'length': (rollout.scored.sum().astype(jnp.float32), rows),
         'eos_rate': (ended.sum().astype(jnp.float32), rows),
     }

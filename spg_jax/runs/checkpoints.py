@@ -1,8 +1,9 @@
-"""The checkpoints of a run: everything that it needs to go on, by Orbax.
+"""The checkpoints of a run, written by Orbax: everything that the run needs to go on.
 
-`checkpoints/<step>/` holds the train state without what is frozen, the current rollout and, as
-metadata, the state of the data iterator, the best-on-validation record and the last metrics row. It
-appears whole or not at all. Policies, which are for use, are in `spg_jax.runs.policies`.
+`checkpoints/<step>/` holds the train state without frozen parameters and, in RL, the current
+rollout. Its metadata is a JSON record, with the state of the data iterator, the last row of metrics
+and, in RL, the best figures on validation. A checkpoint appears whole or not at all. Policies,
+which are made for use, are in `spg_jax.runs.policies`.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from spg_jax.errors import one_line
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, newest last."""
+    """The checkpoints of one run."""
 
     def __init__(self, directory: Path, keep: int):
+        """Opens or creates the directory, in which the newest `keep` checkpoints are kept."""
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
@@ -29,7 +31,7 @@ class RunCheckpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Updates done at the newest whole checkpoint; None if there is none."""
+        """The number of updates done at the newest checkpoint; None if there is no checkpoint."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
@@ -42,31 +44,31 @@ class RunCheckpoints:
         return self._checkpointer.metadata(self.latest_step).custom_metadata
 
     def restore(self, target: Any) -> Any:
-        """The arrays of the newest checkpoint as `target` (abstract, with shardings).
+        """The arrays of the newest checkpoint, in the shapes, types and shardings of `target`.
 
         Raises:
-          ValueError: the checkpoint does not fit `target` or is damaged; names the directory.
+          ValueError: if the checkpoint is damaged or does not fit; the message names the directory.
         """
         path = self._directory / str(self.latest_step)
         return restored(path, lambda _: self._checkpointer.load(None, target))
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._checkpointer.close()
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays: the target to restore into."""
+    """The shapes, types and shardings of a tree of arrays, into which a tree can be restored."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def restored(path: Path, load: Callable[[Path], Any]) -> Any:
-    """What `load` reads at a path.
+    """The result of `load` at a path.
 
     Raises:
-      ValueError: it does not; names the path, on one line.
+      ValueError: if `load` fails; the message is one line that names the path.
     """
-    # Orbax and TensorStore raise a dozen types, with messages of many lines.
+    # Orbax and TensorStore raise exceptions of a dozen types, with messages of many lines.
     try:
         return load(path.absolute())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The directory of a training: which training it belongs to, its configuration and its policy."""
+"""The directory of a training: its name, its configuration, its policy, and who may work in it."""
 
 import contextlib
 import fcntl
@@ -17,26 +17,27 @@ from spg_jax.process.files import write_whole
 from spg_jax.runs import policies
 
 CONFIG = 'config.json'
-Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
+Settings = dict[str, dict[str, Any]]  # group -> setting -> JSON value
 
 
 def digest(settings: ml_collections.ConfigDict | Settings) -> str:
-    """Ten hexadecimal digits that name these settings; equal settings have equal names."""
+    """A hash of settings in ten hexadecimal digits; equal settings have equal digits."""
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def default_workdir(config: ml_collections.ConfigDict) -> Path:
-    """runs/TASK-OBJECTIVE-HASH, where the hash names every setting."""
+    """runs/TASK-OBJECTIVE-HASH, where the hash is that of all settings."""
     return Path('runs') / f'{config.task.name}-{config.rl.objective}-{digest(config)}'
 
 
 def run_config(workdir: Path) -> ml_collections.ConfigDict:
-    """The configuration that made a run, or a policy that was trained here.
+    """The configuration of a run, or of the run that trained a policy.
 
     Raises:
-      FileNotFoundError, ValueError: there is no run, or a damaged one.
+      FileNotFoundError: if the directory holds no configuration.
+      ValueError: if the configuration is damaged or is that of a published checkpoint.
     """
     if policies.is_policy(workdir):
         notes = policies.policy_notes(workdir)
@@ -51,7 +52,7 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
 
 
 def _saved_config(saved: Settings, path: Path) -> ml_collections.ConfigDict:
-    """A saved configuration, in which settings that are newer than it have their defaults."""
+    """A saved configuration; settings that did not exist when it was saved have their defaults."""
     if 'task' not in saved:
         raise ValueError(
             f'{path} is not the configuration of a run; for a published checkpoint give '
@@ -69,16 +70,17 @@ def chosen_policy(
     """The policy that the flags of an entry point name, and the configuration to use it with.
 
     Args:
-      workdir: a run or a policy trained here, which has its own configuration; or ''.
-      checkpoint: any policy or published checkpoint, used with `config`; or ''.
+      workdir: a run, or a policy trained here, which brings its configuration; or ''.
+      checkpoint: any policy or published checkpoint, to be used with `config`; or ''.
       adapter: an adapter that PEFT saved, to add to the checkpoint; or ''.
-      config: of --config, or None.
+      config: the configuration of --config; None without that flag.
 
     Returns:
       (configuration, directory of the policy, adapter to add to it or None).
 
     Raises:
-      ValueError, FileNotFoundError: both or neither are given, or what is named cannot be used.
+      ValueError, FileNotFoundError: if not exactly one of `workdir` and `checkpoint` is given, or
+        the directory cannot be used.
     """
     if bool(workdir) == bool(checkpoint):
         raise ValueError(
@@ -100,10 +102,10 @@ def chosen_policy(
 
 
 def policy_of_run(workdir: Path) -> Path:
-    """The best policy of a run so far, or else `workdir` itself, for `load_policy` to look at.
+    """The best policy that a run has saved so far; `workdir` itself if it is not a run.
 
     Raises:
-      FileNotFoundError: the run has not saved a policy yet.
+      FileNotFoundError: if the run has not saved a policy yet.
     """
     best = workdir / 'best'
     if policies.is_policy(best):
@@ -115,25 +117,26 @@ def policy_of_run(workdir: Path) -> Path:
 
 @contextlib.contextmanager
 def claimed(workdir: Path, settings: Settings, finished: bool = False) -> Iterator[None]:
-    """Makes `workdir` the place of a training with these settings, alone in it while entered.
+    """Claims a directory for a training with these settings; no other training can enter it.
 
-    Settings that never got as far as a checkpoint are forgotten, so that a mistake in them can be
-    mended in the same place.
+    The settings of a training that never saved a checkpoint are overwritten, so that a mistake in
+    them can be corrected in the same directory.
 
     Args:
-      workdir: made if need be.
-      settings: of the training.
-      finished: whether the result of the training is there already, so that its settings hold even
-        without a checkpoint.
+      workdir: the directory, which is created if it does not exist.
+      settings: the settings of the training.
+      finished: whether the result of the training exists. Its settings are then kept, even without
+        a checkpoint.
 
     Raises:
-      ValueError: it holds a training with other settings; names the first that differs.
-      BlockingIOError: another process is at work in it.
+      ValueError: if the directory holds a training with other settings; the message names the first
+        setting that differs.
+      BlockingIOError: if another process is training in the directory.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
-    settings = json.loads(json.dumps(settings))  # as they will be read: tuples become lists
-    if not distributed.is_leader():  # the leader's lock is for all processes of the training
+    settings = json.loads(json.dumps(settings))  # As they will be read: tuples become lists.
+    if not distributed.is_leader():  # The leader holds the lock for all processes of the training.
         distributed.barrier(f'claimed {workdir}')
         yield
         return
@@ -156,9 +159,9 @@ def _has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
 
 
-def _check_same(workdir: Path, saved: Settings, wanted: Settings) -> None:
-    for group in wanted:
-        for key, value in wanted[group].items():
+def _check_same(workdir: Path, saved: Settings, settings: Settings) -> None:
+    for group in settings:
+        for key, value in settings[group].items():
             saved_value = saved.get(group, {}).get(key)
             if saved_value != value:
                 raise ValueError(

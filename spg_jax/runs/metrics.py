@@ -1,4 +1,7 @@
-"""Metrics as (sum, weight) pairs until they are written: JSON lines and TensorBoard events."""
+"""Metrics and sample completions of a run, written as JSON lines and TensorBoard events.
+
+On the devices a metric is a pair (sum, weight), which is divided when the metric is written.
+"""
 
 import hashlib
 import json
@@ -17,28 +20,32 @@ from spg_jax.process.files import write_whole
 from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import own_values
 
-SAMPLES = 4  # completions of a rollout that are kept to look at
+SAMPLES = 4  # completions of each rollout that are written to a file for people to read
 
 
 def read(metrics: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
-    """Fetches device metrics and divides each sum by its weight; a metric without weight is left
-    out."""
+    """Fetches metrics from the devices and divides each sum by its weight.
+
+    A metric whose weight is 0 is left out.
+    """
     fetched = jax.device_get(dict(metrics))
     return {name: float(total / weight) for name, (total, weight) in fetched.items() if weight != 0}
 
 
 class MetricsWriter:
-    """Rows of metrics by step, the updates done; reopened, it drops the rows that come again.
+    """Writes rows of metrics; the step of a row is the number of updates done.
+
+    When a run goes on, the rows after its checkpoint are dropped, because they will come again.
 
     Args:
-      directory: gets `metrics.jsonl` and the TensorBoard events.
-      start: updates done when writing begins; rows of later steps are dropped.
-      last_row: of the last update before `start`, should the file have lost it.
-      seconds: spent before writing begins; rows count on from there.
-      wandb: project to log to as well; '' does not.
+      directory: where `metrics.jsonl` and the TensorBoard events are written.
+      start: the number of updates done when writing begins; rows of later steps are dropped.
+      last_row: the row of the last update before `start`, which is added if the file has lost it.
+      wandb: the project of Weights & Biases to log to as well; '' logs to none.
+      seconds: the time spent before writing begins, from which the rows count on.
 
     Raises:
-      ValueError: `wandb` names a project and the package is not installed.
+      ValueError: if `wandb` names a project and the package is not installed.
     """
 
     def __init__(
@@ -52,8 +59,8 @@ class MetricsWriter:
         self.last_row: dict[str, Any] = last_row or {}
         self._pending: tuple[int, Mapping[str, tuple[Array, Array]]] | None = None
         self._started = time.monotonic() - seconds
-        self._writes = distributed.is_leader()  # the others only need to know the last row
-        if not self._writes:
+        self._is_writer = distributed.is_leader()  # Other processes only need `last_row`.
+        if not self._is_writer:
             return
         path = directory / 'metrics.jsonl'
         keep_rows(path, start, last_row)
@@ -62,12 +69,12 @@ class MetricsWriter:
         self._wandb = _wandb_run(wandb, directory) if wandb else None
 
     def push(self, step: int, metrics: Mapping[str, tuple[Array, Array]]) -> None:
-        """Takes the metrics of an update just dispatched and writes those of the one before."""
+        """Takes the metrics of an update just dispatched; writes those of the update before it."""
         self.flush()
         self._pending = step, metrics
 
     def flush(self) -> None:
-        """Writes what was pushed last, waiting for its update to finish."""
+        """Writes the metrics that were pushed last; waits for their update to finish."""
         if self._pending:
             step, metrics = self._pending
             self._pending = None
@@ -76,8 +83,8 @@ class MetricsWriter:
             self.write(self.last_row)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row. JSON knows no NaN: such values become null."""
-        if not self._writes:
+        """Appends a row. Values that are not finite become null, because JSON has no NaN."""
+        if not self._is_writer:
             return
         row = {name: _finite(value) for name, value in row.items()}
         self._file.write(json.dumps(row) + '\n')
@@ -89,8 +96,9 @@ class MetricsWriter:
             self._wandb.log(row, step=row['step'])
 
     def close(self) -> None:
+        """Writes the metrics that were pushed last and closes all files."""
         self.flush()
-        if not self._writes:
+        if not self._is_writer:
             return
         self._file.close()
         self._events.close()
@@ -99,7 +107,7 @@ class MetricsWriter:
 
 
 def _wandb_run(project: str, directory: Path) -> Any:
-    """The wandb run of `directory`, the same one each time it is opened."""
+    """The wandb run of `directory`, which is the same whenever the directory is opened."""
     try:
         import wandb
     except ImportError as error:
@@ -113,12 +121,12 @@ def _wandb_run(project: str, directory: Path) -> Any:
 
 
 class SampleWriter:
-    """`completions.jsonl`: a few completions of every rollout with their rewards."""
+    """Writes a few completions of every rollout with their rewards to `completions.jsonl`."""
 
     def __init__(self, directory: Path, start: int):
         self._path = directory / 'completions.jsonl'
         if distributed.is_leader():
-            keep_rows(self._path, start - 1)  # a rollout is written at the step it starts
+            keep_rows(self._path, start - 1)  # A rollout is written at the step at which it starts.
 
     def write(
         self, step: int, examples: Sequence[Any], texts: Sequence[str], rollout: Rollout
@@ -141,7 +149,7 @@ class SampleWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; a last line cut short by a killed process is left out."""
+    """The rows of a JSON lines file, without a last line that a killed process cut short."""
     if not path.is_file():
         return []
     rows = []
@@ -154,8 +162,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, last_step: int, last_row: dict[str, Any] | None = None) -> None:
-    """Drops the rows after `last_step`, which will be written again; adds `last_row` if it is
-    missing."""
+    """Drops the rows after `last_step`, which will be written again.
+
+    Adds `last_row` if the file does not have it.
+    """
     rows = [row for row in read_rows(path) if row['step'] <= last_step]
     if last_row and last_row not in rows:
         rows.append(last_row)

@@ -1,4 +1,4 @@
-"""Curves of a run as one picture."""
+"""The curves of a run in one picture."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 
 from spg_jax.runs.metrics import read_rows
 
+# Title of each panel, and the metrics that it shows.
 PANELS = (
     ('reward', ('reward', 'reward_max_of_group')),
     ('validation', ('validation_accuracy', 'validation_grid_accuracy')),
@@ -18,7 +19,7 @@ PANELS = (
 
 
 def curves(workdir: Path) -> Path:
-    """Draws `curves.png` from `metrics.jsonl`, both in `workdir`."""
+    """Draws `curves.png` from `metrics.jsonl`, both in `workdir`, and returns its path."""
     matplotlib.use('Agg')
     rows = read_rows(workdir / 'metrics.jsonl')
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout='constrained')

@@ -1,9 +1,10 @@
-"""Policies on disk: directories that hold a model to use, by Orbax or as published.
+"""Policies on disk: directories that hold a model to use, written here or published.
 
-A policy directory holds `policy.json` (model, tokenizer, how it was made), `params/` or, where only
-adapters were trained, `adapter/` as PEFT writes it, and the files of a published tokenizer in
-`tokenizer/`. A published checkpoint (config.json, safetensors, tokenizer files) is read wherever a
-policy is. A policy appears whole or not at all.
+A policy directory holds a description, `policy.json`, which names the model, the tokenizer and how
+the policy was made. Its parameters are in `params/`, in the layout of Orbax. If only adapters were
+trained, they are in `adapter/`, in the layout of PEFT, and there is no `params/`. The files of a
+published tokenizer are in `tokenizer/`. A policy appears whole or not at all. A published
+checkpoint (config.json, safetensors, tokenizer files) can be read wherever a policy can.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
 from spg_jax.process import distributed
+from spg_jax.process.files import write_whole
 from spg_jax.runs.checkpoints import restored
 from spg_jax.sharding import abstract_params
 
@@ -37,13 +39,13 @@ TOKENIZER = 'tokenizer'
 
 
 class _Description(NamedTuple):
-    """What a policy directory says of itself."""
+    """The description of a policy, without its parameters."""
 
     config: TransformerConfig
-    tokenizer: WordTokenizer | weights.SpecialIds  # the ids of a tokenizer that is read from files
-    files: Path  # where those are
-    base: Path | None  # the policy whose parameters it adapts, if it holds adapters only
-    notes: dict[str, Any]
+    tokenizer: WordTokenizer | weights.SpecialIds  # special ids if the tokenizer has files
+    files: Path  # the directory of these files
+    base: Path | None  # the policy that it adapts; None if the directory holds all parameters
+    notes: dict[str, Any]  # how the policy was made
 
 
 def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
@@ -59,32 +61,35 @@ def save_policy(
     notes: dict[str, Any],
     base: Path | None = None,
 ) -> None:
-    """Writes a policy directory, replacing an older one only when the new one is whole.
+    """Writes a policy directory. An older one is replaced only when the new one is whole.
+
+    Every process that holds a part of the parameters has to call this function.
 
     Args:
-      directory: where; its parent is made if need be.
-      variables: the policy's collections. With adapters only those are written, as PEFT does.
+      directory: where to write; its parent is created if it does not exist.
+      variables: the collections of parameters. If there are adapters, only these are written.
       config: the model.
-      tokenizer: the policy's.
-      notes: JSON values that say how the policy came about.
-      base: with adapters, the policy or published checkpoint they adapt, which has to stay there.
+      tokenizer: the tokenizer of the policy.
+      notes: JSON values that say how the policy was made.
+      base: the policy or published checkpoint that the adapters adapt, which has to stay where it
+        is; None without adapters.
     """
     old, new = _aside(directory), directory.with_name(directory.name + '.new')
     if distributed.is_leader():
-        if old.is_dir() and not directory.exists():  # a call was cut between its two renames
+        if old.is_dir() and not directory.exists():  # A call was cut between its two renames.
             old.rename(directory)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     distributed.barrier(f'room for {new}')
     model = dataclasses.asdict(config)
-    for name in (*EXECUTION, 'lora'):  # an adapter describes itself
+    for name in (*EXECUTION, 'lora'):  # Saved adapters have a description of their own.
         del model[name]
     description = {'model': model, 'notes': notes}
     if config.lora:
         description['base'] = str(base.absolute())
         save_adapter(new / ADAPTER, variables[COLLECTION], config.lora, str(base.absolute()))
     else:
-        ocp.save((new / PARAMS).absolute(), variables['params'])
+        ocp.save((new / PARAMS).absolute(), variables[PARAMS])
     if distributed.is_leader():
         description |= tokenizer.save(new / TOKENIZER)
         _replace(directory, new, description)
@@ -92,10 +97,10 @@ def save_policy(
 
 
 def _replace(directory: Path, new: Path, description: dict[str, Any]) -> None:
-    """Puts what is complete but for its description in the place of an older policy."""
+    """Completes a new policy with its description, and moves it to the place of an older one."""
     old = _aside(directory)
-    (new / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    # At every moment one of the two is whole under a name that readers look for.
+    write_whole(new / DESCRIPTION, json.dumps(description, indent=1))
+    # At every moment the old or the new policy is whole under a name that readers look for.
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
@@ -104,23 +109,23 @@ def _replace(directory: Path, new: Path, description: dict[str, Any]) -> None:
 
 
 def _aside(directory: Path) -> Path:
+    """The name of the old policy while `save_policy` replaces it."""
     return directory.with_name(directory.name + '.old')
 
 
 def is_policy(directory: Path) -> bool:
-    """Whether a whole policy was written here."""
+    """Whether the directory holds a policy that was written here."""
     return (_whole(directory) / DESCRIPTION).is_file()
 
 
 def _whole(directory: Path) -> Path:
-    """Where the policy is: set aside for the moment in which `save_policy` replaces it."""
+    """The directory itself, or the old policy that `save_policy` has just set aside."""
     old = _aside(directory)
     return old if old.is_dir() and not directory.exists() else directory
 
 
 def policy_notes(directory: Path) -> dict[str, Any]:
-    """How the policy in `directory` came about, {} for a published checkpoint; raises as
-    `load_policy`."""
+    """How a policy was made, {} for a published checkpoint; raises what `load_policy` raises."""
     return _describe(_whole(directory)).notes
 
 
@@ -129,10 +134,10 @@ def _is_published(directory: Path) -> bool:
 
 
 def _describe(directory: Path) -> _Description:
-    """Model, tokenizer and notes of a policy directory or a published checkpoint.
+    """The description of a policy directory or of a published checkpoint.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, what was found and what to do.
+      FileNotFoundError, ValueError: if there is none, or it is damaged; the message names the file.
     """
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -154,17 +159,15 @@ def _describe(directory: Path) -> _Description:
             'as the best/ of a run, or a published checkpoint'
         )
     try:
-        found = json.loads(path.read_text())
-        if 'hf_tokenizer' in found:
-            ids = found['hf_tokenizer']
+        contents = json.loads(path.read_text())
+        if 'hf_tokenizer' in contents:
+            ids = contents['hf_tokenizer']
             tokenizer = weights.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
         else:
-            tokenizer = WordTokenizer(found['words'])
-        # Older descriptions say how the policy was computed, too.
-        model = {name: x for name, x in found['model'].items() if name not in EXECUTION}
-        config, files = TransformerConfig(**model), directory / TOKENIZER
-        base = Path(found['base']) if 'base' in found else None
-        return _Description(config, tokenizer, files, base, found['notes'])
+            tokenizer = WordTokenizer(contents['words'])
+        config = TransformerConfig(**contents['model'])
+        base = Path(contents['base']) if 'base' in contents else None
+        return _Description(config, tokenizer, directory / TOKENIZER, base, contents['notes'])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'{path} is not the description of a policy ({one_line(error)}); restore it or make '
@@ -173,98 +176,113 @@ def _describe(directory: Path) -> _Description:
 
 
 def base_of(directory: Path) -> Path:
-    """The policy whose parameters the one in `directory` adapts; `directory` if it has its own."""
+    """The policy that the one in `directory` adapts; `directory` if it holds all parameters."""
     return _describe(_whole(directory)).base or directory
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a policy directory, without its parameters; raises as `load_policy`."""
+    """The tokenizer of a policy; reads no parameters, and raises what `load_policy` raises."""
     return _tokenizer(_describe(_whole(directory)))
 
 
-def _tokenizer(found: _Description) -> Tokenizer:
-    if isinstance(found.tokenizer, WordTokenizer):
-        return found.tokenizer
-    tokenizer = HFTokenizer(found.files, *found.tokenizer)
-    tokenizer.allowed(found.config.vocab_size)  # refuses a tokenizer larger than the embedding
+def _tokenizer(description: _Description) -> Tokenizer:
+    if isinstance(description.tokenizer, WordTokenizer):
+        return description.tokenizer
+    tokenizer = HFTokenizer(description.files, *description.tokenizer)
+    tokenizer.allowed(description.config.vocab_size)  # Raises if the embedding is too small.
     return tokenizer
 
 
 def check_policy(directory: Path, mesh: Mesh, adapter: Path | None = None) -> LoRA | None:
-    """Raises what `load_policy` would, but reads no weight.
+    """Raises what `load_policy` would raise, but reads no parameters.
+
+    Arguments are those of `load_policy`.
 
     Returns:
-      Sizes of the adapters that the policy would have, None for none.
+      The size of the adapters that the policy would have; None if it would have none.
     """
     directory = _whole(directory)
-    found = _describe(directory)
-    check_heads(found.config, mesh)
-    abstract_params(Transformer(found.config), mesh)
-    chosen = _chosen_adapter(directory, found, adapter)
-    return check_adapter(chosen, found.config)[0] if chosen else None
+    description = _describe(directory)
+    check_heads(description.config, mesh)
+    abstract_params(Transformer(description.config), mesh)
+    adapter = _chosen_adapter(directory, description, adapter)
+    return check_adapter(adapter, description.config)[0] if adapter else None
 
 
-def _chosen_adapter(directory: Path, found: _Description, adapter: Path | None) -> Path | None:
-    """The policy's own or the one to add to it; raises if there are both, or it adapts nothing."""
-    if found.base and adapter:
+def _chosen_adapter(
+    directory: Path, description: _Description, adapter: Path | None
+) -> Path | None:
+    """The adapter in the policy directory, or the one to add to the policy; None for none.
+
+    Raises:
+      ValueError: if there are both.
+      FileNotFoundError: if the policy that the saved adapter adapts does not exist.
+    """
+    if description.base and adapter:
         raise ValueError(f'{directory} has adapters of its own; leave {adapter} out, or merge them')
-    if found.base and not found.base.is_dir():
+    if description.base and not description.base.is_dir():
         raise FileNotFoundError(
-            f'{directory} adapts the policy {found.base}, which does not exist; put it back, '
+            f'{directory} adapts the policy {description.base}, which does not exist; put it back, '
             f'or mend "base" in {directory / DESCRIPTION}'
         )
-    return directory / ADAPTER if found.base else adapter
+    return directory / ADAPTER if description.base else adapter
 
 
 def load_policy(
     directory: Path, mesh: Mesh, adapter: Path | None = None, **execution: Any
 ) -> tuple[Policy, Tokenizer, Variables]:
-    """Reads a policy directory or a published checkpoint, each device receiving its shard.
+    """Reads a policy directory or a published checkpoint; each device receives its shards only.
 
     Args:
       directory: the policy.
       mesh: the devices.
-      adapter: adapters to add to it, as PEFT saved them.
-      execution: the fields `EXECUTION` of `TransformerConfig`; attention may be 'auto', which it is
-        by default, and is then what suits the devices of the mesh.
+      adapter: an adapter that PEFT saved, to add to the policy; None adds none.
+      execution: fields of `TransformerConfig` listed in `EXECUTION`, which say how to compute.
+        Without `attention`, or with 'auto', the devices of the mesh decide it.
+
+    Returns:
+      (policy, tokenizer, collections of parameters).
 
     Raises:
-      FileNotFoundError: nothing there; ValueError: something there that does not fit.
+      FileNotFoundError: if there is no policy.
+      ValueError: if a file is damaged or does not fit the others, or the mesh does not fit.
     """
     directory = _whole(directory)
-    found = _describe(directory)
-    tokenizer = _tokenizer(found)
+    description = _describe(directory)
+    tokenizer = _tokenizer(description)
     platform = mesh.devices.flat[0].platform
-    chosen = resolve(execution.get('attention', AUTO), platform, found.config.dtype)
-    config = dataclasses.replace(found.config, **execution | {'attention': chosen})
+    attention = resolve(execution.get('attention', AUTO), platform, description.config.dtype)
+    config = dataclasses.replace(description.config, **execution | {'attention': attention})
     check_heads(config, mesh)
-    adapter = _chosen_adapter(directory, found, adapter)
-    # First, since the base is large: what is wrong with an adapter shows before that is read.
-    added = load_adapter(adapter, config, mesh) if adapter else None
-    if found.base:
-        _, _, variables = load_policy(found.base, mesh, quantize=config.quantize)
+    adapter = _chosen_adapter(directory, description, adapter)
+    # The adapter comes before the base, which is large, so that its errors show early.
+    lora, adapters = load_adapter(adapter, config, mesh) if adapter else (None, None)
+    if description.base:
+        _, _, variables = load_policy(description.base, mesh, quantize=config.quantize)
     elif _is_published(directory):
-        variables = {
-            'params': weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]
-        }
+        variables = {PARAMS: weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
     else:
         model = Transformer(dataclasses.replace(config, quantize=''))
         params = _restore_params(directory, abstract_params(model, mesh))
         if config.quantize:
             params = quantize_params(params, abstract_params(Transformer(config), mesh))
         variables = {PARAMS: params}
-    if added:
-        lora, variables[COLLECTION] = added
+    if adapter:
+        variables[COLLECTION] = adapters
         config = dataclasses.replace(config, lora=lora)
     return make_policy(config, tokenizer), tokenizer, variables
 
 
 def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
-    """Only the collection of a policy directory that training changes: what the base is, and where
-    it is already, a run knows.
+    """Reads only the collection that training changed, for a run that has the others in memory.
+
+    Args:
+      directory: the policy directory.
+      policy: the model that was trained.
+      mesh: the devices.
 
     Raises:
-      FileNotFoundError, ValueError: the parameters or adapters are not there or do not fit.
+      FileNotFoundError, ValueError: if the parameters or adapters do not exist or do not fit.
     """
     directory = _whole(directory)
     if policy.config.lora:

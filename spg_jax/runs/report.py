@@ -1,4 +1,4 @@
-"""What a run reports: the rows of its validations, result.json and the lines on the screen."""
+"""The report of a run: rows of its validations, result.json and the last lines on the screen."""
 
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,18 @@ def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> di
 
 
 def quality(figures: Figures) -> tuple[float, float]:
-    """What makes a policy the best on validation: accuracy, then reward."""
+    """The figures that are compared to find the best policy: first accuracy, then reward."""
     return figures['accuracy'], figures['reward']
 
 
 def validation_row(figures: Figures) -> dict[str, float]:
-    """The figures of a validation as they stand in metrics.jsonl."""
+    """The figures of a validation under the names that they have in metrics.jsonl."""
     names = ('accuracy', 'grid_accuracy', 'reward')
     return {f'validation_{name}': figures[name] for name in names if name in figures}
 
 
 def closing_lines(result: dict[str, Any], workdir: Path) -> str:
-    """What a finished run achieved, where everything is, and what to do next."""
+    """The last lines on the screen: what the run achieved, its files, and what to do next."""
     figures = f'{result["base_accuracy"]:.3f} -> {result["accuracy"]:.3f}'
     if 'grid_accuracy' in result:
         grids = f'{result["base_grid_accuracy"]:.3f} -> {result["grid_accuracy"]:.3f}'

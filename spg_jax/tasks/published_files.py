@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from spg_jax.errors import one_line
+from spg_jax.process.files import write_whole
 from spg_jax.tasks.source import Example, Unavailable
 
 VALIDATION = 256  # problems cut off the published training set
@@ -111,9 +112,8 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def _fetched(url: str, path: Path) -> Path:
     """Downloads a file, whole or not at all, and returns its path.
 
-    Not by TFDS's downloader, which takes minutes to give up where there is no network.
+    TFDS has a downloader, but it takes minutes to give up where there is no network.
     """
-    part = path.with_suffix('.part')
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-        part.write_bytes(answer.read())
-    return part.rename(path)
+        write_whole(path, answer.read())
+    return path

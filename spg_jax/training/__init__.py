@@ -1,1 +1,1 @@
-"""What both trainings share: the train state and the optimisers."""
+"""The train state and the optimisers, which pre-training and RL share."""

@@ -1,4 +1,4 @@
-"""Optimisers of the two trainings, and the shardings of their state."""
+"""The optimisers of pre-training and RL, and the shardings of their state."""
 
 import dataclasses
 import re
@@ -7,24 +7,24 @@ from typing import Any
 import jax
 import optax
 
-# Scales of the norms are few and set the size of activations: never decayed.
+# The scales of norms never decay, because they are few and set the size of activations.
 UNDECAYED = re.compile('scale$')
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The optimiser of RL: AdamW whose rate is constant after a linear warm-up."""
+    """The optimiser of RL: AdamW whose learning rate is constant after a linear warm-up."""
 
-    learning_rate: float
-    warmup_fraction: float  # of the updates of the run
-    b1: float  # decay of the mean gradient
-    b2: float  # decay of the mean square
-    weight_decay: float  # of everything but norms
-    grad_clip: float  # largest gradient norm
+    learning_rate: float  # after the warm-up
+    warmup_fraction: float  # share of the run's updates in the warm-up
+    b1: float  # decay of the running mean of gradients
+    b2: float  # decay of the running mean of their squares
+    weight_decay: float  # of all parameters except the scales of norms
+    grad_clip: float  # a gradient with a larger norm is scaled down to this norm
 
 
 def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser of RL, in a run of `total_steps` updates."""
+    """The optimiser of RL for a run of `total_steps` updates, with gradient clipping."""
     warmup = round(settings.warmup_fraction * total_steps)
     rate = optax.schedules.linear_schedule(
         settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
@@ -38,13 +38,15 @@ def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
 def for_pretraining(
     learning_rate: float, weight_decay: float, grad_clip: float, total_steps: int
 ) -> optax.GradientTransformation:
-    """AdamW with gradient clipping; warm-up over a fortieth of the steps, then cosine to a tenth.
+    """AdamW with gradient clipping.
+
+    The learning rate rises over 1/40 of the steps, then falls along a cosine to 1/10 of its peak.
 
     Args:
       learning_rate: the peak.
-      weight_decay: of everything but norms.
-      grad_clip: largest gradient norm.
-      total_steps: steps of all stages.
+      weight_decay: of all parameters except the scales of norms.
+      grad_clip: a gradient with a larger norm is scaled down to this norm.
+      total_steps: the steps of all stages together.
     """
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0,
@@ -58,7 +60,7 @@ def for_pretraining(
 
 
 def decayed(params: Any) -> Any:
-    """True at the parameters that weight decay applies to."""
+    """A tree of bool like `params`, True where weight decay applies."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
             not UNDECAYED.search(jax.tree_util.keystr(path, simple=True, separator='/'))
@@ -70,8 +72,15 @@ def decayed(params: Any) -> Any:
 def state_shardings(
     optimizer: optax.GradientTransformation, abstract_params: Any, shardings: Any, replicated: Any
 ) -> Any:
-    """Shardings of the optimiser's state: moments where their parameters are, the rest
-    replicated."""
+    """The shardings of the optimiser's state: moments lie where their parameters lie, and the rest
+    is replicated.
+
+    Args:
+      optimizer: the optimiser.
+      abstract_params: the parameters that it changes, or their shapes.
+      shardings: the shardings of these parameters.
+      replicated: the sharding of everything else.
+    """
     state = jax.eval_shape(optimizer.init, abstract_params)
     return optax.tree.map_params(
         optimizer,

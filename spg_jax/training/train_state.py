@@ -1,4 +1,4 @@
-"""What a training carries from one step to the next, in both trainings, and the step itself."""
+"""The train state and the optimiser step, which pre-training and RL share."""
 
 from typing import Any
 
@@ -16,34 +16,37 @@ from spg_jax.training import optimizers
 
 @struct.dataclass
 class TrainState:
-    """Everything a run carries from one update to the next."""
+    """Everything that a training carries from one update to the next."""
 
     step: Array  # [] int32, updates done
     trained: Variables  # the collection that the optimiser changes
-    frozen: Variables  # those that it does not: {}, or 'params' under adapters
-    opt_state: Any
-    average: Any  # decaying average of what is trained (pre-training), or None
+    frozen: Variables  # the other collections: 'params' if adapters are trained, otherwise {}
+    opt_state: Any  # of the optimiser
+    average: Any  # decaying average of `trained` in pre-training; None in RL
     skipped: Array  # [] int32, non-finite updates since the last finite one
 
     @property
     def variables(self) -> Variables:
-        """What the policy's functions take."""
+        """All collections of parameters, as the functions of a policy take them."""
         return self.frozen | self.trained
 
 
-Metrics = dict[str, tuple[Array, Array]]
+Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
 
 
 def shardings_of(tree: Any) -> Any:
-    """The sharding of every array; left to itself the compiler may gather what was split."""
+    """The sharding of every array of a tree.
+
+    A compiled update is told to keep these shardings, because the compiler might otherwise gather
+    arrays that were split.
+    """
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def apply_gradient(
     state: TrainState, gradient: Variables, loss: Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step, or none if the loss or the gradient is not finite: then only counters
-    move."""
+    """One optimiser step; if the loss or the gradient is not finite, only the counters change."""
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
@@ -54,11 +57,11 @@ def apply_gradient(
         (state.trained, state.opt_state),
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    one = jnp.float32(1)
+    weight = jnp.float32(1)
     metrics = {
-        'gradient_norm': (norm, one),
-        'skipped': (1.0 - finite.astype(jnp.float32), one),
-        'skipped_in_a_row': (skipped.astype(jnp.float32), one),
+        'gradient_norm': (norm, weight),
+        'skipped': (1.0 - finite.astype(jnp.float32), weight),
+        'skipped_in_a_row': (skipped.astype(jnp.float32), weight),
     }
     return state.replace(
         step=state.step + 1, trained=trained, opt_state=opt_state, skipped=skipped
@@ -73,7 +76,15 @@ def initial_state(
     *,
     average: bool,
 ) -> TrainState:
-    """A train state at step 0, every array sharded like its parameter."""
+    """The train state at step 0, in which every array is sharded like its parameter.
+
+    Args:
+      variables: the collections of parameters.
+      optimizer: changes the collection that `policy` trains.
+      policy: the model.
+      mesh: where the arrays live.
+      average: whether the state keeps a decaying average of the trained parameters.
+    """
     name = policy.trained
     trained = {name: variables[name]}
     shardings = {name: sharding.param_shardings(policy.model, mesh, collection=name)}

@@ -1,4 +1,4 @@
-"""Prompts that do not fit: counted by hand, in every way there is to treat them."""
+"""Prompts that are too long, counted by hand, under every rule for them; and batches of prompts."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from spg_jax.data.tokenizers import WordTokenizer
 
 pytestmark = pytest.mark.fast
 
-# Compact Countdown prompts have a token for every number, '=', the target and ':'.
+# A compact Countdown prompt has one token for each number, for '=', for the target and for ':'.
 NUMBERS = ([3, 2, 1], [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [9, 1, 1])
 EXAMPLES = [
     {'numbers': numbers, 'target': 7, 'index': index} for index, numbers in enumerate(NUMBERS)
 ]
-FOUND = '2 of 4 training prompts are longer than sampling.prompt_length 6, up to 9 tokens'
+COUNT = '2 of 4 training prompts are longer than sampling.prompt_length 6, up to 9 tokens'
 
 
 @pytest.fixture
@@ -27,21 +27,21 @@ def tokenizer(task):
     return WordTokenizer(task.vocabulary)
 
 
-def fit(task, tokenizer, how, length=6):
-    return batches.fit_prompts(task, tokenizer, EXAMPLES, length, how)
+def fit(task, tokenizer, rule, length=6):
+    return batches.fit_prompts(task, tokenizer, EXAMPLES, length, rule)
 
 
 def test_long_prompts_are_dropped_and_counted(task, tokenizer):
-    problems, said = fit(task, tokenizer, 'drop')
-    assert problems.kept.tolist() == [0, 3] and problems.lengths.tolist() == [6, 6]
-    assert said == f'{FOUND}: dropped'
+    problems, message = fit(task, tokenizer, 'drop')
+    assert problems.places.tolist() == [0, 3] and problems.lengths.tolist() == [6, 6]
+    assert message == f'{COUNT}: dropped'
     iterator = batches.prompts(task, tokenizer, problems, batch_size=2, buckets=(6,), seed=0)
     assert sorted(next(iterator).index.tolist()) == [0, 3]
 
 
 def test_long_prompts_keep_their_end(task, tokenizer):
-    problems, said = fit(task, tokenizer, 'truncate_left')
-    assert problems.kept.tolist() == [0, 1, 2, 3] and said == f'{FOUND}: cut to their last 6'
+    problems, message = fit(task, tokenizer, 'truncate_left')
+    assert problems.places.tolist() == [0, 1, 2, 3] and message == f'{COUNT}: cut to their last 6'
     assert problems.lengths.tolist() == [6, 6, 6, 6]
     batch = batches.encode_prompts(task, tokenizer, EXAMPLES, 6, truncate=True)
     texts = [tokenizer.decode(row) for row in batch.prompt]
@@ -55,32 +55,32 @@ def test_long_prompts_keep_their_end(task, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ('how', 'length', 'said'),
+    ('rule', 'length', 'message'),
     [
         ('error', 6, "tokens; set it to at least 9, or .* to 'truncate_left' or 'drop'$"),
         ('drop', 5, "^4 of 4 .*_length 5, up to 9 tokens; set .* to 'truncate_left'$"),
     ],
 )
-def test_long_prompts_are_refused(task, tokenizer, how, length, said):
-    with pytest.raises(ValueError, match=said) as error:
-        fit(task, tokenizer, how, length)
+def test_long_prompts_are_refused(task, tokenizer, rule, length, message):
+    with pytest.raises(ValueError, match=message) as error:
+        fit(task, tokenizer, rule, length)
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('how', batches.LONG_PROMPTS)
-def test_nothing_is_said_where_all_fit(task, tokenizer, how):
-    problems, said = fit(task, tokenizer, how, length=9)
-    assert said == '' and problems.kept.tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize('rule', batches.LONG_PROMPTS)
+def test_nothing_is_said_where_all_fit(task, tokenizer, rule):
+    problems, message = fit(task, tokenizer, rule, length=9)
+    assert message == '' and problems.places.tolist() == [0, 1, 2, 3]
     assert problems.lengths.tolist() == [6, 7, 9, 6]
 
 
 def test_a_batch_is_padded_to_the_shortest_bucket_that_fits_it(task, tokenizer):
-    """Whatever part of it a process reads."""
+    """The length does not depend on which part of the batch a process reads."""
     problems, _ = fit(task, tokenizer, 'error', length=9)
     settings = dict(batch_size=2, buckets=(6, 8, 9), seed=0)
     whole = batches.prompts(task, tokenizer, problems, **settings)
     parts = [
-        batches.prompts(task, tokenizer, problems, **settings, own=np.array([row]))
+        batches.prompts(task, tokenizer, problems, **settings, local_prompts=np.array([row]))
         for row in (0, 1)
     ]
     seen = set()

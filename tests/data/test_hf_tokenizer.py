@@ -1,5 +1,4 @@
-"""Published tokenizers: prompts against templates written out by hand, and every way to be
-refused."""
+"""Published tokenizers: prompts against templates written by hand, and files that are refused."""
 
 import json
 import os
@@ -53,8 +52,8 @@ def test_a_prompt_is_one_user_turn_and_the_opening_of_the_answer(tokenizer, pref
 
 def test_our_own_template_writes_the_same(tokenizer, tmp_path):
     save_tokenizer(tmp_path, chat_template=OWN_TEMPLATE)
-    own = HFTokenizer(tmp_path, MASK, END, END)
-    assert own.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
+    with_own_template = HFTokenizer(tmp_path, MASK, END, END)
+    assert with_own_template.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
 
 
 def test_a_template_may_be_a_file_of_its_own(folder, tokenizer, tmp_path):
@@ -63,13 +62,13 @@ def test_a_template_may_be_a_file_of_its_own(folder, tokenizer, tmp_path):
     settings(chat_template=None)(tmp_path / 'read')
     read = HFTokenizer(tmp_path / 'read', MASK, END, END)
     read.save(tmp_path / 'saved')
-    for one in (read, HFTokenizer(tmp_path / 'saved', MASK, END, END)):
-        assert one.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
+    for copy in (read, HFTokenizer(tmp_path / 'saved', MASK, END, END)):
+        assert copy.encode_prompt(TEXT, 'x') == tokenizer.encode_prompt(TEXT, 'x')
 
 
 @pytest.mark.skipif('SPG_JAX_REFERENCE' not in os.environ, reason='needs the published files')
 def test_the_published_settings_of_llada_give_its_ids(tmp_path):
-    """Over as many words as LLaDA has before its special tokens; ids typed from its files."""
+    """With as many words as LLaDA has before its special tokens; ids were typed from its files."""
     published = Path(os.environ['SPG_JAX_REFERENCE']) / 'reference' / 'llada_8b_instruct'
     for name in ('config.json', 'tokenizer_config.json', 'special_tokens_map.json'):
         shutil.copy(published / name, tmp_path)
@@ -78,8 +77,9 @@ def test_the_published_settings_of_llada_give_its_ids(tmp_path):
         models.WordLevel({word: id for id, word in enumerate(words)}, unk_token='hello')
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    named = json.loads((published / 'tokenizer_config.json').read_text())['added_tokens_decoder']
-    backend.add_special_tokens([token['content'] for token in named.values()])
+    tokenizer_config = json.loads((published / 'tokenizer_config.json').read_text())
+    specials = tokenizer_config['added_tokens_decoder']
+    backend.add_special_tokens([token['content'] for token in specials.values()])
     backend.save(str(tmp_path / 'tokenizer.json'))
     _, ids = read_config(tmp_path / 'config.json')
     tokenizer = HFTokenizer(tmp_path, *ids)
@@ -111,12 +111,12 @@ def test_decode_stops_before_eos_and_drops_specials_or_shows_everything(tokenize
 
 
 def test_allowed_is_what_the_tokenizer_has_but_not_mask(folder, tokenizer, tmp_path):
-    found = tokenizer.allowed(256)
+    allowed = tokenizer.allowed(256)
     assert tokenizer.size == SIZE
-    assert np.flatnonzero(found).tolist() == list(range(SIZE))  # EOS, which also pads, included
+    assert np.flatnonzero(allowed).tolist() == list(range(SIZE))  # with EOS, which is also PAD
     with pytest.raises(ValueError, match=r'ids up to 239, the embedding of the model has 200 rows'):
         tokenizer.allowed(200)
-    # MASK and PAD as tokens of their own, and a gap in the ids.
+    # In this tokenizer MASK and PAD are separate tokens, and the ids have a gap.
     save_tokenizer(tmp_path, backend=byte_pairs((*SPECIALS, '<|mdm_mask|>', '<|pad|>')))
     saved = json.loads((tmp_path / 'tokenizer_config.json').read_text())
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(saved | {'pad_token': '<|pad|>'}))
@@ -132,12 +132,12 @@ def test_allowed_is_what_the_tokenizer_has_but_not_mask(folder, tokenizer, tmp_p
 
 
 def test_saving_copies_the_files_byte_for_byte(folder, tokenizer, tmp_path):
-    described = tokenizer.save(tmp_path / 'copy')
-    assert described == {'hf_tokenizer': {'mask_id': MASK, 'eos_id': END, 'pad_id': END}}
+    description = tokenizer.save(tmp_path / 'copy')
+    assert description == {'hf_tokenizer': {'mask_id': MASK, 'eos_id': END, 'pad_id': END}}
     copied = {path.name: path.read_bytes() for path in (tmp_path / 'copy').iterdir()}
     assert copied == {path.name: path.read_bytes() for path in folder.iterdir()}
-    again = HFTokenizer(tmp_path / 'copy', MASK, END, END)
-    assert again.encode_prompt(TEXT) == tokenizer.encode_prompt(TEXT)
+    copy = HFTokenizer(tmp_path / 'copy', MASK, END, END)
+    assert copy.encode_prompt(TEXT) == tokenizer.encode_prompt(TEXT)
 
 
 def test_text_without_an_id_is_refused(tmp_path):
@@ -177,7 +177,7 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(
-    ('damage', 'ids', 'said'),
+    ('damage', 'ids', 'message'),
     [
         (remove('tokenizer_config.json'), {}, 'tokenizer_config.json does not exist'),
         (remove('tokenizer.json'), {}, 'the tokenizer cannot be read .*download tokenizer.json'),
@@ -194,10 +194,10 @@ def settings(**changes):
         (settings(), {'mask_id': 40}, 'mask_token_id 40 of config.json is the ordinary token'),
     ],
 )
-def test_files_that_do_not_fit_are_refused_in_one_line(folder, tmp_path, damage, ids, said):
+def test_files_that_do_not_fit_are_refused_in_one_line(folder, tmp_path, damage, ids, message):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         HFTokenizer(tmp_path, **({'mask_id': MASK, 'eos_id': END, 'pad_id': END} | ids))
     assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
 

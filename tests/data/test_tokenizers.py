@@ -1,4 +1,4 @@
-"""Words to ids and back; what a model may generate."""
+"""Words become ids and come back; and which ids a model may generate."""
 
 import numpy as np
 import pytest

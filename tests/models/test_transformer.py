@@ -243,7 +243,7 @@ def test_initial_predictions_are_near_uniform(changes):
         ({'layers': 0}, 'model.layers is 0'),
         ({'dtype': 'float16'}, "model.dtype is 'float16'; use one of float32, bfloat16"),
         ({'norm_eps': 0.0}, 'model.norm_eps is 0.0'),
-        ({'attention': 'flash'}, "model.attention 'flash' does not exist; use one of einsum"),
+        ({'attention': 'flash'}, "model.attention is 'flash'; use one of einsum"),
     ],
 )
 def test_impossible_configurations_say_what_to_use(changes, message):

@@ -1,4 +1,4 @@
-"""A small run to plan for four TPU chips that are not there."""
+"""A small run that the tests plan for four TPU chips, which are not there."""
 
 import jax
 import pytest
@@ -16,9 +16,9 @@ def slice_of_four():
 
 @pytest.fixture
 def config():
-    """Three layers of width 256, 64 rows of 16 + 128 tokens, adapters of rank 8.
+    """Three layers of width 256, 64 rows of 16 + 128 tokens, and adapters of rank 8.
 
-    Few, and without dropout, whose random bits are most of what compiling an update costs.
+    There are only two targets and no dropout, because dropout takes most of the time of compiling.
     """
     config = countdown.get_config('tiny')
     config.model.update(width=256, layers=3, heads=2, kv_heads=2, mlp_width=768, remat=True)
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture
 def plan_of(config, slice_of_four):
-    """A function of the configuration's changes: its plan, on the four chips unless told where."""
+    """A function that plans the changed configuration, by default on the four chips."""
 
     def plan(changes=None, devices=slice_of_four.devices):
         config.update_from_flattened_dict(changes or {})
@@ -47,6 +47,6 @@ def plan_of(config, slice_of_four):
 
 @pytest.fixture(autouse=True)
 def flags_for_tpus(monkeypatch):
-    """None: the compiler for TPUs would end at a flag that it lacks."""
-    jax.devices()  # has read the flags
+    """Removes the flags of the tests: the compiler for TPUs fails on a flag that it does not know."""
+    jax.devices()  # JAX reads the flags once, here.
     monkeypatch.delenv('XLA_FLAGS')

@@ -1,4 +1,4 @@
-"""Traffic read from compiled programs, against programs whose collectives are known."""
+"""Traffic is read from compiled programs whose collectives were counted by hand."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ LAYERS, STEPS = 5, 3
 
 
 def nested(x):
-    """On each of four devices: 3 x (5 sums of [8, 128] float32 and one gather), one permutation."""
+    """3 x (5 sums of [8, 128] float32 and one gather) and one permutation on each of 4 devices."""
 
     def layer(_, x):
         return jnp.tanh(jax.lax.psum(x, 'data') * 0.1)
@@ -37,9 +37,9 @@ def test_collectives_in_nested_loops_are_counted_as_often_as_they_run(platform, 
     rows = jax.NamedSharding(mesh, P('data'))
     x = jax.ShapeDtypeStruct((32, 128), jnp.float32, sharding=rows)
     mapped = partial(jax.shard_map, mesh=mesh, in_specs=P('data'), out_specs=P('data'))
-    found = read_traffic(jax.jit(mapped(nested, check_vma=False)).lower(x).compile().as_text())
+    traffic = read_traffic(jax.jit(mapped(nested, check_vma=False)).lower(x).compile().as_text())
     size = 8 * 128 * 4
-    assert found == {
+    assert traffic == {
         'all-reduce': (STEPS * LAYERS, STEPS * LAYERS * 2 * size * 3 / 4),
         'all-gather': (STEPS, STEPS * 4 * size * 3 / 4),
         'collective-permute': (1, size),

@@ -1,4 +1,4 @@
-"""FLOPs by formula against XLA's count of the same arithmetic without loops."""
+"""FLOPs by formula against the count of XLA for the same arithmetic without loops."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def counted(run, *arguments):
 
 @pytest.mark.parametrize('kv_heads', [4, 2])
 def test_a_forward_pass_costs_what_xla_counts(plan_of, kv_heads):
-    """At width 512; what the formula leaves out (softmax, norms, rotary) is 2 % there."""
+    """The formula leaves out softmax, norms and rotary positions, which are 2 % at width 512."""
     plan = plan_of(UNROLLED | {'model.kv_heads': kv_heads}, jax.devices()[:1])
     rows, length, unembedded = 4, 144, 32
 
@@ -29,16 +29,16 @@ def test_a_forward_pass_costs_what_xla_counts(plan_of, kv_heads):
         return plan.policy.unembed(variables, hidden[:, :unembedded])
 
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    found = counted(logits, plan.state.variables, tokens)
+    xla_flops = counted(logits, plan.state.variables, tokens)
     expected = rows * forward(plan.policy.config, length, unembedded).total
-    assert expected == pytest.approx(found, rel=0.04) and expected < found
+    assert expected == pytest.approx(xla_flops, rel=0.04) and expected < xla_flops
 
 
 @pytest.mark.parametrize(
     ('rank', 'remat', 'draws', 'draws_per_pass'), [(8, True, 2, 1), (0, False, 1, 0)]
 )
 def test_an_update_costs_what_xla_counts(plan_of, rank, remat, draws, draws_per_pass):
-    """Adapters, recomputation and passes over draws each have their share."""
+    """The cases have adapters, recomputation and passes of draws, or none of them."""
     changes = {
         'lora.rank': rank,
         'model.remat': remat,
@@ -56,11 +56,11 @@ def test_an_update_costs_what_xla_counts(plan_of, rank, remat, draws, draws_per_
 
 def test_a_rollout_is_a_forward_pass_for_every_step_and_twice_with_guidance(plan_of):
     plan = plan_of()
-    one = forward(plan.policy.config, 16 + 128, 32).total
-    assert work(plan, 'rollout').flops == 64 * 64 * one
-    assert work(plan_of({'sampling.guidance': 1.5}), 'rollout').flops == 2 * 64 * 64 * one
+    row = forward(plan.policy.config, 16 + 128, 32).total
+    assert work(plan, 'rollout').flops == 64 * 64 * row
+    assert work(plan_of({'sampling.guidance': 1.5}), 'rollout').flops == 2 * 64 * 64 * row
     part = plan_of({'sampling.guidance': 0.0, 'rl.generation_batch': 16})
-    assert work(part, 'rollout').flops == 16 * 64 * one
+    assert work(part, 'rollout').flops == 16 * 64 * row
     assert program(part, 'rollout')[1][1].shape == (16, 16)
 
 
@@ -72,8 +72,8 @@ def test_every_shard_of_rows_reads_the_kernels(plan_of):
 
 
 def test_fused_attention_moves_no_scores_and_computes_them_again(plan_of):
-    """64 rows of 144 tokens, 3 layers of 2 heads, width 256, 2 draws; backwards splash takes seven
-    products of the size of scores, einsum four."""
+    """There are 64 rows of 144 tokens, 3 layers of 2 heads, width 256 and 2 draws. In the backward
+    pass splash takes seven products of the size of the scores, and einsum four."""
     einsum, splash = (plan_of({'model.attention': name}) for name in ('einsum', 'splash'))
     saved = work(einsum, 'rollout').bytes - work(splash, 'rollout').bytes
     assert saved == 64 * 64 * 3 * 2 * 144**2 * 2 * 4  # steps; written and read, float32

@@ -1,4 +1,4 @@
-"""Machines by name, and names that are none."""
+"""Machines by their names, and names of no machine."""
 
 import importlib.util
 
@@ -8,16 +8,16 @@ from spg_jax.planning.machines import LISTED, find_machine
 
 
 def test_listed_machines_have_the_chips_their_names_say():
-    found = {name: find_machine(name) for name in LISTED}
-    assert [machine.count for machine in found.values()] == [8, 16, 8, 4, 1, 8]
-    for name, machine in found.items():
+    machines = {name: find_machine(name) for name in LISTED}
+    assert [machine.count for machine in machines.values()] == [8, 16, 8, 4, 1, 8]
+    for name, machine in machines.items():
         assert (machine.devices is None) == (machine.chip.platform == 'cuda')
         if machine.devices:
             assert len(machine.devices) == machine.count, name
 
 
 @pytest.mark.parametrize(
-    ('topology', 'said'),
+    ('topology', 'message'),
     [
         ('v9:2x2', "no chip 'v9'"),
         ('v5e', "no shape ''"),
@@ -27,8 +27,8 @@ def test_listed_machines_have_the_chips_their_names_say():
         ('a100:0', "no shape '0'"),
     ],
 )
-def test_a_machine_that_does_not_exist_is_one_line_with_one_that_does(topology, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_a_machine_that_does_not_exist_is_one_line_with_one_that_does(topology, message):
+    with pytest.raises(ValueError, match=message) as error:
         find_machine(topology)
     assert topology in str(error.value) and '\n' not in str(error.value)
     assert 'use one such as' in str(error.value)

@@ -1,4 +1,4 @@
-"""What stays on a chip by hand, and the formula for the rest against the compiler."""
+"""Bytes that stay on a chip, counted by hand; the formula for others against the compiler."""
 
 import re
 from pathlib import Path
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.compiled_as_users_do
 
 
 def test_what_stays_is_what_the_mesh_leaves_on_each_chip(plan_of):
-    """Mesh fsdp=2 x tensor=2: kernels in quarters, factors of adapters in halves, norms whole."""
+    """On fsdp=2 x tensor=2 a chip has a quarter of a kernel, half of a factor, and all norms."""
     plan = plan_of({'lora.targets': TARGETS})
     vocabulary, width, mlp, layers, rank = plan.policy.config.vocab_size, 256, 768, 3, 8
     kernels = layers * (4 * width * width + 3 * width * mlp) + 2 * vocabulary * width
     norms = (2 * layers + 1) * width
     factors = layers * rank * (4 * 2 * width + 3 * (width + mlp))
-    found = memory.resident(plan.state)
-    assert found.weights == kernels // 4 * 4 + norms * 4  # float32: a policy trained here
-    assert found.adapters == factors // 2 * 4
-    assert found.optimizer == pytest.approx(2 * found.adapters, abs=16)  # and counters
+    resident = memory.resident(plan.state)
+    assert resident.weights == kernels // 4 * 4 + norms * 4  # float32: a policy trained here
+    assert resident.adapters == factors // 2 * 4
+    assert resident.optimizer == pytest.approx(2 * resident.adapters, abs=16)  # and counters
 
 
 def test_llada_8b_has_its_published_size_without_its_checkpoint():
-    """32 layers of width 4096 and MLP 12288, two tables of 126,464 rows: 8.0 billion, bfloat16."""
+    """It has 32 layers of width 4096 and MLP width 12288, and two tables of 126,464 rows."""
     layer = 4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096
     policy = planned_policy(gsm8k.get_config('llada_8b'), 'tpu')
     sizes = jax.tree.leaves(sharding.abstract_params(policy.model))
@@ -43,14 +43,14 @@ def test_llada_8b_has_its_published_size_without_its_checkpoint():
 def test_a_rollout_in_parts_needs_the_memory_of_one(plan_of):
     whole = memory.estimate(plan_of(), 'rollout')
     part = memory.estimate(plan_of({'rl.generation_batch': 16}), 'rollout')
-    for name in ('attention', 'layer'):  # of which decoding has most in a layer, here
+    for name in ('attention', 'layer'):  # the parts of a layer, where this decoding needs most
         assert part[name] == whole[name] / 4  # of 64 rows
 
 
 @pytest.mark.parametrize('task', [gsm8k, sudoku])
 @pytest.mark.parametrize('topology', [name for name in LISTED if name[0] == 'v'])
 def test_the_formula_is_within_15_percent_of_the_compiler(topology, task):
-    """Of what the compiler needed for LLaDA-8B, in docs/plan.md; countdown and math500 have the
+    """What the compiler needed for LLaDA-8B is in docs/plan.md; countdown and math500 have the
     shapes of gsm8k."""
     name = task.__name__.removeprefix('configs.')
     page = (Path(__file__).parents[2] / 'docs' / 'plan.md').read_text()
@@ -61,8 +61,8 @@ def test_the_formula_is_within_15_percent_of_the_compiler(topology, task):
     for program in PROGRAMS:
         (row,) = re.findall(rf'^\| {program} +\| +([\d.]+) \| +([\d.]+) \|', section, re.M)
         needed, peak = map(float, row)
-        found = sum(memory.estimate(plan, program).values()) / GIB
-        assert abs(found - needed) < 0.15 * peak, (program, found, needed)
+        estimate = sum(memory.estimate(plan, program).values()) / GIB
+        assert abs(estimate - needed) < 0.15 * peak, (program, estimate, needed)
 
 
 @pytest.mark.parametrize(('platform', 'runs'), [('tpu', 'splash'), ('cuda', 'cudnn')])

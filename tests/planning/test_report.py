@@ -1,4 +1,4 @@
-"""A small run compiled for four TPU chips: its memory, whether it fits, what to change if not."""
+"""A small run compiled for four TPU chips: its memory, whether it fits, and remedies if not."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ MESH = {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.tensor': 1}
 
 @pytest.fixture(scope='module')
 def compiled():
-    """Programs by name, compiled when first asked for."""
+    """Programs by name, which are compiled when they are first needed."""
     return {}
 
 
@@ -33,7 +33,7 @@ def report(plan_of, compiled, config, slice_of_four, monkeypatch):
     plan = plan_of(MESH)
 
     def once(_, name):
-        name = 'rollout' if name == 'evaluation' else name  # of the same shapes, here
+        name = 'rollout' if name == 'evaluation' else name  # Both have the same shapes here.
         if name not in compiled:
             compiled[name] = compile_program(plan, name)
         return compiled[name]
@@ -47,15 +47,15 @@ def smaller(machine, memory):
 
 
 def test_what_fits_and_what_does_not(report, config, slice_of_four):
-    """A chip with a byte less than the largest peak does not do; the message says what does."""
+    """A chip with a byte less than the largest peak is too small; a message says what to change."""
     peak = report.peak(report.largest)
     assert report.largest == 'update' and report.fits(slice_of_four.chip)
     assert report.fits(smaller(slice_of_four, peak).chip)
     small = smaller(slice_of_four, peak - 1)
     assert not report.fits(small.chip)
-    said = remedy(report, config, small.chip)
-    assert re.search(r'update needs .* GiB of the .* GiB .*: use rl.microbatch below 32', said)
-    assert verdict(report, config, small, 0.4) == f'does not fit: {said}'
+    sentence = remedy(report, config, small.chip)
+    assert re.search(r'update needs .* GiB of the .* GiB .*: use rl.microbatch below 32', sentence)
+    assert verdict(report, config, small, 0.4) == f'does not fit: {sentence}'
     config.model.remat = False
     assert remedy(report, config, small.chip).endswith('use model.remat=True')
     tiny = smaller(slice_of_four, report.resident.total)
@@ -72,57 +72,57 @@ def test_a_compiler_that_runs_out_of_memory_is_a_verdict(
     plan_of(MESH)
     report = make_report(config, slice_of_four)
     assert not report.fits(slice_of_four.chip)
-    said = remedy(report, config, slice_of_four.chip)
-    assert '330.00G exceeds 15.75G' in said and 'use ' in said and '\n' not in said
+    sentence = remedy(report, config, slice_of_four.chip)
+    assert '330.00G exceeds 15.75G' in sentence and 'use ' in sentence and '\n' not in sentence
 
 
 def test_times_are_the_longest_limit_over_the_efficiency(report, config, slice_of_four):
     chip = slice_of_four.chip
     config.train.steps, config.rl.inner_updates = 10, 4
-    found = times(report, config, chip, 0.5)
+    recipe = times(report, config, chip, 0.5)
     rollout, update = report.programs['rollout'], report.programs['update']
     seconds = max(
         update.flops / chip.flops, update.bytes / chip.bandwidth, update.received / chip.links
     )
-    assert found.update == pytest.approx(2 * seconds)
-    assert found.hours == pytest.approx((3 * found.rollout + 10 * found.update) / 3600)
+    assert recipe.update == pytest.approx(2 * seconds)
+    assert recipe.hours == pytest.approx((3 * recipe.rollout + 10 * recipe.update) / 3600)
     assert rollout.received > 0 and update.received > 0
-    assert times(report, config, chip, 0.25).hours == pytest.approx(2 * found.hours)
+    assert times(report, config, chip, 0.25).hours == pytest.approx(2 * recipe.hours)
     config.rl.generation_batch = 16  # of 64 rows: the program runs four times
-    assert times(report, config, chip, 0.5).rollout == pytest.approx(4 * found.rollout)
+    assert times(report, config, chip, 0.5).rollout == pytest.approx(4 * recipe.rollout)
 
 
 def test_json_says_what_the_table_says(report, config, slice_of_four):
-    found = json.loads(json.dumps(summary(report, config, slice_of_four, 0.4)))
-    assert found['fits'] and found['chips'] == 4 and set(found['peak']) == set(PROGRAMS)
-    assert found['resident'] == dataclasses.asdict(report.resident)
+    values = json.loads(json.dumps(summary(report, config, slice_of_four, 0.4)))
+    assert values['fits'] and values['chips'] == 4 and set(values['peak']) == set(PROGRAMS)
+    assert values['resident'] == dataclasses.asdict(report.resident)
     assert table(report, slice_of_four).row_count == 3
     assert 'mesh data=1 x fsdp=4 x tensor=1' in heading(report, config, slice_of_four)
 
 
 def test_logits_are_of_the_scored_positions_of_a_microbatch_and_no_more(report, compiled, plan_of):
-    """The largest array with the vocabulary as an axis, tables apart, in the compiled update."""
+    """The update is searched for the largest array, except tables, that has an axis of size V."""
     vocabulary, width = plan_of(MESH).policy.config.vocab_size, 256
     shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled['update'].text)
-    found = largest_logits(shapes, vocabulary, {width, width // 4})
-    # A microbatch of 32 rows over 4 shards, 128 positions of completion.
-    assert found == 32 // 4 * 128
+    positions = largest_logits(shapes, vocabulary, {width, width // 4})
+    # A microbatch has 32 rows over 4 shards, and a completion has 128 positions.
+    assert positions == 32 // 4 * 128
 
 
 @pytest.mark.parametrize('task', [gsm8k, sudoku])
-def test_so_are_those_of_llada_8b(task):
-    """Traced, not compiled: shapes of all devices together, one draw a pass."""
+def test_logits_of_llada_8b_are_of_the_scored_positions_and_no_more(task):
+    """The update is traced only, so that shapes are of all devices; a pass has one draw."""
     config = task.get_config('llada_8b_v5e8')
     plan = make_plan(config, sharding.make_mesh(config.mesh), 'tpu')
     run, arguments = program(plan, 'update')
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
         shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', str(run.trace(*arguments).jaxpr))
-    found = largest_logits(shapes, 126_464, {4096})
-    assert found == config.rl.microbatch * config.sampling.length
+    positions = largest_logits(shapes, 126_464, {4096})
+    assert positions == config.rl.microbatch * config.sampling.length
 
 
 def largest_logits(shapes, vocabulary, widths):
-    """Positions in the largest array [..., V], where no axis is one of a table of embeddings."""
+    """The positions in the largest array [..., V] that has no axis of a table of embeddings."""
     sizes = set()
     for shape in shapes:
         axes = [int(size) for size in shape.split(',')]
@@ -132,7 +132,7 @@ def largest_logits(shapes, vocabulary, widths):
 
 
 def test_on_tpus_no_scores_of_attention_are_in_memory(plan_of, compiled, report):
-    """The rollout by default, compiled with the kernel; L is 144, and the kernel pads it to 256."""
+    """The rollout is compiled with the splash kernel, which pads L from 144 to 256."""
     plan = plan_of(MESH | {'model.attention': 'auto'})
     program = compile_program(plan, 'rollout')
     assert 'tpu_custom_call' in program.text and read_traffic(program.text)
@@ -142,7 +142,7 @@ def test_on_tpus_no_scores_of_attention_are_in_memory(plan_of, compiled, report)
 
 
 def test_for_cuda_programs_are_lowered_and_memory_is_an_estimate(plan_of, config):
-    """Of cuDNN's attention, too, which JAX would refuse to trace here."""
+    """The estimate is for the attention of cuDNN, which JAX cannot trace here."""
     config.model.attention = 'auto'
     config.mesh.update(data=1, fsdp=4, tensor=1)
     report = make_report(config, find_machine('a100:4'))

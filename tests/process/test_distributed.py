@@ -1,4 +1,4 @@
-"""Several processes: they compute what one does, go on where they were cut, and end together."""
+"""Several processes compute what one process does, go on where they were cut, and end together."""
 
 import fcntl
 import signal
@@ -30,8 +30,9 @@ def alone(root):
 
 @pytest.mark.parametrize('where', [(4, 2, 1), 'two processes'])
 def test_nothing_depends_on_where_it_is_computed(root, alone, where):
-    """Import bit for bit, completions token for token; logits, and adapters after an update with
-    dropout, to 1e-5. The two processes split all three axes of the mesh."""
+    """Imported parameters are equal bit for bit and completions token for token. Logits, and
+    adapters after an update with dropout, are equal to 1e-5. The two processes split all three axes
+    of the mesh."""
     if where == 'two processes':
         out = root[0] / 'outcome.npz'
         pair = start_pair(
@@ -44,7 +45,7 @@ def test_nothing_depends_on_where_it_is_computed(root, alone, where):
     else:
         found = outcome(root[0] / 'published', mesh_of(*where))
     assert set(found) == set(alone)
-    assert found['merged'].tolist() == list(range(8))  # what each process knew of its own rows
+    assert found['merged'].tolist() == list(range(8))  # the rows that each process had
     for name, values in alone.items():
         if name.startswith(("['params']", "['tokens']")):
             assert_array_equal(found[name], values)
@@ -53,7 +54,7 @@ def test_nothing_depends_on_where_it_is_computed(root, alone, where):
 
 
 def training(root: tuple[Path, dict[str, str]], workdir: Path) -> list[subprocess.Popen]:
-    """Eight updates, each followed by a checkpoint."""
+    """Starts a training of eight updates, each followed by a checkpoint."""
     return start_pair(
         'tests.adapted',
         '--distributed',
@@ -67,8 +68,8 @@ def training(root: tuple[Path, dict[str, str]], workdir: Path) -> list[subproces
 
 @pytest.mark.compiled_as_users_do
 def test_two_processes_cut_and_killed_end_as_those_left_alone(root, tmp_path):
-    """The first start is stopped by a SIGTERM to one process; of the second one process is
-    killed, which ends the other."""
+    """A SIGTERM to one process stops the first start. In the second start one process is killed,
+    which ends the other."""
     whole = training(root, tmp_path / 'whole')
     for code, _, error in finish_all(whole):
         assert code == 0, error
@@ -102,7 +103,7 @@ def test_two_processes_cut_and_killed_end_as_those_left_alone(root, tmp_path):
 
 @pytest.mark.compiled_as_users_do
 def test_what_stops_one_process_stops_the_other_with_its_reason(root, tmp_path):
-    """Only the leader looks whether the directory is free."""
+    """Only the leader checks whether the directory is free."""
     with (tmp_path / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (code, _, error), (other_code, _, other_error) = finish_all(training(root, tmp_path))

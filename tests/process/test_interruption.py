@@ -1,4 +1,4 @@
-"""One signal asks to save; an echo of it is the same request, a later one stops."""
+"""A signal asks to save. A repeat within seconds is the same request; a later one stops."""
 
 import signal
 
@@ -12,19 +12,19 @@ pytestmark = pytest.mark.fast
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_a_request_and_a_later_one_acts_as_usual(monkeypatch, number):
-    seen = []
-    before = signal.signal(number, lambda number, frame: seen.append(number))
+    handled = []
+    previous = signal.signal(number, lambda number, frame: handled.append(number))
     try:
-        with Interruption() as asked:
-            assert not asked.requested()
-            for at in (100.0, 102.9):
-                monkeypatch.setattr(interruption.time, 'monotonic', lambda at=at: at)
+        with Interruption() as guard:
+            assert not guard.requested()
+            for now in (100.0, 102.9):
+                monkeypatch.setattr(interruption.time, 'monotonic', lambda now=now: now)
                 signal.raise_signal(number)
-                assert asked.requested() and not seen
+                assert guard.requested() and not handled
             monkeypatch.setattr(interruption.time, 'monotonic', lambda: 103.1)
             signal.raise_signal(number)
-            assert seen == [number]
+            assert handled == [number]
         signal.raise_signal(number)
-        assert seen == [number, number]
+        assert handled == [number, number]
     finally:
-        signal.signal(number, before)
+        signal.signal(number, previous)

@@ -1,4 +1,4 @@
-"""Whether a machine has no TPU is only said where it is certain."""
+"""A machine counts as one without a TPU only if that is certain."""
 
 import pytest
 
@@ -8,16 +8,16 @@ pytestmark = pytest.mark.fast
 
 
 @pytest.mark.parametrize(
-    ('makers', 'absent'),
+    ('vendors', 'absent'),
     [
         (['0x1af4', '0x8086'], True),
-        (['0x8086', '0x1ae0'], False),  # Google's: a TPU, or a disk of its cloud
-        ([], False),  # a container that is shown no devices
+        (['0x8086', '0x1ae0'], False),  # a device of Google: a TPU, or a disk of its cloud
+        ([], False),  # a container that shows no devices
     ],
 )
-def test_a_tpu_is_absent_where_devices_are_seen_and_none_is_googles(tmp_path, makers, absent):
-    for i, maker in enumerate(makers):
+def test_a_tpu_is_absent_where_devices_are_seen_and_none_is_googles(tmp_path, vendors, absent):
+    for i, vendor in enumerate(vendors):
         device = tmp_path / f'0000:00:{i:02}.0'
         device.mkdir()
-        (device / 'vendor').write_text(maker + '\n')
+        (device / 'vendor').write_text(vendor + '\n')
     assert libtpu.surely_absent(tmp_path) is absent

@@ -1,4 +1,4 @@
-"""A small policy and a rollout of it, for the tests of the learner."""
+"""A small policy and a random rollout, for the tests of this folder."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ MASK, EOS, VOCAB = 0, 1, 24
 
 @pytest.fixture
 def config():
-    """Eight rows of 4 + 12 tokens in groups of 4, 4 draws in blocks of 4."""
+    """Eight rows of 4 + 12 tokens in groups of 4, with 4 draws and blocks of 4 positions."""
     config = default_config()
     config.sampling.update(prompt_length=4, length=12, steps=12, block_length=4, temperature=1.0)
     config.corruption.draws = 4
@@ -42,7 +42,7 @@ def learning(config, optimizer):
 
 
 def random_rollout(rows: int = 8, prompt: int = 4, length: int = 12, seed: int = 0) -> Rollout:
-    """Completions of every length, the first of them with EOS at position 0; rewards 0 or 1."""
+    """Completions of different lengths, the first of which is EOS alone; rewards are 0 or 1."""
     rng = np.random.default_rng(seed)
     completion = rng.integers(2, VOCAB, (rows, length)).astype(np.int32)
     for row in range(rows):

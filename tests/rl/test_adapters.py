@@ -1,4 +1,4 @@
-"""Learning with adapters: their gradient, their dropout, and that nothing else moves."""
+"""Learning with adapters: their gradient and their dropout; and nothing else changes."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def with_random_adapters(policy, lora=LORA, mesh=None):
 
 
 def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, config):
-    """The plain derivative of a model without adapters, through the sum of the kernels."""
+    """The truth is the derivative of a model without adapters, through the summed kernels."""
     lora = dataclasses.replace(LORA, dropout=0.0, targets=TARGETS)
     rollout, draws = random_rollout(), draws_of(config, random_rollout())
     adapted, variables = with_random_adapters(policy, lora)
@@ -60,7 +60,7 @@ def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, con
 
 
 def test_dropout_is_the_same_in_pieces(policy, config):
-    """The masks belong to (row, draw): microbatches and passes over draws see the same ones."""
+    """A mask depends on row and draw only, and not on microbatches or passes of draws."""
     rollout, draws = random_rollout(), draws_of(config, random_rollout())
     adapted, variables = with_random_adapters(policy)
     keys = jax.random.split(jax.random.key(3), (8, 4))
@@ -81,7 +81,7 @@ def test_dropout_is_the_same_in_pieces(policy, config):
 
 
 def test_only_adapters_are_trained(policy, config):
-    """Frozen parameters keep every bit and have no state in the optimiser."""
+    """Frozen parameters keep every bit, and the optimiser has no state for them."""
     mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         adapted, variables = with_random_adapters(policy, mesh=mesh)
@@ -96,6 +96,6 @@ def test_only_adapters_are_trained(policy, config):
     jax.tree.map(np.testing.assert_array_equal, after['params'], before['params'])
     trained = sum(x.size for x in jax.tree.leaves(before[COLLECTION]))
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
-    assert 2 * trained <= moments < 2 * trained + 10  # two moments each, and counters
+    assert 2 * trained <= moments < 2 * trained + 10  # two moments of each parameter, and counters
     moved = jax.tree.map(lambda a, b: np.any(a != b), after[COLLECTION], before[COLLECTION])
     assert all(jax.tree.leaves(moved))

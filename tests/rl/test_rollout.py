@@ -1,4 +1,5 @@
-"""Rollouts: the same tokens on every mesh, in every batch, under every padding; figures by hand."""
+"""Rollouts have the same tokens on every mesh, in every batch and under every padding; figures are
+checked by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def test_metrics_are_what_counting_gives():
 
 
 class Odd:
-    """Rewards texts of an odd number of characters, where the index is even; tells when."""
+    """Rewards 1 if the characters of the text plus the index are odd; records when it is asked."""
 
     def __init__(self, events):
         self.events = events
@@ -100,7 +101,7 @@ class Odd:
 
 
 def rollout_of(policy, config, mesh, events, monkeypatch):
-    """A rollout of two prompts; `events` gets 'start' at each batch of generation."""
+    """A rollout of two prompts; `events` gets 'start' when the generation of a batch starts."""
     tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
     tokens, valid = left_pad(PROMPTS[:2], 4, pad_id=2)
     prompts = PromptBatch(tokens, valid, np.array([5, 4], np.uint32), [{'index': 5}, {'index': 4}])
@@ -138,6 +139,6 @@ def test_generating_in_parts_changes_nothing_and_rewards_meanwhile(policy, confi
         assert other_texts == texts
         jax.tree.map(np.testing.assert_array_equal, other, expected)
     assert events[0] == ['start'] + 8 * ['reward']
-    # The next batch is under way before the completions of the last are rewarded.
+    # The next batch is under way before the completions of the previous one are rewarded.
     pair = 2 * ['reward']
     assert events[2] == ['start', 'start', *pair, 'start', *pair, 'start', *pair, *pair]

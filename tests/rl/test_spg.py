@@ -1,4 +1,4 @@
-"""SPG as it is trained, through registry, microbatches and passes, against the released code."""
+"""SPG as it is trained, in microbatches and passes of draws, against the released code."""
 
 from pathlib import Path
 

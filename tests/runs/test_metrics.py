@@ -1,4 +1,4 @@
-"""Files of a run: rows appear once, in order, whatever was cut and resumed."""
+"""Rows in the files of a run appear once and in order, wherever the run was cut and resumed."""
 
 import json
 

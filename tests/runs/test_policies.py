@@ -1,4 +1,4 @@
-"""Policies on disk: they come back as they were, or say in one line why not."""
+"""Policies on disk come back as they were saved, or an error of one line says why not."""
 
 import json
 import shutil
@@ -45,25 +45,22 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
 def test_a_policy_comes_back_on_any_mesh(saved, sizes):
     directory, variables = saved
-    policy, tokenizer, found = policies.load_policy(directory, mesh_of(*sizes))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(variables))
+    policy, tokenizer, loaded = policies.load_policy(directory, mesh_of(*sizes))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(variables))
     assert tokenizer.decode(tokenizer.encode('1 + 2 :')) == '1 + 2 :'
     assert not policy.allowed[policy.mask_id] and policy.allowed[policy.eos_id]
     assert policies.policy_notes(directory) == {'made': 'here'}
 
 
 def test_a_policy_computes_as_suits_the_devices_it_is_loaded_on(saved):
-    """Not as where it was saved: older descriptions say that, by a name that is gone."""
+    """The description does not say how the policy was computed where it was saved."""
     directory, _ = saved
-    path = directory / 'policy.json'
-    description = json.loads(path.read_text())
-    assert not {'attention', 'remat', 'scan_unroll'} & set(description['model'])
-    description['model'] |= {'attention': 'xla', 'remat': True, 'scan_unroll': 2}
-    path.write_text(json.dumps(description))
+    description = json.loads((directory / 'policy.json').read_text())
+    assert not {'attention', 'remat', 'scan_unroll', 'quantize'} & set(description['model'])
     policy, _, _ = policies.load_policy(directory, mesh_of())
-    assert (policy.config.attention, policy.config.remat) == ('folded', False)  # a CPU
-    chosen = {'attention': 'einsum', 'remat': True, 'scan_unroll': 1}
-    policy, _, _ = policies.load_policy(directory, mesh_of(), **chosen)
+    assert (policy.config.attention, policy.config.remat) == ('folded', False)  # on a CPU
+    execution = {'attention': 'einsum', 'remat': True, 'scan_unroll': 1}
+    policy, _, _ = policies.load_policy(directory, mesh_of(), **execution)
     assert (policy.config.attention, policy.config.remat) == ('einsum', True)
 
 
@@ -73,8 +70,8 @@ def test_saving_again_replaces_the_policy(saved):
     policy, _, _ = policies.load_policy(directory, mesh_of())
     doubled = jax.tree.map(lambda x: 2 * x, variables)
     policies.save_policy(directory, doubled, policy.config, tokenizer, {})
-    _, _, found = policies.load_policy(directory, mesh_of())
-    np.testing.assert_array_equal(found['params']['embedding'], doubled['params']['embedding'])
+    _, _, loaded = policies.load_policy(directory, mesh_of())
+    np.testing.assert_array_equal(loaded['params']['embedding'], doubled['params']['embedding'])
     assert [path.name for path in directory.parent.iterdir()] == ['policy']
 
 
@@ -93,7 +90,7 @@ def test_what_is_no_policy_says_so(saved, tmp_path):
 
 @pytest.fixture
 def adapter(saved):
-    """What PEFT saves for the policy of `saved`."""
+    """An adapter of the policy `saved`, in the layout of PEFT."""
     directory, variables = saved
     policy, tokenizer, _ = policies.load_policy(directory, mesh_of())
     policy, variables = with_adapters(policy, variables, LoRA(rank=4, alpha=8.0), 0, mesh_of())
@@ -107,32 +104,35 @@ def test_an_adapter_is_no_policy(adapter):
         policies.load_policy(adapter, mesh_of())
 
 
-@pytest.mark.parametrize('own', [False, True])
-def test_an_adapter_is_looked_at_before_its_base_is_read(saved, adapter, own):
-    """The parameters are not even there."""
+@pytest.mark.parametrize('is_saved', [False, True])
+def test_an_adapter_is_checked_before_its_base_is_read(saved, adapter, is_saved):
+    """The parameters of the base do not even exist here."""
     directory, _ = saved
     shutil.rmtree(directory / 'params')
-    asked = (adapter.parent, None) if own else (directory, adapter)
+    arguments = (adapter.parent, None) if is_saved else (directory, adapter)
 
-    def check(where, added):
-        return policies.check_policy(where, mesh_of(), added)
+    def check(directory, adapter):
+        return policies.check_policy(directory, mesh_of(), adapter)
 
-    assert check(*asked) == LoRA(rank=4, alpha=8.0)
+    def load(directory, adapter):
+        return policies.load_policy(directory, mesh_of(), adapter)
+
+    assert check(*arguments) == LoRA(rank=4, alpha=8.0)
     path = adapter / 'adapter_config.json'
     path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
-    for look in (check, lambda where, added: policies.load_policy(where, mesh_of(), added)):
+    for read in (check, load):
         with pytest.raises(ValueError, match='expected .* for rank 8') as error:
-            look(*asked)
+            read(*arguments)
         assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('look', [policies.check_policy, policies.load_policy])
-def test_a_mesh_that_would_cut_heads_is_refused_before_anything_is_read(saved, look):
-    """4 heads, of which 2 share a key: 4 devices could each have a head, and then half a key."""
+@pytest.mark.parametrize('read', [policies.check_policy, policies.load_policy])
+def test_a_mesh_that_would_cut_heads_is_refused_before_parameters_are_read(saved, read):
+    """There are 4 heads and 2 key/value heads: on 4 devices each would have half a key."""
     directory, _ = saved
     shutil.rmtree(directory / 'params')
     with pytest.raises(ValueError, match='mesh.tensor is 4, .* divide the 2 model.kv_heads; use'):
-        look(directory, mesh_of(2, 1, 4))
+        read(directory, mesh_of(2, 1, 4))
 
 
 @pytest.mark.parametrize('damage', ['another width', 'a file cut short', 'a folder missing'])
@@ -167,13 +167,13 @@ def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_save
     assert policies.policy_notes(published) == {}
 
     policies.save_policy(tmp_path / 'best', variables, config, tokenizer, {'made': 'here'})
-    again, found, restored = policies.load_policy(tmp_path / 'best', mesh_of(*sizes))
-    assert again.config == config and isinstance(found, HFTokenizer)
+    reloaded, saved_tokenizer, restored = policies.load_policy(tmp_path / 'best', mesh_of(*sizes))
+    assert reloaded.config == config and isinstance(saved_tokenizer, HFTokenizer)
     jax.tree.map(assert_array_equal, jax.device_get(restored), {'params': imported})
-    assert found.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
+    assert saved_tokenizer.encode_prompt(QUESTION, 'x') == asked(byte_pairs(), QUESTION, 'x')
     assert policies.policy_notes(tmp_path / 'best') == {'made': 'here'}
-    # Saving in the place a policy was read from must not lose its tokenizer.
-    policies.save_policy(tmp_path / 'best', restored, config, found, {})
+    # A policy may be saved in the directory that it was read from; its tokenizer must stay.
+    policies.save_policy(tmp_path / 'best', restored, config, saved_tokenizer, {})
     assert policies.load_tokenizer(tmp_path / 'best').encode_prompt(QUESTION)
 
 
@@ -206,7 +206,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     backend = byte_pairs()
     backend.add_special_tokens([f'<extra {number}>' for number in range(20)])
     save_tokenizer(tmp_path, backend=backend)
-    said = 'has ids up to 259, the embedding of the model has 256 rows'
+    message = 'has ids up to 259, the embedding of the model has 256 rows'
     for load in (policies.load_tokenizer, lambda path: policies.load_policy(path, mesh_of())):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load(tmp_path)

@@ -1,6 +1,6 @@
-"""Policy-gradient objectives, one file each, called in the configuration by the file's name.
+"""Policy-gradient objectives, one file for each; the configuration names an objective by its file.
 
-To add one, put a module here that defines `Settings`, a NamedTuple, and `build(settings,
+To add an objective, put a module here that defines `Settings`, a NamedTuple, and `build(settings,
 corruption) -> Objective`; nothing else needs to change.
 """
 

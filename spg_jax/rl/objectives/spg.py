@@ -2,7 +2,7 @@
 
     loss = -sum_j A_j L_j / sum_j n_j,    L_j = ELBO_j if A_j > 0, else the negative estimate
 
-A_j is the reward of completion j less the mean of its group, n_j the length of the completion.
+A_j is the reward of completion j minus the mean of its group; n_j is the length of the completion.
 """
 
 import dataclasses
@@ -27,19 +27,21 @@ NEGATIVES = ('mixture', 'eubo', 'elbo', 'none')
 class Settings(NamedTuple):
     """The numbers of SPG."""
 
-    negative: str  # estimate for worse completions, one of NEGATIVES
-    estimator: str  # how draws become bounds, see `spg_jax.diffusion.bounds`
-    bound: str  # which upper bound, a key of UPPER
+    negative: str  # the estimate for worse completions, one of NEGATIVES
+    estimator: str  # how draws become bounds; see `spg_jax.diffusion.bounds`
+    bound: str  # the upper bound, a key of UPPER
     beta: float  # Renyi order of the EUBO
     omega: float  # share of the EUBO in the mixture
 
 
 def build(settings: Settings, corruption: Corruption) -> Objective:
-    """Makes the SPG objective. Under the block estimator earlier blocks stay clean.
+    """Makes the SPG objective.
+
+    With the block estimator the completion tokens of earlier blocks are not perturbed.
 
     Raises:
-      ValueError: on a setting it cannot use, or an estimator that bounds nothing under this
-        corruption; names the key.
+      ValueError: if a setting has no meaning, or the estimator bounds no likelihood under this
+        corruption; the message names the setting.
     """
     check_one_of('rl.negative', settings.negative, NEGATIVES)
     check_one_of('rl.bound', settings.bound, UPPER)
@@ -73,15 +75,16 @@ def spg_loss(
 ) -> Loss:
     """The sum -sum_j A_j L_j over the rows, and its weight sum_j n_j.
 
-    A completion better than its group (A_j > 0) has its ELBO raised. A worse one has the estimate
-    `negative` lowered, which must lie above the log-likelihood: a lower bound can fall without the
-    likelihood falling. There is no importance ratio, no clipping and no KL. The released code
-    averages the ratio of sum and weight over microbatches of 6; here the whole batch has one ratio.
+    The loss raises the ELBO of a completion that is better than its group (A_j > 0). It lowers the
+    estimate `negative` of a worse one, which should be an upper bound, because a lower bound can
+    fall while the likelihood does not. There is no importance ratio, no clipping and no KL. The
+    released code averages the ratio of sum and weight over microbatches of 6; here the whole batch
+    has one ratio.
 
     Args:
       logp: [B, M, C] log-probabilities of the completion tokens under each draw, in nats.
       batch: the rows and their draws.
-      lower, upper: ELBO and EUBO of one example, (logp, masked, scored, block) -> nats.
+      lower, upper: the ELBO and the EUBO of one example, (logp, masked, scored, block) -> nats.
       negative: 'mixture', 'eubo', 'elbo' or 'none'.
       omega: share of the EUBO in the mixture.
     """
