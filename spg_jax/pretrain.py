@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -23,8 +22,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, Stage, assemble, check_mesh, model_of
-from spg_jax.data import batches
+from spg_jax.assembly import Parts, assemble, check_mesh, model_of
+from spg_jax.data.demonstrations import Demonstrations, Lessons, Record, read_demonstrations
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.models.number_features import with_number_features
@@ -97,7 +96,7 @@ def pretrain(
     mesh: Mesh,
     interruption: Interruption,
     start_from: Path | None = None,
-    records: list[batches.Record] | None = None,
+    records: list[Record] | None = None,
 ) -> bool:
     """Trains through `base.stages` and writes a policy directory, unless it is there already.
 
@@ -126,9 +125,8 @@ def pretrain(
     with claimed(training, settings, finished):
         if finished:
             return True
-        lessons = Lessons(config, parts, mesh, records)
         return _pretrain(
-            config, parts, directory, training, mesh, interruption, start_from, lessons
+            config, parts, directory, training, mesh, interruption, start_from, records
         )
 
 
@@ -140,12 +138,13 @@ def _pretrain(
     mesh: Mesh,
     interruption: Interruption,
     start_from: Path | None,
-    lessons: 'Lessons',
+    records: list[Record] | None,
 ) -> bool:
     """The training itself, in a directory that is claimed; arguments and result of `pretrain`."""
-    run = Run(training, keep=1)
     policy, tokenizer, variables = _starting_point(config, parts, mesh, start_from)
-    lessons.check_fit(tokenizer)
+    lessons = _lessons(config, parts, tokenizer, mesh, records)
+    lessons.check_fit()
+    run = Run(training, keep=1)
     total = sum(stage.steps for stage in parts.stages)
     base = config.base
     optimizer = optimizers.for_pretraining(
@@ -157,11 +156,12 @@ def _pretrain(
         state = run.restore(state)
     first_step = 0
     for number, stage in enumerate(parts.stages):
-        demonstrations = lessons.batches(tokenizer, stage, number)
+        demonstrations = lessons.batches(stage.right_share, base.seed + number)
         if run.record.get('stage') == number:
             demonstrations.set_state(run.record['iterator'])
         left = range(run.step - first_step, stage.steps)
-        for _ in track(left, lessons.describe(stage), lambda: _figures(run)):
+        label = 'fine-tuning' if records else f'base policy, {stage.right_share:.0%} right answers'
+        for _ in track(left, label, lambda: _figures(run)):
             state, metrics = train_step(state, sharding.put_batch(mesh, next(demonstrations)))
             run.push(metrics)
             if run.step == total:
@@ -184,53 +184,28 @@ def _pretrain(
     return True
 
 
-class Lessons:
-    """What a base policy learns from: the task's demonstrator, or given answers to imitate."""
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        parts: Parts,
-        mesh: Mesh,
-        records: list[batches.Record] | None,
-    ):
-        """Reads the problems of the task, unless there are `records` to imitate."""
-        self._config, self._task, self._records = config, parts.task, records
-        self._problems: list[Example] = []
-        if records is None:
-            with distributed.leader_first('problems to imitate'):
-                self._problems = list(self._task.source('train', config.task.data_dir))
-        self._local_rows = sharding.own_rows(mesh, config.base.batch_size)
-
-    def check_fit(self, tokenizer: Tokenizer) -> None:
-        """Fails before the first step if a prompt or an answer is too long; raises as
-        `batches.encode_pairs`."""
-        prompt_length, length = self._config.sampling.prompt_length, self._config.sampling.length
-        if self._records is not None:
-            batches.encode_pairs(self._task, tokenizer, self._records, prompt_length, length)
-        else:
-            batches.encode_prompts(self._task, tokenizer, self._problems, prompt_length)
-
-    def batches(self, tokenizer: Tokenizer, stage: Stage, number: int) -> grain.DatasetIterator:
-        """The demonstrations of a stage, endless; `number` is its place among the stages."""
-        sizes = dict(
-            batch_size=self._config.base.batch_size,
-            prompt_length=self._config.sampling.prompt_length,
-            length=self._config.sampling.length,
-            seed=self._config.base.seed + number,
-            local_rows=self._local_rows,
-        )
-        if self._records is not None:
-            return batches.recorded_demonstrations(self._task, tokenizer, self._records, **sizes)
-        return batches.demonstrations(
-            self._task, tokenizer, self._problems, right_share=stage.right_share, **sizes
-        )
-
-    def describe(self, stage: Stage) -> str:
-        """Names a stage in a few words, for its line of progress."""
-        if self._records is not None:
-            return 'fine-tuning'
-        return f'base policy, {stage.right_share:.0%} right answers'
+def _lessons(
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    records: list[Record] | None,
+) -> Lessons:
+    """The records to imitate, or else the problems of the task, which are read now."""
+    problems: list[Example] = []
+    if records is None:
+        with distributed.leader_first('problems to imitate'):
+            problems = list(parts.task.source('train', config.task.data_dir))
+    return Lessons(
+        task=parts.task,
+        tokenizer=tokenizer,
+        problems=problems,
+        records=records,
+        batch_size=config.base.batch_size,
+        local_rows=sharding.own_rows(mesh, config.base.batch_size),
+        prompt_length=config.sampling.prompt_length,
+        length=config.sampling.length,
+    )
 
 
 def _starting_point(
@@ -267,7 +242,7 @@ def make_step(
     seed: int,
     ema: float,
     shardings: TrainState,
-) -> Callable[[TrainState, batches.Demonstrations], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]:
     """A compiled (state, demonstrations) -> (state, metrics); the old state is given up.
 
     Args:
@@ -278,12 +253,12 @@ def make_step(
       shardings: of the state, which the new state keeps.
     """
 
-    def loss_of(trained: Variables, batch: batches.Demonstrations, masked: Array) -> Array:
+    def loss_of(trained: Variables, batch: Demonstrations, masked: Array) -> Array:
         noisy = jnp.where(masked, policy.mask_id, batch.completion)
         logits = policy.completion_logits(trained, batch.prompt, batch.prompt_mask, noisy)
         return denoising_loss(logits, batch.completion, masked)
 
-    def step(state: TrainState, batch: batches.Demonstrations) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, Metrics]:
         row_keys = example_keys(seed, Purpose.CORRUPT, state.step, batch.index)
         masked = stratified_masks(
             step_key(seed, Purpose.CORRUPT, state.step), row_keys, batch.completion.shape[1]
@@ -316,7 +291,7 @@ def main(_: list[str]) -> None:
     check_mesh(config, parts, mesh)
     records = None
     if FLAGS.demonstrations:
-        records = batches.read_demonstrations(FLAGS.demonstrations, parts.task)
+        records = read_demonstrations(FLAGS.demonstrations, parts.task)
     start_from = policy_of_run(Path(config.base.checkpoint)) if config.base.checkpoint else None
     directory = Path(FLAGS.workdir) if FLAGS.workdir else base_directory(config)
     with jax.set_mesh(mesh), Interruption() as interruption:

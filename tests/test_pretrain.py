@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from configs import countdown
 from spg_jax import pretrain, sharding
 from spg_jax.assembly import assemble
-from spg_jax.data import batches
+from spg_jax.data.demonstrations import read_demonstrations
 from spg_jax.models.number_features import PERIODS, with_number_features
 from spg_jax.process.interruption import Interruption
 from spg_jax.runs import policies
@@ -98,7 +98,7 @@ def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
     config.base.stages = ((60, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
-    pairs = batches.read_demonstrations(str(records), assemble(config).task)
+    pairs = read_demonstrations(str(records), assemble(config).task)
     assert run(config, tmp_path / 'tuned', tmp_path / 'base', pairs)
     losses = [
         json.loads((tmp_path / f'{name}.training' / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -123,7 +123,7 @@ def test_wrong_demonstrations_say_where(config, tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=said) as error:
-        batches.read_demonstrations(str(path), assemble(config).task)
+        read_demonstrations(str(path), assemble(config).task)
     assert '\n' not in str(error.value)
 
 

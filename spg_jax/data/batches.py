@@ -1,7 +1,4 @@
-"""Batches of prompts and of demonstrations as tokens, made by grain.
-
-The order of the batches is fixed by a seed, and the state of an iterator is enough to resume it.
-"""
+"""Prompts as batches of tokens, by grain: in an order that a seed fixes, and resumable."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,15 +9,13 @@ import numpy as np
 
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.process import distributed
-from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
 # One thread is enough to stay ahead of the training step, and leaves the cores to that step.
-_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 READ_AT_ONCE = 1024  # problems that are in memory together while all prompts are measured
 
-Record = tuple[Example, str]  # a problem and an answer to imitate
 LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
 
 
@@ -39,15 +34,6 @@ class Problems(NamedTuple):
     source: Sequence[Example]  # all problems of the split
     places: np.ndarray  # [n] int64, the places in `source` of the problems that are used
     lengths: np.ndarray  # [n] int32, tokens of each prompt, after it was cut if it was too long
-
-
-class Demonstrations(NamedTuple):
-    """Prompts with one answer each, for supervised training."""
-
-    prompt: np.ndarray  # [B, P] int32, left-padded
-    prompt_mask: np.ndarray  # [B, P] bool
-    completion: np.ndarray  # [B, C] int32, the answer, then EOS to the end
-    index: np.ndarray  # [B] uint32, the place of each problem in the data set of the batches
 
 
 def fit_prompts(
@@ -166,38 +152,6 @@ def left_pad(
     return tokens, valid
 
 
-def encode_completions(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:
-    """The ids of each text, followed by EOS to the end: [B, C] int32, where C is `length`.
-
-    Raises:
-      ValueError: if a text and one EOS need more than `length` tokens.
-    """
-    completion = np.full((len(texts), length), tokenizer.eos_id, np.int32)
-    for row, text in enumerate(texts):
-        tokens = tokenizer.encode(text)
-        if len(tokens) >= length:
-            raise ValueError(
-                f'the demonstration {text!r} has {len(tokens)} tokens and an EOS, more than '
-                f'sampling.length {length}; set it to at least {len(tokens) + 1}'
-            )
-        completion[row, : len(tokens)] = tokens
-    return completion
-
-
-def encode_pairs(
-    task: Task, tokenizer: Tokenizer, pairs: Sequence[Record], prompt_length: int, length: int
-) -> Demonstrations:
-    """Tokenised problems and answers.
-
-    Raises:
-      ValueError: if a prompt or an answer is too long. `data.long_prompts` does not apply here.
-    """
-    examples, answers = zip(*pairs, strict=True)
-    prompt = encode_prompts(task, tokenizer, examples, prompt_length)
-    completion = encode_completions(tokenizer, answers, length)
-    return Demonstrations(prompt.prompt, prompt.prompt_mask, completion, prompt.index)
-
-
 def prompts(
     task: Task,
     tokenizer: Tokenizer,
@@ -229,95 +183,4 @@ def prompts(
         return encode_prompts(task, tokenizer, examples, length, truncate)
 
     places = grain.MapDataset.range(len(problems.places)).seed(seed).shuffle().repeat()
-    return iter(places.batch(batch_size).map(encode).to_iter_dataset(_READING))
-
-
-def demonstrations(
-    task: Task,
-    tokenizer: Tokenizer,
-    source: Sequence[Example],
-    *,
-    right_share: float,
-    batch_size: int,
-    prompt_length: int,
-    length: int,
-    seed: int,
-    local_rows: np.ndarray,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches of answers that the task's demonstrator writes, anew in every epoch.
-
-    Args:
-      task: writes the prompts and the answers.
-      tokenizer: the tokenizer of the policy.
-      source: the problems.
-      right_share: the share of right answers, in [0, 1].
-      batch_size: rows in a batch, over all processes.
-      prompt_length: P.
-      length: C.
-      seed: determines the order and the answers.
-      local_rows: [b] the rows of a batch that this process encodes.
-    """
-
-    def demonstrate(example: Example, rng: np.random.Generator) -> Record:
-        return example, task.demonstration(example, rng, right_share)
-
-    return _supervised(
-        grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(demonstrate),
-        task,
-        tokenizer,
-        batch_size,
-        prompt_length,
-        length,
-        local_rows,
-    )
-
-
-def read_demonstrations(path: str, task: Task) -> list[Record]:
-    """Problems of `task` and their answers, from JSON lines {"example", "completion"}.
-
-    Raises:
-      ValueError: if a line is wrong; the message names file and line, and quotes the line.
-    """
-    records = []
-    for where, row in reading.json_lines(path):
-        try:
-            example, completion = row['example'] | {'index': len(records)}, row['completion']
-            task.prompt(example)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            completion = None
-        if not isinstance(completion, str):
-            raise ValueError(
-                f'{where}: found {reading.shown(row)}, expected {{"example": a problem of '
-                f'{task.name}, "completion": text}}'
-            )
-        records.append((example, completion))
-    return records
-
-
-def recorded_demonstrations(
-    task: Task,
-    tokenizer: Tokenizer,
-    records: Sequence[Record],
-    *,
-    batch_size: int,
-    prompt_length: int,
-    length: int,
-    seed: int,
-    local_rows: np.ndarray,
-) -> grain.DatasetIterator:
-    """Endless shuffled batches of recorded (problem, answer) pairs, for supervised fine-tuning.
-
-    Arguments other than `records` are those of `demonstrations`.
-    """
-    dataset = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-    return _supervised(dataset, task, tokenizer, batch_size, prompt_length, length, local_rows)
-
-
-def _supervised(
-    dataset, task, tokenizer, batch_size, prompt_length, length, local_rows
-) -> grain.DatasetIterator:
-    def encode(pairs: Sequence[Record]) -> Demonstrations:
-        local_pairs = [pairs[row] for row in local_rows]
-        return encode_pairs(task, tokenizer, local_pairs, prompt_length, length)
-
-    return iter(dataset.batch(batch_size, batch_fn=encode).to_iter_dataset(_READING))
+    return iter(places.batch(batch_size).map(encode).to_iter_dataset(READING))

@@ -5,6 +5,7 @@ import pytest
 
 from spg_jax import tasks
 from spg_jax.data import batches
+from spg_jax.data.demonstrations import encode_pairs
 from spg_jax.data.tokenizers import WordTokenizer
 
 pytestmark = pytest.mark.fast
@@ -112,9 +113,9 @@ def test_rows_are_padded_on_the_left():
 
 def test_records_that_do_not_fit_are_refused_before_training(task, tokenizer):
     fits = (EXAMPLES[0], '<answer> 1 </answer>')
-    batch = batches.encode_pairs(task, tokenizer, [fits], 6, 4)
+    batch = encode_pairs(task, tokenizer, [fits], 6, 4)
     assert tokenizer.decode(batch.completion[0]) == fits[1]
     with pytest.raises(ValueError, match='7 tokens, more than sampling.prompt_length 6'):
-        batches.encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
+        encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
     with pytest.raises(ValueError, match='more than sampling.length 3; set it to at least 4'):
-        batches.encode_pairs(task, tokenizer, [fits], 6, 3)
+        encode_pairs(task, tokenizer, [fits], 6, 3)

@@ -47,6 +47,6 @@ def plan_of(config, slice_of_four):
 
 @pytest.fixture(autouse=True)
 def flags_for_tpus(monkeypatch):
-    """Removes the flags of the tests: the compiler for TPUs fails on a flag that it does not know."""
+    """Removes the flags of the tests, since the compiler for TPUs fails on one it does not know."""
     jax.devices()  # JAX reads the flags once, here.
     monkeypatch.delenv('XLA_FLAGS')
