@@ -85,7 +85,7 @@ def find_or_make_base(
     directory = base_directory(config)
     if not policies.is_policy(directory):
         print(f'base policy: training {directory}', flush=True)
-        if not pretrain(config, directory, mesh, interruption):
+        if not pretrain(config, directory, mesh, interruption, wait=True):
             return None
     return directory
 
@@ -97,6 +97,7 @@ def pretrain(
     interruption: Interruption,
     start_from: Path | None = None,
     records: list[Record] | None = None,
+    wait: bool = False,
 ) -> bool:
     """Trains through `base.stages` and writes a policy directory, unless it is there already.
 
@@ -122,8 +123,8 @@ def pretrain(
     imitated = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
     settings = made_of(config, parts.task) | {'given': imitated}
     finished = policies.is_policy(directory)
-    with claimed(training, settings, finished):
-        if finished:
+    with claimed(training, settings, finished, wait):
+        if policies.is_policy(directory):  # perhaps only since another process has made it
             return True
         return _pretrain(
             config, parts, directory, training, mesh, interruption, start_from, records
@@ -153,7 +154,7 @@ def _pretrain(
     state = initial_state(variables, optimizer, policy, mesh, average=True)
     train_step = make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
     if run.resumes:
-        state = run.restore(state)
+        state = run.restore(lambda record: state)
     first_step = 0
     for number, stage in enumerate(parts.stages):
         demonstrations = lessons.batches(stage.right_share, base.seed + number)
@@ -166,7 +167,10 @@ def _pretrain(
             run.push(metrics)
             if run.step == total:
                 run.flush()
-            stuck, stop = run.skipped(config.train.max_skipped), interruption.requested()
+            stuck, stop = (
+                run.skipped(min(config.train.max_skipped, total)),
+                interruption.requested(),
+            )
             if stuck or stop or run.step % CHECKPOINT_EVERY == 0:
                 run.save(state, stage=number, iterator=demonstrations.get_state())
             if stuck:

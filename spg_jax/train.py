@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -38,9 +38,10 @@ from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, empty_rollout, make_collect
 from spg_jax.runs import plots, policies
-from spg_jax.runs.directory import claimed, default_workdir
+from spg_jax.runs.directory import claimed, default_workdir, identity
 from spg_jax.runs.report import closing_lines, quality, summary, validation_row
 from spg_jax.runs.run import Run
+from spg_jax.runs.wandb_log import check_wandb
 from spg_jax.tasks.task import Example
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
@@ -61,8 +62,10 @@ def train(
     base = find_or_make_base(config, mesh, interruption)
     if base is None:
         return False
-    run = Run(workdir, config.checkpoint.keep, config.train.wandb)
-    state, problems, programs = prepare(config, parts, base, mesh)
+    run = Run(workdir, config.checkpoint.keep, config.train.wandb, config.to_dict())
+    # A run that is made longer keeps the length of its warm-up.
+    planned = run.record.get('planned_steps', config.train.steps)
+    state, problems, programs = prepare(config, parts, base, mesh, planned)
     batching, prompts, evaluator = parts.batching, programs.prompts, programs.evaluator
 
     def validate(state: TrainState) -> None:
@@ -84,8 +87,19 @@ def train(
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        shape = batching.rows, run.record['prompt_length'], parts.sampling.length
-        saved, rollout = run.restore((state.replace(frozen={}), empty_rollout(*shape, mesh)))
+        if not policies.is_policy(workdir / 'best'):
+            raise FileNotFoundError(
+                f'{workdir}/best is gone, the policy that validated best so far; restore it, or '
+                'use another --workdir'
+            )
+
+        def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
+            rows, length = batching.rows, parts.sampling.length
+            return state.replace(frozen={}), empty_rollout(
+                rows, record['prompt_length'], length, mesh
+            )
+
+        saved, rollout = run.restore(saved_arrays)
         state = saved.replace(frozen=state.frozen)
         prompts.set_state(run.record['prompts'])
     else:
@@ -102,14 +116,18 @@ def train(
             run.samples.write(step, batch.examples, texts, rollout)
         state, metrics = programs.update(state, rollout)
         run.push(metrics)
-        stuck = run.skipped(config.train.max_skipped)
+        stuck = run.skipped(min(config.train.max_skipped, config.train.steps))
         last, stop = run.step == config.train.steps, interruption.requested()
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
             validate(state)
         if last or stop or stuck or run.step % config.checkpoint.every == 0:
-            record = {'prompts': prompts.get_state(), 'prompt_length': rollout.prompt.shape[1]}
-            run.save((state.replace(frozen={}), rollout), **record)
+            run.save(
+                (state.replace(frozen={}), rollout),
+                prompts=prompts.get_state(),
+                prompt_length=rollout.prompt.shape[1],
+                planned_steps=planned,
+            )
         if stuck:
             raise FloatingPointError(
                 f'{workdir}: {config.train.max_skipped} non-finite updates in a row, saved '
@@ -175,9 +193,12 @@ class Programs(NamedTuple):
 
 
 def prepare(
-    config: ml_collections.ConfigDict, parts: Parts, base: Path, mesh: Mesh
+    config: ml_collections.ConfigDict, parts: Parts, base: Path, mesh: Mesh, planned_steps: int
 ) -> tuple[TrainState, ProblemSets, Programs]:
     """Reads problems and base policy, and makes the train state and the programs of a run.
+
+    The learning rate warms up for a share of `planned_steps`, the updates that were asked for when
+    the run began.
 
     Weights may be large, so they are read after everything else was found to fit.
 
@@ -192,7 +213,7 @@ def prepare(
         base, mesh, parts.adapter, **parts.execution
     )
     policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
-    optimizer = optimizers.for_rl(parts.optimizer, config.train.steps)
+    optimizer = optimizers.for_rl(parts.optimizer, planned_steps)
     state = initial_state(variables, optimizer, policy, mesh, average=False)
     shardings = shardings_of(state)
     prompts = batches.prompts(
@@ -258,13 +279,16 @@ def main(_: list[str]) -> None:
     check_mesh(config, parts, mesh)
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(config)
     print(f'{opening_line(config, parts, mesh)}\nworkdir {workdir}', flush=True)
+    if config.train.wandb:
+        check_wandb(config.train.wandb)
     cli.compile_cache()
-    with claimed(workdir, config.to_dict()), jax.set_mesh(mesh):
-        if not (workdir / 'result.json').is_file():
+    result = workdir / 'result.json'
+    with claimed(workdir, identity(config), result.is_file()), jax.set_mesh(mesh):
+        if not result.is_file() or json.loads(result.read_text())['steps'] < config.train.steps:
             with Interruption() as interruption:
                 if not train(config, workdir, mesh, interruption):
                     return
-    print(closing_lines(json.loads((workdir / 'result.json').read_text()), workdir))
+    print(closing_lines(json.loads(result.read_text()), workdir))
 
 
 if __name__ == '__main__':

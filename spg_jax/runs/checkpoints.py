@@ -1,11 +1,13 @@
-"""The checkpoints of a run, written by Orbax: everything that the run needs to go on.
+"""The checkpoints of a run: everything that it needs to go on, written by Orbax.
 
-`checkpoints/<step>/` holds the train state without frozen parameters and, in RL, the current
-rollout. Its metadata is a JSON record, with the state of the data iterator, the last row of metrics
-and, in RL, the best figures on validation. A checkpoint appears whole or not at all. Policies,
-which are made for use, are in `spg_jax.runs.policies`.
+`checkpoints/<step>/` holds the arrays of a training without its frozen parameters and, as metadata,
+a record of JSON values with digests of both. A checkpoint appears whole or not at all, and it is
+believed only if its digests agree. Policies, which are for use, are in `spg_jax.runs.policies`.
 """
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,65 +16,150 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax.errors import one_line
+from spg_jax.process import distributed
+from spg_jax.training.digests import digest_arrays
+
+Record = dict[str, Any]  # JSON values
+DAMAGED = '.damaged'  # ends the name of a checkpoint that could not be read
 
 
 class RunCheckpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    Attributes:
+      directory: holds a folder for each checkpoint, which is called by its step.
+    """
 
     def __init__(self, directory: Path, keep: int):
-        """Opens or creates the directory, in which the newest `keep` checkpoints are kept."""
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        """Makes the directory if need be.
 
-    @property
-    def latest_step(self) -> int | None:
-        """The number of updates done at the newest checkpoint; None if there is no checkpoint."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        Args:
+          directory: of the checkpoints.
+          keep: number of newest checkpoints that are kept.
+        """
+        self.directory = directory
+        self._keep = keep
+        if distributed.is_leader():
+            directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in directory.glob('*.orbax-checkpoint-tmp*'):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.barrier(f'checkpoints of {directory}')
 
-    def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
-        """Saves a pytree of arrays and a JSON record, and returns when both are on disk."""
-        self._checkpointer.save(step, arrays, custom_metadata=record, force=True, overwrite=True)
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, whole or damaged, in ascending order."""
+        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdigit())
 
-    def record(self) -> dict[str, Any]:
-        """The JSON record of the newest checkpoint."""
-        return self._checkpointer.metadata(self.latest_step).custom_metadata
-
-    def restore(self, target: Any) -> Any:
-        """The arrays of the newest checkpoint, in the shapes, types and shardings of `target`.
+    def save(self, step: int, arrays: Any, record: Record) -> None:
+        """Writes a checkpoint, reads it back, and deletes the ones that are no longer kept.
 
         Raises:
-          ValueError: if the checkpoint is damaged or does not fit; the message names the directory.
+          OSError: it could not be written, or what was read back is not what was written.
         """
-        path = self._directory / str(self.latest_step)
-        return restored(path, lambda _: self._checkpointer.load(None, target))
+        path = self.directory / str(step)
+        digest = digest_arrays(arrays)
+        metadata = {'record': record, 'arrays': digest, 'digest': _digest_record(record)}
+        try:
+            ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
+            self.load(step, lambda _: abstract(arrays))
+        except Exception as error:  # Orbax and TensorStore raise a dozen types.
+            raise OSError(f'{path} could not be saved ({one_line(error)[:300]})') from error
+        if distributed.is_leader():
+            for old in self.steps()[: -self._keep]:
+                shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
-    def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+    def record(self, step: int) -> Record:
+        """The record of a checkpoint.
+
+        Raises:
+          ValueError: it is damaged, or it was written before there were digests.
+        """
+        metadata = self._metadata(step)
+        if _digest_record(metadata['record']) != metadata['digest']:
+            raise ValueError(f'{self.directory / str(step)}: the record is not the one saved')
+        return metadata['record']
+
+    def load(self, step: int, target_of: Callable[[Record], Any]) -> tuple[Any, Record]:
+        """The arrays and the record of a checkpoint.
+
+        Args:
+          step: of the checkpoint.
+          target_of: gives the shapes, types and shardings of the arrays, for a record.
+
+        Raises:
+          ValueError: the checkpoint is damaged or does not fit; the message names its directory.
+        """
+        path = self.directory / str(step)
+        record = self.record(step)
+        arrays = restored(path, lambda path: ocp.load(path, target_of(record)))
+        if digest_arrays(arrays) != self._metadata(step)['arrays']:
+            raise ValueError(f'{path}: the arrays are not those that were saved')
+        return arrays, record
+
+    def load_newest(self, target_of: Callable[[Record], Any]) -> tuple[int, Any, Record]:
+        """Step, arrays and record of the newest checkpoint that is whole.
+
+        A newer one that is not whole is set aside under another name, and the reason is printed;
+        nothing is ever deleted because it could not be read.
+
+        Raises:
+          ValueError: no checkpoint is whole; the message names the newest and says what is wrong.
+        """
+        failures: dict[int, ValueError] = {}
+        for step in reversed(self.steps()):
+            try:
+                arrays, record = self.load(step, target_of)
+            except ValueError as error:
+                failures[step] = error
+                continue
+            for damaged, error in failures.items():
+                place = self._set_aside(damaged)
+                print(f'{error}: set aside as {place.name}, going on from step {step}', flush=True)
+            return step, arrays, record
+        newest = next(iter(failures.values()))
+        raise ValueError(
+            f'{newest}; no older checkpoint is whole either: restore one, or use another --workdir'
+        )
+
+    def _set_aside(self, step: int) -> Path:
+        path, number = self.directory / str(step), 1
+        place = path.with_name(path.name + DAMAGED)
+        while place.exists():
+            number += 1
+            place = path.with_name(f'{path.name}{DAMAGED}{number}')
+        if distributed.is_leader():
+            path.rename(place)
+        distributed.barrier(f'set aside {path}')
+        return place
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        path = self.directory / str(step)
+        metadata = restored(path, lambda path: ocp.metadata(path).custom_metadata)
+        if not isinstance(metadata, dict) or not {'record', 'arrays', 'digest'} <= set(metadata):
+            raise ValueError(f'{path} has no digests: it is damaged, or older than they are')
+        return metadata
 
 
 def abstract(tree: Any) -> Any:
-    """The shapes, types and shardings of a tree of arrays, into which a tree can be restored."""
+    """The shapes, types and shardings of a tree of arrays, as a target to restore into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def restored(path: Path, load: Callable[[Path], Any]) -> Any:
-    """The result of `load` at a path.
+    """The result of `load` for a path.
 
     Raises:
-      ValueError: if `load` fails; the message is one line that names the path.
+      ValueError: `load` fails; the message has one line and names the path.
     """
-    # Orbax and TensorStore raise exceptions of a dozen types, with messages of many lines.
+    # Orbax and TensorStore raise a dozen types, with messages of many lines.
     try:
         return load(path.absolute())
     except Exception as error:
         raise ValueError(
-            f'{path} cannot be restored ({one_line(error)[:300]}); the checkpoint is damaged or of '
-            'another configuration: use another one, or delete it and run again'
+            f'{path} cannot be read: it is damaged or of another configuration '
+            f'({one_line(error)[:300]})'
         ) from error
+
+
+def _digest_record(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import ml_collections
 
@@ -15,9 +16,10 @@ from spg_jax.config import default_config
 from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
 from spg_jax.runs import policies
+from spg_jax.runs.identity import FILES, Settings, changed_settings, digest_files
 
 CONFIG = 'config.json'
-Settings = dict[str, dict[str, Any]]  # group -> setting -> JSON value
+WAIT_SECONDS = 1.0  # between two looks whether another process has ended
 
 
 def digest(settings: ml_collections.ConfigDict | Settings) -> str:
@@ -30,6 +32,11 @@ def digest(settings: ml_collections.ConfigDict | Settings) -> str:
 def default_workdir(config: ml_collections.ConfigDict) -> Path:
     """runs/TASK-OBJECTIVE-HASH, where the hash is that of all settings."""
     return Path('runs') / f'{config.task.name}-{config.rl.objective}-{digest(config)}'
+
+
+def identity(config: ml_collections.ConfigDict) -> Settings:
+    """Every setting of a training, and the digests of the files that they name."""
+    return config.to_dict() | {FILES: digest_files(config, policy_of_run)}
 
 
 def run_config(workdir: Path) -> ml_collections.ConfigDict:
@@ -116,22 +123,26 @@ def policy_of_run(workdir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, settings: Settings, finished: bool = False) -> Iterator[None]:
+def claimed(
+    workdir: Path, settings: Settings, finished: bool = False, wait: bool = False
+) -> Iterator[None]:
     """Claims a directory for a training with these settings; no other training can enter it.
 
     The settings of a training that never saved a checkpoint are overwritten, so that a mistake in
-    them can be corrected in the same directory.
+    them can be corrected in the same directory. Settings that do not change what is learned may
+    differ from those of an earlier start, and a line says which do.
 
     Args:
       workdir: the directory, which is created if it does not exist.
       settings: the settings of the training.
       finished: whether the result of the training exists. Its settings are then kept, even without
         a checkpoint.
+      wait: whether to wait for another process that is training in the directory.
 
     Raises:
       ValueError: if the directory holds a training with other settings; the message names the first
         setting that differs.
-      BlockingIOError: if another process is training in the directory.
+      BlockingIOError: if another process is training in the directory, unless `wait` is set.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG
@@ -141,33 +152,39 @@ def claimed(workdir: Path, settings: Settings, finished: bool = False) -> Iterat
         yield
         return
     with (workdir / 'lock').open('w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f'another process is training in {workdir}; wait for it, or use another directory'
-            ) from None
+        _lock(lock, workdir, wait)
         if path.is_file() and (finished or _has_checkpoint(workdir)):
-            _check_same(workdir, _read(path), settings)
+            changes = changed_settings(workdir, _read(path), settings, CONFIG)
+            if changes:
+                print(f'{workdir}: going on with {", ".join(changes)}', flush=True)
+                write_whole(path, json.dumps(settings, indent=1))
         else:
             write_whole(path, json.dumps(settings, indent=1))
         distributed.barrier(f'claimed {workdir}')
         yield
 
 
+def _lock(lock: TextIO, workdir: Path, wait: bool) -> None:
+    """Locks a file for as long as it is open; raises as `claimed`."""
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not wait:
+                raise BlockingIOError(
+                    f'another process is training in {workdir}; wait for it, or use another '
+                    'directory'
+                ) from None
+            if not waiting:
+                print(f'waiting for another process that is training {workdir}', flush=True)
+                waiting = True
+            time.sleep(WAIT_SECONDS)
+
+
 def _has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
-
-
-def _check_same(workdir: Path, saved: Settings, settings: Settings) -> None:
-    for group in settings:
-        for key, value in settings[group].items():
-            saved_value = saved.get(group, {}).get(key)
-            if saved_value != value:
-                raise ValueError(
-                    f'{workdir} holds a training with {group}.{key} {saved_value!r}, asked for '
-                    f'{value!r}; use another --workdir, or the settings in its {CONFIG}'
-                )
 
 
 def _read(path: Path) -> Settings:

@@ -3,7 +3,6 @@
 On the devices a metric is a pair (sum, weight), which is divided when the metric is written.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -41,11 +40,8 @@ class MetricsWriter:
       directory: where `metrics.jsonl` and the TensorBoard events are written.
       start: the number of updates done when writing begins; rows of later steps are dropped.
       last_row: the row of the last update before `start`, which is added if the file has lost it.
-      wandb: the project of Weights & Biases to log to as well; '' logs to none.
+      wandb: a run of Weights & Biases to log to as well, from `open_wandb`; None logs to none.
       seconds: the time spent before writing begins, from which the rows count on.
-
-    Raises:
-      ValueError: if `wandb` names a project and the package is not installed.
     """
 
     def __init__(
@@ -53,7 +49,7 @@ class MetricsWriter:
         directory: Path,
         start: int = 0,
         last_row: dict[str, Any] | None = None,
-        wandb: str = '',
+        wandb: Any = None,
         seconds: float = 0.0,
     ):
         self.last_row: dict[str, Any] = last_row or {}
@@ -66,7 +62,7 @@ class MetricsWriter:
         keep_rows(path, start, last_row)
         self._file = path.open('a')
         self._events = SummaryWriter(str(directory / 'events'), purge_step=start + 1)
-        self._wandb = _wandb_run(wandb, directory) if wandb else None
+        self._wandb = wandb
 
     def push(self, step: int, metrics: Mapping[str, tuple[Array, Array]]) -> None:
         """Takes the metrics of an update just dispatched; writes those of the update before it."""
@@ -95,6 +91,11 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(row, step=row['step'])
 
+    def flush_events(self) -> None:
+        """Brings the TensorBoard events to disk, where a cut run then has them."""
+        if self._is_writer:
+            self._events.flush()
+
     def close(self) -> None:
         """Writes the metrics that were pushed last and closes all files."""
         self.flush()
@@ -104,20 +105,6 @@ class MetricsWriter:
         self._events.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _wandb_run(project: str, directory: Path) -> Any:
-    """The wandb run of `directory`, which is the same whenever the directory is opened."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"train.wandb is {project!r} but wandb is not installed; pip install -e '.[wandb]'"
-        ) from error
-    identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
-    return wandb.init(
-        project=project, dir=str(directory), id=identity, name=directory.name, resume='allow'
-    )
 
 
 class SampleWriter:
@@ -149,27 +136,41 @@ class SampleWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, without a last line that a killed process cut short."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a JSON lines file that are whole; [] if there is no file."""
+    return _sorted_rows(path)[0]
 
 
 def keep_rows(path: Path, last_step: int, last_row: dict[str, Any] | None = None) -> None:
-    """Drops the rows after `last_step`, which will be written again.
+    """Drops the rows after `last_step`, because they will be written again.
 
-    Adds `last_row` if the file does not have it.
+    A line that is no row is set aside in a file beside, whose name is printed. `last_row` is added
+    if the file has lost it. The file is replaced as a whole, so that no cut can lose a row.
     """
-    rows = [row for row in read_rows(path) if row['step'] <= last_step]
+    rows, damaged = _sorted_rows(path)
+    if damaged:
+        place = path.with_name(path.name + '.damaged')
+        with place.open('ab') as file:
+            file.writelines(line + b'\n' for line in damaged)
+        print(f'{path}: {len(damaged)} damaged lines set aside in {place}', flush=True)
+    rows = [row for row in rows if row['step'] <= last_step]
     if last_row and last_row not in rows:
         rows.append(last_row)
     write_whole(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def _sorted_rows(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of a JSON lines file, and the lines that are none."""
+    rows, damaged = [], []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get('step')) is int:
+            rows.append(row)
+        else:
+            damaged.append(line)
+    return rows, damaged
 
 
 def _finite(value: Any) -> Any:

@@ -31,6 +31,7 @@ from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
 from spg_jax.runs.checkpoints import restored
 from spg_jax.sharding import abstract_params
+from spg_jax.training.digests import digest_arrays, non_finite
 
 DESCRIPTION = 'policy.json'
 PARAMS = 'params'
@@ -46,6 +47,7 @@ class _Description(NamedTuple):
     files: Path  # the directory of these files
     base: Path | None  # the policy that it adapts; None if the directory holds all parameters
     notes: dict[str, Any]  # how the policy was made
+    digest: str = ''  # of the parameters or adapters that the directory holds, see `digest_arrays`
 
 
 def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
@@ -84,12 +86,13 @@ def save_policy(
     model = dataclasses.asdict(config)
     for name in (*EXECUTION, 'lora'):  # Saved adapters have a description of their own.
         del model[name]
-    description = {'model': model, 'notes': notes}
+    saved = variables[COLLECTION if config.lora else PARAMS]
+    description = {'model': model, 'notes': notes, 'digest': digest_arrays(saved)}
     if config.lora:
         description['base'] = str(base.absolute())
-        save_adapter(new / ADAPTER, variables[COLLECTION], config.lora, str(base.absolute()))
+        save_adapter(new / ADAPTER, saved, config.lora, str(base.absolute()))
     else:
-        ocp.save((new / PARAMS).absolute(), variables[PARAMS])
+        ocp.save((new / PARAMS).absolute(), saved)
     if distributed.is_leader():
         description |= tokenizer.save(new / TOKENIZER)
         _replace(directory, new, description)
@@ -167,7 +170,8 @@ def _describe(directory: Path) -> _Description:
             tokenizer = WordTokenizer(contents['words'])
         config = TransformerConfig(**contents['model'])
         base = Path(contents['base']) if 'base' in contents else None
-        return _Description(config, tokenizer, directory / TOKENIZER, base, contents['notes'])
+        files, notes, saved_digest = directory / TOKENIZER, contents['notes'], contents['digest']
+        return _Description(config, tokenizer, files, base, notes, saved_digest)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f'{path} is not the description of a policy ({one_line(error)}); restore it or make '
@@ -258,18 +262,20 @@ def load_policy(
     # The adapter comes before the base, which is large, so that its errors show early.
     lora, adapters = load_adapter(adapter, config, mesh) if adapter else (None, None)
     if description.base:
+        _check_arrays(directory / ADAPTER, adapters, description.digest)
         _, _, variables = load_policy(description.base, mesh, quantize=config.quantize)
     elif _is_published(directory):
         variables = {PARAMS: weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
     else:
         model = Transformer(dataclasses.replace(config, quantize=''))
-        params = _restore_params(directory, abstract_params(model, mesh))
+        params = _restore_params(directory, abstract_params(model, mesh), description.digest)
         if config.quantize:
             params = quantize_params(params, abstract_params(Transformer(config), mesh))
         variables = {PARAMS: params}
     if adapter:
         variables[COLLECTION] = adapters
         config = dataclasses.replace(config, lora=lora)
+    _check_finite(directory, variables)
     return make_policy(config, tokenizer), tokenizer, variables
 
 
@@ -285,10 +291,34 @@ def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
       FileNotFoundError, ValueError: if the parameters or adapters do not exist or do not fit.
     """
     directory = _whole(directory)
+    digest = _describe(directory).digest
     if policy.config.lora:
-        return {COLLECTION: load_adapter(directory / ADAPTER, policy.config, mesh)[1]}
-    return {PARAMS: _restore_params(directory, abstract_params(policy.model, mesh))}
+        adapters = load_adapter(directory / ADAPTER, policy.config, mesh)[1]
+        _check_arrays(directory / ADAPTER, adapters, digest)
+        return {COLLECTION: adapters}
+    return {PARAMS: _restore_params(directory, abstract_params(policy.model, mesh), digest)}
 
 
-def _restore_params(directory: Path, target: Any) -> Any:
-    return restored(directory / PARAMS, lambda path: ocp.load(path, target))
+def _restore_params(directory: Path, target: Any, digest: str) -> Any:
+    params = restored(directory / PARAMS, lambda path: ocp.load(path, target))
+    _check_arrays(directory / PARAMS, params, digest)
+    return params
+
+
+def _check_arrays(path: Path, arrays: Any, digest: str) -> None:
+    """Raises ValueError unless the arrays read from a path are, bit for bit, those saved there."""
+    if digest_arrays(arrays) != digest:
+        raise ValueError(
+            f'{path}: the arrays are not those that were saved, by the digest in '
+            f'{path.parent / DESCRIPTION}; use another copy of the policy, or make it anew'
+        )
+
+
+def _check_finite(directory: Path, variables: Variables) -> None:
+    """Raises ValueError if a parameter is NaN or infinite; the message names the array."""
+    name = non_finite(variables)
+    if name:
+        raise ValueError(
+            f'{directory}: {name} holds numbers that are not finite; use another policy, for this '
+            'one can answer nothing'
+        )

@@ -1,15 +1,19 @@
 """One training on disk, from its first update to its last: checkpoints, metrics and samples."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jax import Array
 
-from spg_jax.runs.checkpoints import RunCheckpoints, abstract
+from spg_jax.process import distributed
+from spg_jax.runs.checkpoints import Record, RunCheckpoints, abstract
 from spg_jax.runs.metrics import MetricsWriter, SampleWriter
+from spg_jax.runs.wandb_log import open_wandb
 
 
 class Run:
@@ -23,28 +27,32 @@ class Run:
       directory: where everything is written.
       step: updates done so far.
       record: JSON values that come back with the newest checkpoint; {} in a new training.
+      resumes: whether there are checkpoints to go on from.
     """
 
-    def __init__(self, directory: Path, keep: int, wandb: str = ''):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        wandb: str = '',
+        settings: dict[str, Any] | None = None,
+    ):
         """Looks for the newest checkpoint.
 
         Args:
           directory: of the training.
           keep: newest checkpoints that are kept.
           wandb: project of Weights & Biases to log to as well; '' logs to none.
+          settings: every setting of the training, for Weights & Biases.
         """
         self.directory = directory
         self._started = time.monotonic()
         self._checkpoints = RunCheckpoints(directory / 'checkpoints', keep)
-        self.step = self._first_step = self._checkpoints.latest_step or 0
-        self.record: dict[str, Any] = self._checkpoints.record() if self.step else {}
-        self._seconds_before = self.record.get('seconds', 0.0)
-        self._wandb = wandb
-
-    @property
-    def resumes(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self._first_step > 0
+        self.resumes = bool(self._checkpoints.steps())
+        self.record = self._newest_record()
+        self.step = self._first_step = 0
+        self._seconds_before = 0.0
+        self._wandb, self._settings = wandb, settings or {}
 
     @property
     def seconds(self) -> float:
@@ -56,13 +64,22 @@ class Run:
         """The newest metrics of an update; {} before the first."""
         return self._metrics.last_row
 
-    def restore(self, arrays: Any) -> Any:
-        """The arrays of the newest checkpoint, in the shapes and shardings of `arrays`.
+    def restore(self, arrays_of: Callable[[Record], Any]) -> Any:
+        """Goes on from the newest checkpoint that is whole, and returns its arrays.
+
+        Args:
+          arrays_of: gives arrays of the same shapes and types for a record; the checkpoint is
+            placed on devices as they are, whatever the mesh was that wrote it.
 
         Raises:
-          ValueError: the checkpoint does not fit or is damaged; names its directory.
+          ValueError: no checkpoint is whole or fits; the message names a directory.
         """
-        return self._checkpoints.restore(abstract(arrays))
+        step, arrays, self.record = self._checkpoints.load_newest(
+            lambda record: abstract(arrays_of(record))
+        )
+        self.step = self._first_step = step
+        self._seconds_before = self.record['seconds']
+        return arrays
 
     def push(self, metrics: Mapping[str, tuple[Array, Array]]) -> None:
         """Counts an update that was just dispatched and writes the metrics of the one before."""
@@ -96,19 +113,30 @@ class Run:
         self.flush()
         self.record |= record | {'seconds': self.seconds, 'last_row': self.last_row}
         self._checkpoints.save(self.step, arrays, self.record)
+        self._metrics.flush_events()
 
     def close(self) -> None:
         """Finishes all files."""
         self._metrics.close()
-        self._checkpoints.close()
+
+    def _newest_record(self) -> Record:
+        """The record of the newest checkpoint whose record can be read; {} if there is none."""
+        for step in reversed(self._checkpoints.steps()):
+            with contextlib.suppress(ValueError):  # `restore` says what is wrong with it
+                return self._checkpoints.record(step)
+        return {}
 
     @functools.cached_property
     def _metrics(self) -> MetricsWriter:
         """Opened at the first row, so that a start that fails before it changes no file."""
+        log = None
+        if self._wandb and distributed.is_leader():
+            run_id = self.record.setdefault('wandb_id', uuid.uuid4().hex[:12])
+            log = open_wandb(self._wandb, self.directory, run_id, self._settings)
         return MetricsWriter(
             self.directory,
-            self._first_step if self.resumes else -1,
+            self._first_step if self._first_step else -1,
             self.record.get('last_row'),
-            wandb=self._wandb,
+            wandb=log,
             seconds=self.seconds,
         )

@@ -36,6 +36,7 @@ def digest_arrays(tree: Any) -> str:
 def non_finite(tree: Any) -> str:
     """Names the first array of a pytree that holds NaN or an infinity; '' if there is none."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf[1].dtype, jnp.floating)]
     finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
     for (path, _), is_finite in zip(leaves, finite, strict=True):
         if not is_finite:

@@ -149,7 +149,7 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
         largest.write_bytes(largest.read_bytes()[:100])
     else:
         (directory / 'params').rename(directory / 'other')
-    with pytest.raises(ValueError, match='params cannot be restored') as error:
+    with pytest.raises(ValueError, match='params cannot be read') as error:
         policies.load_policy(directory, mesh_of())
     assert '\n' not in str(error.value)
 

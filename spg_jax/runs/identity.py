@@ -1,0 +1,100 @@
+"""What makes two trainings the same: settings that change what is learned, and files they name."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from spg_jax.runs import policies
+
+Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
+
+# Settings that change how a training computes and what it keeps, and not what it learns. A training
+# may go on with other values of them, for example on another machine.
+FREE = frozenset(
+    {
+        *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+        *('rl.microbatch', 'rl.generation_batch', 'rl.draws_per_pass', 'evaluation.batch'),
+        *('model.remat', 'model.scan_unroll', 'model.attention'),
+        *('sampling.prompt_buckets', 'task.data_dir', 'base.cache'),
+        *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),
+    }
+)
+GROWING = frozenset({'train.steps'})  # A training may be made longer, and not shorter.
+FILES = 'files'  # the group in which the digests of files are compared
+
+WHOLE = 64 * 2**20  # bytes up to which a file is digested as a whole
+SAMPLE, SAMPLES = 2**20, 64  # bytes of a part of a larger file, and how many of them are digested
+
+
+def changed_settings(
+    workdir: Path, saved: Settings, wanted: Settings, config_name: str
+) -> list[str]:
+    """The settings in which a training differs from its saved ones, in words.
+
+    Raises:
+      ValueError: a setting differs that changes what is learned; the message names the first.
+    """
+    changes = []
+    for group in wanted:
+        if group == FILES and group not in saved:
+            continue
+        for name, value in wanted[group].items():
+            key, old = f'{group}.{name}', saved.get(group, {}).get(name)
+            if old == value:
+                continue
+            if key not in FREE and not (key in GROWING and old is not None and value > old):
+                what = f'another {name}' if group == FILES else f'{key} {old!r}'
+                asked = '' if group == FILES else f', asked for {value!r}'
+                raise ValueError(
+                    f'{workdir} holds a training with {what}{asked}; use another --workdir, or '
+                    f'the settings in its {config_name}'
+                )
+            changes.append(f'{key} {value} instead of {old}')
+    return changes
+
+
+def digest_files(
+    config: ml_collections.ConfigDict, policy_at: Callable[[Path], Path]
+) -> dict[str, str]:
+    """A digest of each file or directory that the settings name, by the name of the setting.
+
+    Args:
+      config: of a training.
+      policy_at: finds the directory of a policy in that of a run.
+    """
+    digests = {}
+    if config.task.prompt_template:
+        digests['task.prompt_template'] = digest_path(Path(config.task.prompt_template))
+    if config.base.checkpoint:
+        directory = policy_at(Path(config.base.checkpoint))
+        digests['base.checkpoint'] = digest_path(directory)
+        if policies.is_policy(directory) and policies.base_of(directory) != directory:
+            digests['base of base.checkpoint'] = digest_path(policies.base_of(directory))
+    if config.lora.adapter:
+        digests['lora.adapter'] = digest_path(Path(config.lora.adapter))
+    return digests
+
+
+def digest_path(path: Path) -> str:
+    """A digest of a file, or of all files in a directory, that changes with their contents.
+
+    Of files above WHOLE bytes it reads SAMPLES parts, the first and the last among them, because
+    reading the weights of a large model takes minutes. '' if there is nothing.
+    """
+    digest = hashlib.sha256()
+    files = sorted(path.rglob('*')) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f'{file.relative_to(path) if file != path else ""} {size}\n'.encode())
+        with file.open('rb') as opened:
+            if size <= WHOLE:
+                digest.update(opened.read())
+                continue
+            for number in range(SAMPLES):
+                opened.seek((size - SAMPLE) * number // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest() if files else ''

@@ -1,0 +1,192 @@
+"""Checkpoints are believed only if they are whole: flipped bits and damage of every kind."""
+
+import itertools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from spg_jax import sharding
+from spg_jax.runs.checkpoints import RunCheckpoints, abstract
+from tests.meshes import mesh_of
+
+
+def arrays_of(step, mesh=None):
+    """Arrays that compress badly, so that most bytes of a checkpoint are values."""
+    rng = np.random.default_rng(step)
+    arrays = {'kernel': rng.normal(size=(8, 64)).astype(np.float32), 'step': np.int32(step)}
+    placed = sharding.replicated(mesh or mesh_of())
+    return jax.tree.map(lambda x: jax.device_put(x, placed), arrays)
+
+
+def record_of(step):
+    return {'seconds': 1.5 * step, 'last_row': {'step': step}}
+
+
+def target(record, mesh=None):
+    return abstract(arrays_of(0, mesh))
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """Checkpoints of steps 4 and 8; tests damage copies of them."""
+    directory = tmp_path_factory.mktemp('whole') / 'checkpoints'
+    checkpoints = RunCheckpoints(directory, keep=2)
+    for step in (2, 4, 8):
+        checkpoints.save(step, arrays_of(step), record_of(step))
+    return directory
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'checkpoints')
+    return tmp_path / 'checkpoints'
+
+
+def check_loaded(directory, step):
+    found_step, arrays, record = RunCheckpoints(directory, keep=2).load_newest(target)
+    assert found_step == step and record == record_of(step)
+    jax.tree.map(assert_array_equal, arrays, arrays_of(step))
+
+
+def test_the_newest_are_kept_and_come_back(whole):
+    assert RunCheckpoints(whole, keep=2).steps() == [4, 8]
+    check_loaded(whole, 8)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
+def test_a_checkpoint_comes_back_on_another_mesh(whole, sizes):
+    mesh = mesh_of(*sizes)
+    _, arrays, _ = RunCheckpoints(whole, keep=2).load_newest(lambda record: target(record, mesh))
+    assert arrays['kernel'].sharding.mesh.size == 8
+    assert_array_equal(arrays['kernel'], arrays_of(8)['kernel'])
+
+
+def test_every_flipped_bit_is_noticed(whole, tmp_path):
+    """Either the checkpoint is refused, or what comes back is right to the last bit, as it is where
+    the bit belongs to a file that nothing reads."""
+    rng, refused = np.random.default_rng(0), 0
+    files = [path for path in sorted((whole / '8').rglob('*')) if path.stat().st_size]
+    files = [path for path in files if path.is_file()]
+    for trial in range(40):
+        copy = tmp_path / str(trial)
+        shutil.copytree(whole / '8', copy / '8')
+        file = copy / '8' / files[trial % len(files)].relative_to(whole / '8')
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        try:
+            arrays, record = RunCheckpoints(copy, keep=2).load(8, target)
+        except ValueError as error:
+            assert '\n' not in str(error)
+            refused += 1
+            continue
+        assert record == record_of(8)
+        jax.tree.map(assert_array_equal, arrays, arrays_of(8))
+    assert refused >= 15
+
+
+def largest_file(path):
+    files = [file for file in path.rglob('*') if file.is_file()]
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def cut(path):
+    largest_file(path).write_bytes(largest_file(path).read_bytes()[:100])
+
+
+def empty_files(path):
+    for file in path.rglob('*'):
+        if file.is_file():
+            file.write_bytes(b'')
+
+
+def empty_directory(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def other_arrays(path):
+    """The arrays of another step under the metadata of this one: all files are whole."""
+    shutil.rmtree(path / 'state')
+    shutil.copytree(path.parent / '4' / 'state', path / 'state')
+
+
+def no_digests(path):
+    metadata = path / '_CHECKPOINT_METADATA'
+    metadata.write_text(metadata.read_text().replace('"digest"', '"other"'))
+
+
+def other_record(path):
+    metadata = path / '_CHECKPOINT_METADATA'
+    assert '12.0' in metadata.read_text()
+    metadata.write_text(metadata.read_text().replace('12.0', '13.0'))
+
+
+DAMAGE = {
+    'a file is cut': cut,
+    'files are empty': empty_files,
+    'the directory is empty': empty_directory,
+    'the metadata is gone': lambda path: (path / '_CHECKPOINT_METADATA').unlink(),
+    'the metadata is no JSON': lambda path: (path / '_CHECKPOINT_METADATA').write_text('{'),
+    'the metadata is a list': lambda path: (path / '_CHECKPOINT_METADATA').write_text('[]'),
+    'the state is gone': lambda path: shutil.rmtree(path / 'state'),
+    'the description of the tree is gone': lambda path: (path / 'state' / '_METADATA').unlink(),
+    'the largest file is gone': lambda path: largest_file(path / 'state').unlink(),
+    'the largest file is noise': lambda path: largest_file(path / 'state').write_bytes(b'x' * 999),
+    'the arrays are those of another step': other_arrays,
+    'the record is another one': other_record,
+    'there are no digests': no_digests,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_newest_falls_back_and_is_set_aside(copied, capsys, damage):
+    DAMAGE[damage](copied / '8')
+    check_loaded(copied, 4)
+    line = capsys.readouterr().out.rstrip('\n')
+    assert '\n' not in line and str(copied / '8') in line
+    assert line.endswith('set aside as 8.damaged, going on from step 4')
+    assert (copied / '8.damaged').is_dir() and not (copied / '8').exists()
+    # Another one of the same step goes to another place, and saving deletes neither.
+    checkpoints = RunCheckpoints(copied, keep=1)
+    checkpoints.save(8, arrays_of(8), record_of(8))
+    DAMAGE[damage if damage != 'the arrays are those of another step' else 'a file is cut'](
+        copied / '8'
+    )
+    with pytest.raises(ValueError, match='no older checkpoint is whole either') as error:
+        checkpoints.load_newest(target)
+    assert '\n' not in str(error.value)
+    assert (copied / '8').is_dir() and (copied / '8.damaged').is_dir()
+
+
+def test_a_save_that_cannot_be_read_back_does_not_count(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, arrays_of(1), record_of(1))
+    digests = itertools.count()
+    monkeypatch.setattr('spg_jax.runs.checkpoints.digest_arrays', lambda arrays: str(next(digests)))
+    with pytest.raises(OSError, match='2 could not be saved .*not those that were saved'):
+        checkpoints.save(2, arrays_of(2), record_of(2))
+    monkeypatch.undo()
+    assert checkpoints.steps() == [1, 2]  # the older one stays
+
+
+def test_what_a_cut_save_left_is_cleared(tmp_path):
+    unfinished = tmp_path / '3.orbax-checkpoint-tmp-17'
+    unfinished.mkdir()
+    assert RunCheckpoints(tmp_path, keep=1).steps() == []
+    assert not unfinished.exists()
+
+
+def test_the_target_is_made_from_the_record(whole):
+    seen = []
+
+    def target_of(record):
+        seen.append(record)
+        return abstract({'kernel': jnp.zeros((8, 64)), 'step': jnp.int32(0)})
+
+    RunCheckpoints(whole, keep=2).load(4, target_of)
+    assert seen == [record_of(4)]

@@ -1,0 +1,114 @@
+"""Which settings a training may go on with, and that the contents of files belong to it."""
+
+import json
+
+import pytest
+
+from configs import countdown
+from spg_jax.runs.directory import claimed, identity
+from spg_jax.runs.identity import FREE, GROWING, changed_settings, digest_path
+
+pytestmark = pytest.mark.fast
+
+
+def saved(config):
+    return json.loads(json.dumps(identity(config)))
+
+
+def started(workdir, config):
+    """A training that got as far as a checkpoint."""
+    with claimed(workdir, identity(config)):
+        (workdir / 'checkpoints' / '4').mkdir(parents=True)
+
+
+def test_every_free_setting_exists():
+    config = countdown.get_config('tiny')
+    for key in FREE | GROWING:
+        group, name = key.split('.')
+        assert name in config[group]
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [('mesh.data', 2), ('rl.microbatch', 8), ('train.steps', 9)]
+)
+def test_a_training_goes_on_elsewhere_and_further_and_says_so(tmp_path, capsys, key, value):
+    config = countdown.get_config('tiny')
+    started(tmp_path, config)
+    old = config.to_dict()
+    group, name = key.split('.')
+    config[group][name] = value
+    with claimed(tmp_path, identity(config)):
+        pass
+    line = f'{tmp_path}: going on with {key} {value} instead of {old[group][name]}\n'
+    assert capsys.readouterr().out == line
+    assert json.loads((tmp_path / 'config.json').read_text())[group][name] == value
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [('rl.beta', 2.0), ('train.steps', 4), ('train.seed', 1), ('rl.group_size', 4)],
+)
+def test_what_changes_what_is_learned_is_refused(tmp_path, key, value):
+    config = countdown.get_config('tiny')
+    started(tmp_path, config)
+    group, name = key.split('.')
+    config[group][name] = value
+    with pytest.raises(ValueError, match=f'holds a training with {key} ') as error:
+        with claimed(tmp_path, identity(config)):
+            pass
+    assert '\n' not in str(error.value)
+
+
+def test_a_finished_training_answers_only_to_its_own_settings(tmp_path):
+    """Its checkpoints may be gone."""
+    config = countdown.get_config('tiny')
+    with claimed(tmp_path, identity(config)):
+        pass
+    config.rl.beta = 3.0
+    with pytest.raises(ValueError, match='rl.beta'):
+        with claimed(tmp_path, identity(config), finished=True):
+            pass
+    with claimed(tmp_path, identity(config)):  # never got as far as a checkpoint
+        pass
+
+
+def test_other_contents_of_a_named_file_are_refused(tmp_path):
+    config = countdown.get_config('tiny')
+    wording = tmp_path / 'wording.txt'
+    wording.write_text('{numbers} = {target} :')
+    config.task.prompt_template = str(wording)
+    started(tmp_path / 'run', config)
+    wording.write_text('= {target} {numbers} :')
+    with pytest.raises(ValueError, match='holds a training with another task.prompt_template;'):
+        with claimed(tmp_path / 'run', identity(config)):
+            pass
+
+
+def test_a_digest_of_a_directory_depends_on_names_and_contents(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'x').write_bytes(b'1')
+    first = digest_path(tmp_path / 'a')
+    (tmp_path / 'a' / 'y').write_bytes(b'')
+    second = digest_path(tmp_path / 'a')
+    (tmp_path / 'a' / 'x').write_bytes(b'2')
+    assert len({first, second, digest_path(tmp_path / 'a')}) == 3
+    assert digest_path(tmp_path / 'nothing') == ''
+
+
+def test_ends_of_large_files_count(tmp_path, monkeypatch):
+    monkeypatch.setattr('spg_jax.runs.identity.WHOLE', 10)
+    monkeypatch.setattr('spg_jax.runs.identity.SAMPLE', 4)
+    content, digests = bytearray(1000), set()
+    for place in (None, 0, 999):
+        changed = content.copy()
+        if place is not None:
+            changed[place] = 1
+        (tmp_path / 'large').write_bytes(changed)
+        digests.add(digest_path(tmp_path / 'large'))
+    assert len(digests) == 3
+
+
+def test_a_config_of_before_there_were_digests_of_files_goes_on():
+    config = countdown.get_config('tiny')
+    old = {group: settings for group, settings in saved(config).items() if group != 'files'}
+    assert changed_settings('DIR', old, saved(config), 'config.json') == []
