@@ -27,7 +27,8 @@ def default_config() -> ml_collections.ConfigDict:
             format='compact',  # compact | published_train (evaluated as published_eval)
             prompt_template='',  # file with the wording of the prompt; '' is our own
             shots=0,  # worked examples in the prompt; published Sudoku has up to 3, others none
-            rules='released',  # of the reward: released | mended (math500, see its task.py)
+            rules='released',  # of reward and score: released | mended, see docs/scoring.md
+            fields='',  # keys of given files, such as 'question:problem,answer:solution'; '' usual
             data_dir='data',  # where problems are kept, and given files of them looked for
         ),
         data=c(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spg_jax import score
-from spg_jax.tasks.math500 import judge
+from spg_jax.tasks import judge
 
 FIXTURES = Path(__file__).parent / 'tasks'
 COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
@@ -100,11 +100,11 @@ def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
     record = {'question': '', 'ground_truth': '4'}
     texts = ['right', 'hang', 'right', 'raise', 'die', 'right', 'wrong']
     path.write_text('\n'.join(json.dumps(record | {'completion': text}) for text in texts))
-    judge._worker.cache_clear()
+    judge._judges.cache_clear()
     figures = score.score('math500', [str(path)], 'math-verify')
     assert (figures['correct'], figures['total']) == (3, 7)
     assert figures['scorer'] == 'math-verify'
-    judge._worker.cache_clear()
+    judge._judges.cache_clear()
 
 
 @pytest.mark.parametrize('path', [COUNTDOWN, GSM8K, MATH500, SUDOKU], ids=lambda path: path.stem)
@@ -185,7 +185,12 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', COUNTDOWN], 'found question'),
-        (['--task=gsm8k', '--judge=math-verify', GSM8K], 'is for --task=math500, not gsm8k'),
+        (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),
+        (['--task=countdown', COUNTDOWN, COUNTDOWN], 'the same file as'),
+        (['task=countdown', COUNTDOWN], 'did you mean --task=countdown?'),
+        (['--task=countdown', '--fields=answer:x', COUNTDOWN], '--fields is'),
+        (['--tusk=countdown', COUNTDOWN], "Unknown command line flag 'tusk'"),
+        (['--task=countdown', '--rules=new', COUNTDOWN], 'flag --rules=new'),
         (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
     ],
 )
