@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scoring
 from spg_jax import tasks
 from spg_jax.tasks import judge
 
@@ -81,3 +82,9 @@ def test_command(name, tmp_path):
             assert figures['total'] == int(expected.removeprefix('total '))
         else:
             assert expected == 'as from a file' and figures['total'] == 1
+
+
+def test_the_page_shows_the_table_that_its_command_makes():
+    pytest.importorskip('math_verify')
+    page = (FAULTS.parents[2] / 'docs' / 'scoring.md').read_text(encoding='utf-8')
+    assert page.endswith(f'\n{scoring.table(FAULTS)}\n')

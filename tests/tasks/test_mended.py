@@ -234,6 +234,7 @@ def test_gsm8k(truth, answer, right):
     ],
 )
 def test_math500(truth, answer, right):
+    """Fault F50 is among these: `6=5`, `5\\text{ or 6}`, even for odd, and nothing for odd."""
     assert verdict('math500', truth, rf'<answer>\boxed{{{answer}}}</answer>') == right
     assert verdict('math500', truth, f'<answer>{answer}</answer>') == right
     assert verdict('math500', truth, rf'\boxed{{1}}, no, \boxed{{{answer}}}') == right
@@ -283,6 +284,7 @@ def test_an_answer_has_to_be_given_once(name, truth, answer):
     ],
 )
 def test_sudoku(answer, right_cells):
+    """Fault F51 is the sentence whose words hold the digits, and the grid with other clues."""
     for format in tasks.TASKS['sudoku'].formats:
         task = tasks.get('sudoku', format, rules='mended')
         example = task.read_record(PUZZLE, SOLUTION)

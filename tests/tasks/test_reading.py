@@ -194,6 +194,14 @@ def test_own_keys(tmp_path, name, fields, record, problem):
     assert problems(name, path, fields) == [problem, problem]
 
 
+def test_a_misspelt_key_of_the_answer_is_no_box_of_the_solution(tmp_path):
+    record = {'problem': 'q', 'label': '5', 'solution': r'\boxed{6}'}
+    path = written(tmp_path / 'a.jsonl', json.dumps(record))
+    with pytest.raises(ValueError, match='a.jsonl:1: found'):
+        problems('math500', path, 'answer:lable')
+    assert problems('math500', path, 'answer:label')[0]['answer'] == '5'
+
+
 @pytest.mark.parametrize('fields', ['question', 'question:', ':q', 'goal:q', 'question=q'])
 def test_wrong_own_keys(fields):
     with pytest.raises(ValueError, match='task.fields is .* use pairs such as question:KEY') as e:
@@ -202,6 +210,7 @@ def test_wrong_own_keys(fields):
 
 
 def test_sudoku_blanks_are_points_or_zeros(tmp_path):
+    """The table starts with a byte order mark, as in fault F64."""
     puzzle, solution = SUDOKU
     rows = f'{puzzle.replace("0", ".")},{solution}\n{puzzle},{solution}\n'
     path = written(tmp_path / 'a.csv', f'{BOM}Puzzle,Solution\n{rows}')
@@ -259,6 +268,7 @@ def test_an_error_names_the_file(tmp_path, text, message):
 
 
 def test_a_template_loses_its_byte_order_mark(tmp_path):
+    """Fault F65."""
     path = written(tmp_path / 'prompt.txt', f'{BOM}Make {{target}} from {{numbers}}.\r\nAnswer:')
     task = tasks.get('countdown', prompt_template=str(path))
     assert task.prompt({'numbers': [1, 2], 'target': 3}) == 'Make 3 from 2 1.\nAnswer:'
