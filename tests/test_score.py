@@ -100,11 +100,11 @@ def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
     record = {'question': '', 'ground_truth': '4'}
     texts = ['right', 'hang', 'right', 'raise', 'die', 'right', 'wrong']
     path.write_text('\n'.join(json.dumps(record | {'completion': text}) for text in texts))
-    judge._judges.cache_clear()
+    judge._judge.cache_clear()
     figures = score.score('math500', [str(path)], 'math-verify')
     assert (figures['correct'], figures['total']) == (3, 7)
     assert figures['scorer'] == 'math-verify'
-    judge._judges.cache_clear()
+    judge._judge.cache_clear()
 
 
 @pytest.mark.parametrize('path', [COUNTDOWN, GSM8K, MATH500, SUDOKU], ids=lambda path: path.stem)

@@ -6,11 +6,14 @@ math-verify has slips of its own, and `_settled` and `_numerically_equal` keep i
 were reported (huggingface/Math-Verify#14, #21; open-compass/opencompass#2647).
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import multiprocessing
+import os
 import re
+import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -78,14 +81,12 @@ def agrees(reference: str, completion: str) -> bool:
         return False
     reference = mended.without_thousands(reference.strip())
     if answer is None:
-        return _judges().agrees(f'${reference}$', tail)
+        return _judge().agrees(f'${reference}$', tail)
     answer = mended.without_thousands(answer.strip().strip('$'))
     if len(answer) > LONGEST_BOX or not answer:
         return False
     verdict = _settled(reference, answer)
-    return (
-        _judges().agrees(f'${reference}$', f'\\boxed{{{answer}}}') if verdict is None else verdict
-    )
+    return _judge().agrees(f'${reference}$', f'\\boxed{{{answer}}}') if verdict is None else verdict
 
 
 def _settled(reference: str, answer: str) -> bool | None:
@@ -107,80 +108,90 @@ def _settled(reference: str, answer: str) -> bool | None:
     return None
 
 
-class _Judges:
-    """Two judging processes: one judges, and the other is ready to take over if it has to end.
+class _Judge:
+    """The judging process. If it takes too long, it is ended and the completion counts as wrong.
 
-    The package takes seconds to import. A completion that makes the judging process hang must not
-    let the next one wait for that as well.
+    The process is a copy of one that has imported the package, which takes seconds: a completion
+    that makes it hang must not let the next one wait for that as well.
     """
-
-    def __init__(self) -> None:
-        self._current, self._spare = _Process(), None
-
-    def agrees(self, reference: str, completion: str) -> bool:
-        """Whether math-verify finds the reference; a process that takes too long says no."""
-        self._current.wait_until_ready()
-        if self._spare is None:
-            self._spare = _Process()
-        verdict = self._current.verdict(reference, completion)
-        if verdict is None:
-            self._current.end()
-            self._current, self._spare = self._spare, _Process()
-        return bool(verdict)
-
-
-class _Process:
-    """One process that judges. It is started without waiting for what it imports."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context('spawn')
         self._pipe, worker_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(worker_end,), daemon=True)
         self._process.start()
-        self._ready = False
         worker_end.close()
+        self._copy = 0  # the process identifier of the copy, 0 before it is known
 
-    def wait_until_ready(self) -> None:
-        """Waits for the imports, which must not count as a slow verdict."""
-        if self._ready:
-            return
-        try:
-            self._ready = self._pipe.poll(START_TIMEOUT) and self._pipe.recv()
-        except (EOFError, OSError):
-            pass
-        if not self._ready:
-            raise ValueError(f'{NAME} does not start; try `python -c "import math_verify"`')
+    def agrees(self, reference: str, completion: str) -> bool:
+        """Whether math-verify finds the reference in the completion, within the time allowed.
 
-    def verdict(self, reference: str, completion: str) -> bool | None:
-        """Returns the verdict, or None if there is none in time or the process dies."""
+        Raises:
+          ValueError: the package cannot be imported, or somebody has ended its process.
+        """
+        self._wait_until_ready()
         try:
             self._pipe.send((reference, completion))
-            return self._pipe.recv() if self._pipe.poll(TIMEOUT) else None
-        except (EOFError, OSError):
-            return None
+            answer = self._pipe.recv() if self._pipe.poll(TIMEOUT) else None
+        except (EOFError, OSError):  # Not the copy but the process that makes copies has ended.
+            raise ValueError(f'the process of {NAME} has been ended; run again') from None
+        if isinstance(answer, bool):
+            return answer
+        if answer is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._copy, signal.SIGKILL)
+        # The identifier of a new copy in place of a verdict says that the text made the last one
+        # die.
+        self._copy = answer or 0
+        return False
 
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
+    def _wait_until_ready(self) -> None:
+        """Waits for a copy; a slow import must not count as a slow verdict."""
+        while not self._copy:
+            try:
+                answer = self._pipe.recv() if self._pipe.poll(START_TIMEOUT) else None
+            except (EOFError, OSError):
+                answer = None
+            if answer is None:
+                raise ValueError(f'{NAME} does not start; try `python -c "import math_verify"`')
+            # A verdict that came too late may stand before the identifier.
+            self._copy = 0 if isinstance(answer, bool) else answer
 
 
 @functools.cache
-def _judges() -> _Judges:
-    return _Judges()
+def _judge() -> _Judge:
+    return _Judge()
 
 
 def _serve(pipe: Connection) -> None:
-    """Answers (reference, completion) pairs until the other end of the pipe is closed."""
+    """Keeps one copy of this process that judges, until the other end of the pipe is closed."""
     import math_verify
 
     logging.disable()  # math-verify would log each text that it cannot read.
     # The first call imports the rest of the package.
     math_verify.parse('$1$', parsing_timeout=None)
-    pipe.send(True)
+    while True:
+        copy = os.fork()
+        if not copy:
+            status = 1
+            try:
+                pipe.send(os.getpid())
+                _judge_all(pipe)
+                status = 0
+            finally:
+                os._exit(status)
+        if os.waitpid(copy, 0)[1] == 0:
+            return
+
+
+def _judge_all(pipe: Connection) -> None:
+    """Answers (reference, completion) pairs until the other end of the pipe is closed."""
+    import math_verify
+
     while True:
         try:
             reference, completion = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             # math-verify's own limit of 5 seconds is off: a busy machine needs longer even for 1/2.
@@ -188,7 +199,7 @@ def _serve(pipe: Connection) -> None:
                 math_verify.parse(text, parsing_timeout=None) for text in (reference, completion)
             )
             verdict = bool(math_verify.verify(gold, answer, timeout_seconds=None))
-            verdict = verdict and _numerically_equal(gold, answer)
+            verdict = bool(verdict and _numerically_equal(gold, answer))
         except Exception:  # Hostile text makes it raise errors of many classes.
             verdict = False
         pipe.send(verdict)

@@ -98,9 +98,9 @@ def test_gsm8k(judged, reference, completion, right):
     assert judged('gsm8k', reference, completion) == right
 
 
-def test_no_completion_takes_more_than_five_seconds(judged, monkeypatch):
+def test_no_completion_takes_more_than_five_seconds(judged):
     """The limit holds for one hostile completion after another, and good ones between them."""
-    monkeypatch.setattr(judge, 'TIMEOUT', 2.0)  # The time to start a process is not scaled down.
+    assert judge.TIMEOUT <= 4
     for box in (r'10!!!!!', '9^{9^{9^{9}}}', '5', r'\frac{' * 400, '9' * 100_000, '(' * 1000, '5'):
         started = time.monotonic()
         assert judged('math500', '5', rf'\boxed{{{box}}}') == (box == '5')
