@@ -164,7 +164,12 @@ def model_of(
 def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:
     settings = config.task
     return tasks.get(
-        settings.name, format, settings.prompt_template, settings.shots, settings.rules
+        settings.name,
+        format,
+        settings.prompt_template,
+        settings.shots,
+        settings.rules,
+        settings.fields,
     )
 
 

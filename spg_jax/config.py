@@ -29,8 +29,9 @@ def default_config() -> ml_collections.ConfigDict:
             format='compact',  # the format of prompts and answers: compact or published_train
             prompt_template='',  # a file with the wording of the prompt; '' uses our wording
             shots=0,  # worked examples in each prompt: 0 to 3 in published Sudoku, 0 elsewhere
-            # In the released rewards of math500 some rules are mistaken; see tasks/math500/task.py.
-            rules='released',  # the rules of the reward: released, or mended (math500 only)
+            rules='released',  # rules of reward and score: released or mended (docs/scoring.md)
+            # For example 'question:problem,answer:solution', where a file calls a question problem.
+            fields='',  # the keys that files of problems use; '' expects the usual ones
             data_dir='data',  # the folder of the problems, also searched for published files
         ),
         data=c(

@@ -2,77 +2,81 @@
 
 python -m spg_jax.score --task=countdown FILE...    # scores completions
 python -m spg_jax.score --verify FILE               # reproduces the verdicts that a file holds
+python -m spg_jax.score --task=gsm8k --rules=mended FILE...          # rules of docs/scoring.md
 python -m spg_jax.score --task=math500 --judge=math-verify FILE...   # a better judge, extra 'math'
 
-A FILE holds one JSON object a line, {question, ground_truth, completion}, or it is one JSON
-document as the published evaluation writes it, {"generations": [{question, ground_truth,
-generations}, ...]}. The last line printed is one JSON object; accuracies in it are fractions.
+A FILE or pipe holds records with question, ground_truth and completion, as JSON lines, as a JSON
+list, as a table or as Parquet, or it is one JSON document as the published evaluation writes it,
+{"generations": [{question, ground_truth, generations}, ...]}. Other keys are named by
+--fields=completion:KEY,ground_truth:KEY. The last line printed is one JSON object; accuracies in it
+are fractions.
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags
 
 from spg_jax import tasks
+from spg_jax.tasks import judge as math_verify
 from spg_jax.tasks import reading
-from spg_jax.tasks.math500 import judge as math_verify
-from spg_jax.tasks.task import Example, Score, Task
+from spg_jax.tasks.task import RULES, Example, Score, Task
 
 FORMAT = 'published_eval'  # the format whose scorer is the published one
 SHOWN = 5  # disagreements printed
-
-_TASK = flags.DEFINE_string('task', None, f'task of the completions: {", ".join(tasks.TASKS)}')
-_JUDGE = flags.DEFINE_enum(
-    'judge',
-    'published',
-    ['published', math_verify.NAME],
-    f'scorer that judges; {math_verify.NAME} judges MATH500 only',
-)
-_VERIFY = flags.DEFINE_string('verify', None, 'file with completions and verdicts to reproduce')
+COLUMNS = {
+    'question': ('question',),
+    'ground_truth': ('ground_truth',),
+    'completion': ('completion', 'generations'),
+}
+USAGE = 'expected --task=NAME FILE... or --verify FILE, and nothing else'
 
 
-def read(path: str) -> Iterator[tuple[str, Any, str]]:
-    """Yields (its place in the file, record, key of its completion) for every completion.
+def define_flags() -> None:
+    """Defines the flags of this command; a mere import of this module defines none."""
+    flags.DEFINE_string('task', None, f'task of the completions: {", ".join(tasks.TASKS)}')
+    flags.DEFINE_enum(
+        'judge',
+        'published',
+        ['published', math_verify.NAME],
+        f'scorer that judges; {math_verify.NAME} judges MATH500 and GSM8K only',
+    )
+    flags.DEFINE_enum('rules', 'released', RULES, 'rules of the scorer; see docs/scoring.md')
+    flags.DEFINE_string('fields', '', 'keys of the files, such as completion:output,question:q')
+    flags.DEFINE_string('verify', None, 'file with completions and verdicts to reproduce')
+
+
+def read(path: str, columns: reading.Columns = COLUMNS) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yields (its place in the file, record) for every completion; reads the file once.
 
     Raises:
       ValueError: the file cannot be read, the file is empty, or a line is not JSON.
     """
-    document = _document(path)
-    if document is None:
-        yield from ((where, record, 'completion') for where, record in reading.json_lines(path))
-        return
-    if not isinstance(document, list) or not document:
-        raise ValueError(
-            f'{path}: generations is {reading.shown(document)}, expected a list of completions'
-        )
-    for index, record in enumerate(document):
-        yield f'{path}: generations[{index}]', record, 'generations'
+    return reading.records(path, columns, list_key='generations')
 
 
-def _document(path: str) -> Any:
-    """Returns the value of 'generations' if the whole file is one such document, else None."""
-    try:
-        document = reading.parse_json(reading.read_text(path), path)
-    except reading.NotJson:
-        return None
-    return document.get('generations') if isinstance(document, dict) else None
+def judge(task: Task, record: Any, where: str, columns: reading.Columns = COLUMNS) -> Score:
+    """Returns the verdict on one record with the keys `columns`.
 
-
-def judge(task: Task, record: Any, completion: str, where: str) -> Score:
-    """Returns the verdict on one record, whose completion is under the key `completion`."""
-    try:
-        question, truth, text = (record[key] for key in ('question', 'ground_truth', completion))
-    except (KeyError, TypeError):
-        raise ValueError(
-            f'{where}: found {reading.shown(record)}, '
-            f'expected question, ground_truth and {completion}'
-        ) from None
+    Raises:
+      ValueError: a value is missing or wrong; the message names the place `where`.
+    """
+    for keys in columns.values():
+        # A ground truth of null is a value; it stands for a reference that could not be read.
+        if not any(key in record for key in keys) and reading.pick(record, keys) is None:
+            raise ValueError(
+                f'{where}: found {reading.shown(record)}, '
+                f'expected {", ".join(keys[0] for keys in columns.values())}'
+            )
+    question, truth, text = (reading.pick(record, keys) for keys in columns.values())
     if not isinstance(text, str):
-        raise ValueError(f'{where}: {completion} is {reading.shown(text)}, expected text')
+        key = next((key for key in columns['completion'] if key in record), 'completion')
+        raise ValueError(f'{where}: {key} is {reading.shown(text)}, expected text')
     try:
         example: Example = task.read_record(question, truth)
     except ValueError as error:
@@ -80,25 +84,50 @@ def judge(task: Task, record: Any, completion: str, where: str) -> Score:
     return task.score(text, example)
 
 
-def score(name: str, paths: Sequence[str], judged_by: str = 'published') -> dict[str, Any]:
+def score(
+    name: str,
+    paths: Sequence[str],
+    judged_by: str = 'published',
+    rules: str = 'released',
+    fields: str = '',
+) -> dict[str, Any]:
     """Scores files together: cells (Sudoku) or answers are pooled over all of them.
 
     Args:
       name: the name of the task.
       paths: the paths of the files.
-      judged_by: 'published', or 'math-verify' for MATH500.
+      judged_by: 'published', or 'math-verify' for MATH500 and GSM8K.
+      rules: the rules of the scorer, 'released' or 'mended'.
+      fields: the user's own keys in the files, as NAME:KEY pairs with commas between them.
 
     Raises:
-      ValueError: the task is unknown, the judge cannot judge it or is not installed, or a file or a
-        line is wrong; the message is one line that says which.
+      ValueError: the task is unknown, the judge cannot judge it or is not installed, a file is
+        given twice, or a file or a line is wrong; the message is one line that says which.
     """
-    task = tasks.get(name, FORMAT)
+    task = tasks.get(name, FORMAT, rules=rules)
     if judged_by == math_verify.NAME:
         task = math_verify.judged(task)
+    columns = reading.with_own_keys(COLUMNS, fields, '--fields')
+    _check_distinct(paths)
     scores = [
-        judge(task, record, key, where) for path in paths for where, record, key in read(path)
+        judge(task, record, where, columns)
+        for path in paths
+        for where, record in read(path, columns)
     ]
     return task.figures(scores) | {'files': list(paths)}
+
+
+def _check_distinct(paths: Sequence[str]) -> None:
+    """Refuses a file that is given twice, by whatever path: its completions would count twice."""
+    names: dict[Any, str] = {}
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # The reader says what is wrong with such a path.
+            continue
+        name = names.setdefault((status.st_dev, status.st_ino), path)
+        if name is not path:
+            raise ValueError(f'{path}: the same file as {name}; give each file once')
 
 
 def verify(path: str) -> dict[str, Any]:
@@ -121,7 +150,7 @@ def verify(path: str) -> dict[str, Any]:
             skipped[name] += 1
             continue
         recorded_verdict = record.get('score')
-        new_score = judge(known_tasks[name], record, 'completion', where)
+        new_score = judge(known_tasks[name], record, where)
         scores.setdefault(name, []).append(new_score)
         is_single = isinstance(recorded_verdict, bool)
         verdict = new_score.solved if is_single else [new_score.right, new_score.total]
@@ -153,21 +182,47 @@ def verify(path: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    paths = argv[1:]
+    values, paths = flags.FLAGS, argv[1:]
+    scoring = ('judge', 'rules', 'fields')
     try:
-        if _VERIFY.value and not (_TASK.value or paths or _JUDGE.present):
-            result = verify(_VERIFY.value)
-        elif _TASK.value and paths and not _VERIFY.value:
-            result = score(_TASK.value, paths, _JUDGE.value)
+        for word in paths:
+            # A word such as task=countdown is a forgotten flag, unless a file has that name.
+            name, equals, _ = word.partition('=')
+            if equals and name in ('task', 'verify', *scoring) and not Path(word).exists():
+                raise ValueError(f'{word}: no such file; did you mean --{word}?')
+        if values.verify and not (
+            values.task or paths or any(values[name].present for name in scoring)
+        ):
+            result = verify(values.verify)
+        elif values.task and paths and not values.verify:
+            result = score(values.task, paths, values.judge, values.rules, values.fields)
         else:
-            raise ValueError('expected --task=NAME FILE... or --verify FILE, and nothing else')
+            raise ValueError(USAGE)
+        print(json.dumps(result), flush=True)
     except ValueError as error:
-        print(f'score: {error}', file=sys.stderr)
-        sys.exit(1)
-    print(json.dumps(result))
+        _fail(str(error))
+    except OSError as error:
+        # What is still in the buffer could not be written either, so nobody tries again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f'standard output cannot be written ({error.strerror}); the result is lost')
     if result.get('disagreements'):
         sys.exit(1)
 
 
+def _parse(arguments: list[str]) -> list[str]:
+    """Parses flags, which may also stand after files; a wrong flag is one line."""
+    flags.FLAGS.set_gnu_getopt(True)
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        _fail(f'{" ".join(str(error).split())}; see --help')
+
+
+def _fail(message: str) -> NoReturn:
+    print(f'score: {message}', file=sys.stderr)
+    sys.exit(1)
+
+
 if __name__ == '__main__':
-    app.run(main)
+    define_flags()
+    app.run(main, flags_parser=_parse)

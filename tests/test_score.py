@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from spg_jax import score
-from spg_jax.tasks.math500 import judge
+from spg_jax.tasks import judge
 from tests.processes import finish, start_module
 
 FIXTURES = Path(__file__).parent / 'tasks'
@@ -94,11 +94,11 @@ def test_another_judge_is_named_and_cannot_hang(tmp_path, monkeypatch):
     record = {'question': '', 'ground_truth': '4'}
     texts = ['right', 'hang', 'right', 'raise', 'die', 'right', 'wrong']
     path.write_text('\n'.join(json.dumps(record | {'completion': text}) for text in texts))
-    judge._worker.cache_clear()
+    judge._judge.cache_clear()
     figures = score.score('math500', [str(path)], 'math-verify')
     assert (figures['correct'], figures['total']) == (3, 7)
     assert figures['scorer'] == 'math-verify'
-    judge._worker.cache_clear()
+    judge._judge.cache_clear()
 
 
 @pytest.mark.parametrize('path', [COUNTDOWN, GSM8K, MATH500, SUDOKU], ids=lambda path: path.stem)
@@ -175,7 +175,12 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', COUNTDOWN], 'found question'),
-        (['--task=gsm8k', '--judge=math-verify', GSM8K], 'is for --task=math500, not gsm8k'),
+        (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),
+        (['--task=countdown', COUNTDOWN, COUNTDOWN], 'the same file as'),
+        (['task=countdown', COUNTDOWN], 'did you mean --task=countdown?'),
+        (['--task=countdown', '--fields=answer:x', COUNTDOWN], '--fields is'),
+        (['--tusk=countdown', COUNTDOWN], "Unknown command line flag 'tusk'"),
+        (['--task=countdown', '--rules=new', COUNTDOWN], 'flag --rules=new'),
         (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
     ],
 )
@@ -183,3 +188,122 @@ def test_a_wrong_command_is_one_line_and_exit_1(arguments, message):
     code, last, error = run(*arguments)
     assert (code, last) == (1, '')
     assert message in error and error.count('\n') == 1 and 'Traceback' not in error
+
+
+RECORDS = [
+    {'question': 'q', 'ground_truth': 18, 'completion': r'\boxed{18}'},
+    {'question': 'q, "too"', 'ground_truth': '2,125', 'completion': 'so\n\\boxed{2,125}'},
+]
+
+
+def as_table(delimiter):
+    def quoted(value):
+        return '"' + str(value).replace('"', '""') + '"'
+
+    rows = [list(RECORDS[0]), *(record.values() for record in RECORDS)]
+    return '\n'.join(delimiter.join(map(quoted, row)) for row in rows)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '\n'.join(map(json.dumps, RECORDS)),
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=1),
+        json.dumps({'metrics': {}, 'generations': RECORDS}),
+        as_table(','),
+        as_table(';'),
+        '\ufeff' + as_table('\t'),
+        '\ufeff' + '\r\n'.join(map(json.dumps, RECORDS)),
+    ],
+    ids=['lines', 'list', 'pretty list', 'document', 'CSV', 'semicolons', 'BOM, tabs', 'BOM, CRLF'],
+)
+def test_every_form_of_a_file(tmp_path, text):
+    path = tmp_path / 'file'
+    path.write_text(text, encoding='utf-8')
+    for rules, correct in (('released', 1), ('mended', 2)):
+        figures = score.score('gsm8k', [str(path)], rules=rules)
+        assert (figures['correct'], figures['total']) == (correct, 2)
+        assert figures['scorer'] == ('mended' if rules == 'mended' else 'published')
+
+
+def test_own_keys(tmp_path):
+    path = tmp_path / 'file.jsonl'
+    record = {'prompt': 'q', 'reward': {'truth': [18]}, 'output': r'\boxed{18}', 'completion': ''}
+    path.write_text(json.dumps(record))
+    fields = 'question:prompt,ground_truth:reward.truth,completion:output'
+    assert score.score('gsm8k', [str(path)], fields=fields)['correct'] == 1
+    with pytest.raises(ValueError, match='file.jsonl:1: found .*, expected question, ground_truth'):
+        score.score('gsm8k', [str(path)])
+
+
+def test_verify_drops_a_byte_order_mark(tmp_path):
+    """Fault F63."""
+    path = tmp_path / 'verdicts.jsonl'
+    path.write_text('\ufeff' + COUNTDOWN.read_text(), encoding='utf-8')
+    assert score.verify(str(path))['checked'] == len(COUNTDOWN.read_text().splitlines())
+
+
+def test_a_file_is_given_once_by_whatever_path(tmp_path):
+    link, copy = tmp_path / 'link', tmp_path / 'copy'
+    link.symlink_to(COUNTDOWN)
+    copy.write_bytes(COUNTDOWN.read_bytes())
+    with pytest.raises(ValueError, match='link: the same file as .*countdown_completions.jsonl'):
+        score.score('countdown', [str(COUNTDOWN), str(link)])
+    single = score.score('countdown', [str(COUNTDOWN)])
+    assert score.score('countdown', [str(COUNTDOWN), str(copy)])['total'] == 2 * single['total']
+
+
+def test_flags_may_stand_after_files():
+    assert run(COUNTDOWN, '--task=countdown')[1] == run('--task=countdown', COUNTDOWN)[1] != ''
+
+
+@pytest.mark.parametrize('arguments', [['--task=countdown', COUNTDOWN], ['--verify', COUNTDOWN]])
+def test_a_result_that_cannot_be_written_is_one_line(arguments):
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            [sys.executable, '-m', 'spg_jax.score', *map(str, arguments)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert 'standard output cannot be written (No space left on device)' in done.stderr
+
+
+def test_a_reader_that_has_gone_is_one_line():
+    command = f'{sys.executable} -m spg_jax.score --task=countdown {COUNTDOWN}'
+    script = f'set -o pipefail; {command} | true'
+    done = subprocess.run(['bash', '-c', script], capture_output=True, text=True)
+    # `true` may end before or after the result is written.
+    assert 'Traceback' not in done.stderr and done.stderr.count('\n') <= 1
+
+
+def test_importing_the_module_defines_no_flags():
+    code = (
+        'from absl import flags, app, logging; before = set(flags.FLAGS); import spg_jax.score; '
+        'print(sorted(set(flags.FLAGS) - before))'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize(
+    ('task', 'record'),
+    [
+        ('countdown', {'ground_truth': [[30, 100], 10**400]}),
+        ('countdown', {'ground_truth': [[30, 10**400], 130]}),
+        ('gsm8k', {'ground_truth': 10**400}),
+        ('gsm8k', {'ground_truth': ''}),
+        ('math500', {'ground_truth': 10**400}),
+        ('math500', {'ground_truth': ' '}),
+        ('sudoku', {'ground_truth': 10**400}),
+        ('sudoku', {'question': '1342423124133124', 'ground_truth': '1342423124133124'}),
+    ],
+)
+def test_references_that_ask_for_nothing_or_too_much_are_refused(tmp_path, task, record):
+    path = tmp_path / 'file.jsonl'
+    path.write_text(json.dumps({'question': 'q', 'completion': r'\boxed{}'} | record))
+    with pytest.raises(ValueError, match='file.jsonl:1: found .*ground_truth') as error:
+        score.score(task, [str(path)])
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400

@@ -5,6 +5,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
 # These limits are far above what an answer needs and far below what is slow: the slowest expression
 # within all three takes about a millisecond.
@@ -17,6 +18,11 @@ Number = int | float
 # Only ASCII is allowed. The parser refuses other digits too, but the warnings and errors that it
 # gives for them differ between Python versions.
 _ALLOWED = re.compile(r'[0-9+\-*/(). \t\n\r\f\v]+')
+
+# Two operators in a row, or one at the start that is not a minus sign. Among them are `**`, `//`
+# and chains of signs.
+_MISPLACED = re.compile(r'[+\-*/]\s*[+\-*/]|(?:^|\()\s*[+*/]')
+_EXACT = re.compile(r'[0-9+\-*/() ]+')
 
 
 def _power(base: Number, exponent: Number) -> Number:
@@ -34,6 +40,12 @@ _BINARY: dict[type, Callable[[Number, Number], Number]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Pow: _power,
+}
+_RATIONAL: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
 }
 _UNARY: dict[type, Callable[[Number], Number]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
@@ -70,3 +82,34 @@ def evaluate(expression: str) -> float | None:
     except (ArithmeticError, SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return value if math.isfinite(value) else None
+
+
+def exact_value(expression: str) -> Fraction | None:
+    """Returns the exact value of school arithmetic, or None if the text is anything else.
+
+    Only integers, + - * / and brackets count; a minus sign may stand at the start or after an
+    opening bracket. A decimal point, `**`, `//` and chains of signs have no value here, because
+    they make numbers that a problem does not give. Like `evaluate`, the function never raises and
+    never hangs.
+    """
+    text = ' '.join(expression.split())
+    if len(text) > MAX_CHARACTERS or not _EXACT.fullmatch(text) or _MISPLACED.search(text):
+        return None
+    try:
+        return _exact(ast.parse(text, mode='eval').body, depth=1)
+    except (ArithmeticError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _exact(node: ast.expr, depth: int) -> Fraction:
+    """Evaluates a node exactly; raises ValueError or ZeroDivisionError unless it has a value."""
+    if depth > MAX_DEPTH:
+        raise ValueError
+    match node:
+        case ast.Constant(value=int() as value):
+            return Fraction(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_exact(operand, depth + 1)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _RATIONAL:
+            return _RATIONAL[type(op)](_exact(left, depth + 1), _exact(right, depth + 1))
+    raise ValueError  # for example a call such as 2(3), or an empty tuple

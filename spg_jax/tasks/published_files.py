@@ -14,11 +14,13 @@ import tensorflow_datasets as tfds
 
 from spg_jax.errors import one_line
 from spg_jax.process.files import write_whole
+from spg_jax.tasks.reading import Columns
 from spg_jax.tasks.source import Example, Unavailable
 
 VALIDATION = 256  # problems cut off the published training set
 _LEAST_SHARE = 10  # At most one training problem in ten is cut off, if the user's set is small.
 TIMEOUT = 30  # seconds without any data until a download is given up
+SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')  # of given files, in the order looked for
 _TEXTS = ('question', 'answer', 'solution')
 
 
@@ -48,14 +50,16 @@ def _identity(example: Example) -> str:
 class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Published train and test files; the test split is the published test.
 
-    `TASK_train.jsonl` and `TASK_test.jsonl` are taken from the data directory or from TFDS's manual
-    directory. If neither holds them, they are downloaded into the data directory.
+    `TASK_train.jsonl` and `TASK_test.jsonl`, or files with another of SUFFIXES, are taken from the
+    data directory or from TFDS's manual directory. If neither holds them, they are downloaded into
+    the data directory.
     """
 
     VERSION = tfds.core.Version('1.0.0')
     MANUAL_DOWNLOAD_INSTRUCTIONS = 'Put TASK_train.jsonl and TASK_test.jsonl here.'
     URLS: ClassVar[Mapping[str, str]]  # addresses of the published files 'train' and 'test'
-    read_published: ClassVar[Callable[[str | Path], list[Example]]]  # reads one of these files
+    read_published: ClassVar[Callable[[str | Path, Columns], list[Example]]]  # reads such a file
+    columns: ClassVar[Columns]  # the keys of a problem in these files
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -68,7 +72,9 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         files = {split: self._file(split, dl_manager) for split in self.URLS}
         try:
-            examples = {split: self.read_published(path) for split, path in files.items()}
+            examples = {
+                split: self.read_published(path, self.columns) for split, path in files.items()
+            }
         except ValueError as error:
             raise Unavailable(f'{error}; mend that file, or delete it') from error
         splits = cut(examples['train'], examples['test'])
@@ -94,8 +100,10 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             pass
         name = self._name(split)
         for folder in folders:
-            if (folder / name).is_file():
-                return folder / name
+            for suffix in SUFFIXES:
+                path = (folder / name).with_suffix(suffix)
+                if path.is_file():
+                    return path
         try:
             return _fetched(self.URLS[split], folders[0] / name)
         except (OSError, http.client.HTTPException) as error:
@@ -107,6 +115,28 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _name(self, split: str) -> str:
         return f'{self.name}_{split}.jsonl'
+
+
+def with_columns(builder: type[PublishedBuilder], columns: Columns) -> type[PublishedBuilder]:
+    """Returns the builder for files whose problems have the keys `columns`.
+
+    Problems read by other keys than usual are kept in a folder of their own, so that a change of
+    the keys makes them anew.
+    """
+    if columns == builder.columns:
+        return builder
+    digest = hashlib.sha256(repr(sorted(columns.items())).encode()).hexdigest()[:12]
+    return type(
+        builder.__name__,
+        (builder,),
+        {
+            '__module__': builder.__module__,
+            '__doc__': builder.__doc__,
+            'columns': columns,
+            'BUILDER_CONFIGS': [tfds.core.BuilderConfig(name=f'fields_{digest}')],
+        },
+        skip_registration=True,
+    )
 
 
 def _fetched(url: str, path: Path) -> Path:

@@ -9,8 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from spg_jax.tasks import mended
+from spg_jax.tasks.reading import Columns, with_own_keys
 from spg_jax.tasks.source import Example, Source
 
+RULES = ('released', 'mended')
 EXAMPLES = 'examples'  # the placeholder that worked examples replace, if a prompt has it
 # Only {name} is a placeholder: braces around anything else, as in \boxed{}, are text.
 _PLACEHOLDER = re.compile(r'\{([A-Za-z_]+)\}')
@@ -46,14 +49,14 @@ class Task(abc.ABC):
 
     format: str
     template: str  # the wording of the prompt, with placeholders
-    rules: str  # the rules of the reward, one of `known_rules`
+    rules: str  # of reward and score: one of RULES
+    own_keys: str = ''  # the setting task.fields: the keys of given files where they are not usual
 
     name: ClassVar[str]
     formats: ClassVar[Mapping[str, Format]]
     placeholders: ClassVar[tuple[str, ...]]
     vocabulary: ClassVar[tuple[str, ...]]  # every word the compact format needs
-    # A task whose released rules have a mistake knows 'mended' rules too.
-    known_rules: ClassVar[tuple[str, ...]] = ('released',)
+    usual_columns: ClassVar[Columns]  # the keys of a problem in given files
     # The name of the share of examples solved; '' where an answer is a single item.
     solved_figure: ClassVar[str] = ''
     # What making the problems means; a line on the screen says so on the first run.
@@ -61,13 +64,24 @@ class Task(abc.ABC):
 
     @property
     def scorer(self) -> str:
-        """'compact' or 'published': the name that stands beside every figure of this task."""
+        """'compact', 'published' or 'mended': the name that stands beside every figure."""
+        if self.rules == 'mended':
+            return mended.SCORER
         return self.formats[self.format].scorer
 
     @property
     def prefill(self) -> str:
         """The text every completion starts with; `prompt` leaves it out. '' in most formats."""
         return self.formats[self.format].prefill
+
+    @property
+    def columns(self) -> Columns:
+        """The keys under which given files have the values of a problem.
+
+        Raises:
+          ValueError: the setting task.fields is not a list of pairs with known names.
+        """
+        return with_own_keys(self.usual_columns, self.own_keys)
 
     def prompt(self, example: Example) -> str:
         """Returns the problem in this task's wording, without any chat template."""
@@ -118,11 +132,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def reward(self, completion: str, example: Example) -> float:
-        """Returns the training reward, as published, on the scale published for the task."""
+        """Returns the training reward on the scale published for the task, by the task's rules."""
 
     @abc.abstractmethod
     def score(self, completion: str, example: Example) -> Score:
-        """Returns the evaluation verdict of this format's scorer."""
+        """Returns the evaluation verdict of `scorer`; mended rules agree with the reward."""
 
     @abc.abstractmethod
     def right_answer(self, example: Example) -> str:
@@ -161,7 +175,7 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 def read_template(
     path: str | Path, placeholders: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> str:
-    """Returns the wording in a `task.prompt_template` file, verbatim.
+    """Returns the wording in a `task.prompt_template` file, verbatim but for a byte order mark.
 
     Args:
       path: the file.
@@ -173,7 +187,7 @@ def read_template(
     """
     required = ' and '.join(f'{{{name}}}' for name in placeholders)
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'task.prompt_template: {path} cannot be read ({_reason(error)}); '

@@ -97,9 +97,10 @@ def test_published_file(tmp_path):
 @pytest.mark.parametrize(
     'line',
     [
-        '{"question": "How many?", "answer": "18"}',
+        '{"question": "How many?", "answer": "it is 18"}',
         '{"question": "How many?", "answer": "#### many"}',
-        '{"question": "How many?", "answer": 18}',
+        '{"question": "How many?", "answer": true}',
+        '{"question": "How many?", "answer": [18, 19]}',
         '{"question": " ", "answer": "#### 18"}',
         '{"question": "\\ud800", "answer": "#### 18"}',
         '{"question": "How many?", "answer": "#### nan"}',
@@ -118,7 +119,30 @@ def test_a_wrong_line_is_named(tmp_path, line):
     assert '\n' not in message and len(message) < 400
 
 
-@pytest.mark.parametrize('truth', ['18', True, [18], float('nan'), float('inf'), 10**400])
+@pytest.mark.parametrize(
+    'truth',
+    ['many', '', True, [18, 19], [[18]], float('nan'), float('inf'), 'nan', 10**400, '9' * 400],
+)
 def test_a_reference_is_a_number_or_null(truth):
     with pytest.raises(ValueError, match='found ground_truth .*, expected a number or null'):
         tasks.get('gsm8k', 'published_eval').read_record('', truth)
+
+
+@pytest.mark.parametrize(
+    ('truth', 'answer'),
+    [
+        (18, '18'),
+        (18.0, '18'),
+        (0.5, '0.5'),
+        (-3, '-3'),
+        ('18', '18'),
+        ('2,125', '2,125'),
+        ([18], '18'),
+        (['18'], '18'),
+        ('9 * 2 = 18\n#### 18', '18'),
+        (None, ''),
+    ],
+)
+def test_a_reference_may_be_a_number_text_or_a_list_of_one(truth, answer):
+    example = tasks.get('gsm8k', 'published_eval').read_record('q', truth)
+    assert example == {'question': 'q', 'answer': answer, 'solution': ''}

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from spg_jax import tasks
+from spg_jax.tasks.task import RULES
 from tests.processes import LINEAR_SECONDS
 
 EXAMPLES = {
@@ -62,6 +63,20 @@ CONTENTS = {
     'infinity': '-inf',
     'a large exponent': '9e999999999',
     'underscores': '1_' * (LONG // 2) + '1',
+    'nested fractions': '\\frac{' * 80 + '9' + '}{1}' * 80,
+    'many nested fractions': '\\frac{1}{' * (LONG // 9) + '1' + '}' * (LONG // 9),
+    'decimals': '9.' * 499 + 'x',
+    'digits within the limit': '9' * 999 + 'x',
+    'commas within the limit': '999,' * 249 + 'x',
+    'products': '9*' * 499 + '9',
+    'quotients': '9/' * 499 + '8',
+    'equations within the limit': '9=' * 499 + '9',
+    'brackets within the limit': '(' * 499 + '9' + ')' * 499,
+    'letters within the limit': 'a' * 999,
+    'spaces within the limit': ' \\' * 490,
+    'units within the limit': '9' + '\\text{ a' * 120,
+    'minus signs between numbers': '-9' * 400,
+    'thin spaces': '9' + '\\,999' * (LONG // 5),
 }
 WRAPPERS = [
     '{}',
@@ -78,9 +93,10 @@ WRAPPERS = [
     ('name', 'format'),
     [(name, format) for name, task in sorted(tasks.TASKS.items()) for format in task.formats],
 )
+@pytest.mark.parametrize('rules', RULES)
 @pytest.mark.parametrize('content', CONTENTS)
-def test_hostile_completions(content, name, format):
-    task, example = tasks.get(name, format), EXAMPLES[name]
+def test_hostile_completions(content, rules, name, format):
+    task, example = tasks.get(name, format, rules=rules), EXAMPLES[name]
     for wrapper in WRAPPERS:
         completion = wrapper.format(CONTENTS[content])
         start = time.process_time()
@@ -88,4 +104,6 @@ def test_hostile_completions(content, name, format):
         assert time.process_time() - start < LINEAR_SECONDS, wrapper
         assert isinstance(reward, float) and math.isfinite(reward) and reward < RIGHT[name]
         assert reward >= 0 or name == 'gsm8k'  # GSM8K takes reward off for text after the answer.
+        if rules == 'mended':
+            assert reward >= 0
         assert 0 <= score.right <= score.total and not score.solved

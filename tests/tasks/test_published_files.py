@@ -132,3 +132,24 @@ def test_a_wrong_file_is_named_with_its_remedy(tmp_path, no_network, text, messa
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         sources('gsm8k', tmp_path)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('suffix', ['.json', '.csv'])
+def test_files_of_other_forms_with_own_keys(tmp_path, no_network, suffix):
+    """Problems that are read by other keys are made anew, and the old ones stay."""
+    for split, places in (('train', range(40)), ('test', range(40, 45))):
+        records = [{'q': f'What is {n}?', 'label': n, 'other': n + 100} for n in places]
+        rows = [','.join(records[0]), *(','.join(map(str, r.values())) for r in records)]
+        text = json.dumps(records) if suffix == '.json' else '\n'.join(rows)
+        (tmp_path / f'gsm8k_{split}{suffix}').write_text(text)
+
+    def learnt(fields):
+        task = tasks.get('gsm8k', 'published_train', fields=fields)
+        return {split: answers(task.source(split, tmp_path)) for split in SPLITS}
+
+    first = learnt('question:q,answer:label')
+    assert first['test'] == set(range(40, 45)) and len(first['train']) == 36
+    assert learnt('question:q,answer:other')['test'] == set(range(140, 145))
+    assert learnt('question:q,answer:label') == first
+    with pytest.raises(ValueError, match=rf'gsm8k_train\{suffix}:?.*mend that file, or delete it'):
+        learnt('')

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,8 +19,9 @@ PUBLISHED = Path(__file__).with_name('published_problems.txt')
 
 Problem = tuple[tuple[int, ...], int]  # (numbers in the order of the prompt, target)
 _DRAWS = 1 << 17  # random expressions drawn at once
-_NUMBERS = re.compile(r'[0-9]{1,9}(,[0-9]{1,9})*')
-_TARGET = re.compile(r'[0-9]{1,9}')
+# The keys of a problem in files: those of the published test set, then TinyZero's.
+COLUMNS = {'numbers': ('input', 'nums', 'numbers'), 'target': ('output', 'target')}
+_LARGEST = 10**9
 
 
 def identity(numbers: tuple[int, ...], target: int) -> str:
@@ -35,25 +35,26 @@ def published() -> frozenset[str]:
     return frozenset(PUBLISHED.read_text(encoding='ascii').split())
 
 
-def read_published(path: str | Path) -> list[Example]:
-    """Reads `{"input": "30,100,93", "output": "23"}` lines.
+def read_published(path: str | Path, columns: reading.Columns = COLUMNS) -> list[Example]:
+    """Reads `{"input": "30,100,93", "output": "23"}` records, or those with keys of `columns`.
+
+    Numbers may be a list or text. `reading.records` says which forms of files are read.
 
     Raises:
-      ValueError: a line is wrong; the message names file and line, and quotes the line.
+      ValueError: a record is wrong; the message names file and line, and quotes the record.
     """
     examples = []
-    for where, record in reading.json_lines(path):
-        numbers, target = str(record.get('input')), str(record.get('output'))
-        if not _NUMBERS.fullmatch(numbers) or not _TARGET.fullmatch(target):
+    for where, record in reading.records(path, columns):
+        numbers = reading.integers_of(reading.pick(record, columns['numbers']))
+        target = reading.integer_of(reading.pick(record, columns['target']))
+        if (
+            numbers is None
+            or target is None
+            or not all(0 <= number < _LARGEST for number in [*numbers, target])
+        ):
             expected = '{"input": "30,100,93", "output": "23"}'
             raise ValueError(f'{where}: found {reading.shown(record)}, expected {expected}')
-        examples.append(
-            {
-                'numbers': [int(number) for number in numbers.split(',')],
-                'target': int(target),
-                'index': len(examples),
-            }
-        )
+        examples.append({'numbers': numbers, 'target': target, 'index': len(examples)})
     return examples
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spg_jax.tasks import extraction, reading
-from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate
+from spg_jax.tasks import extraction, mended, reading
+from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate, exact_value
 from spg_jax.tasks.countdown import problems
 from spg_jax.tasks.countdown.solver import solve
 from spg_jax.tasks.task import Example, Format, Score, Task
@@ -29,10 +29,13 @@ class Countdown(Task):
     """Examples: {'numbers': list of int, 'target': int, 'index': int}.
 
     A completion is compact as `<answer> 30 + 93 - 100 </answer>`. The reward is 1 for a right
-    expression, 0.1 for an answer tag with anything else and 0 without one, in every format.
+    expression, 0.1 for an answer tag with anything else and 0 without one, in every format. Under
+    `rules='mended'` `final_answer` reads the expression and `is_right_by_mended_rules` judges it,
+    for reward and score alike.
     """
 
     name = 'countdown'
+    usual_columns = problems.COLUMNS
     placeholders = ('numbers', 'target')
     formats = {
         'compact': Format(
@@ -77,13 +80,19 @@ class Countdown(Task):
         return tuple(sorted(numbers, reverse=True) if self.format == 'compact' else numbers)
 
     def reward(self, completion: str, example: Example) -> float:
-        expression = extraction.last_answer(completion)
+        if self.rules == 'mended':
+            expression, judge = mended.final_answer(completion), is_right_by_mended_rules
+        else:
+            expression, judge = extraction.last_answer(completion), is_right
         if expression is None:
             return 0.0
-        return 1.0 if is_right(expression, example) else FORMAT_REWARD
+        return 1.0 if judge(expression, example) else FORMAT_REWARD
 
     def score(self, completion: str, example: Example) -> Score:
         """Returns the verdict; the compact scorer reads the last answer tag, as the reward does."""
+        if self.rules == 'mended':
+            solved = self.reward(completion, example) == 1.0
+            return Score(right=int(solved), total=1, solved=solved)
         if self.scorer == 'compact':
             expression = extraction.last_answer(completion)
         else:
@@ -115,17 +124,31 @@ class Countdown(Task):
         return Builder
 
     def read_published(self, path: str | Path) -> list[Example]:
-        return problems.read_published(path)
+        return problems.read_published(path, self.columns)
 
     def read_record(self, question: Any, ground_truth: Any) -> Example:
-        """Returns the problem that the ground truth holds: `[[30, 100, 93], 23]`."""
-        match ground_truth:
-            case [[*numbers], target] if numbers and all(
-                type(n) is int for n in [*numbers, target]
-            ):
-                return {'numbers': numbers, 'target': target}
+        """Returns the problem that the ground truth holds: `[[30, 100, 93], 23]`.
+
+        It may also be that list as text, or an object such as TinyZero's
+        `{"numbers": [30, 100, 93], "target": 23}`.
+        """
+        value = ground_truth
+        if isinstance(value, str):
+            try:
+                value = reading.parse_json(value, 'ground_truth')
+            except reading.NotJson:
+                value = None
+        if isinstance(value, dict):
+            value = [reading.pick(value, problems.COLUMNS[name]) for name in problems.COLUMNS]
+        match value:
+            case [given_numbers, given_target]:
+                numbers = reading.integers_of(given_numbers)
+                target = reading.integer_of(given_target)
+                if numbers and target is not None:
+                    return {'numbers': numbers, 'target': target}
         raise ValueError(
-            f'found ground_truth {reading.shown(ground_truth)}, expected [[30, 100, 93], 23]'
+            f'found ground_truth {reading.shown(ground_truth)}, expected [[30, 100, 93], 23] with '
+            'numbers of at most 15 digits'
         )
 
 
@@ -135,6 +158,31 @@ def is_right(expression: str, example: Example) -> bool:
         return False
     value = evaluate(expression)
     return value is not None and abs(value - example['target']) < TOLERANCE
+
+
+def is_right_by_mended_rules(answer: str, example: Example) -> bool:
+    """Whether an answer is school arithmetic that uses each number once and is exactly the target.
+
+    Typeset signs and LaTeX's spellings are read as + - * / and brackets. Each rule stands against
+    an answer that the released rules count as right:
+
+    - Only integers count, without leading zeros: `1.5*2` joins 1 and 5, and `21.999999` is 22
+      within the tolerance and uses one operation that is no operation, the point.
+    - The value is an exact fraction: `7+10**-99` is 7 within the tolerance.
+    - `**`, `//` and chains of signs are no operations of the game: `9*3**-2`, `100//93*30`,
+      `3++++5`.
+    - Every side of an equation has to be the target, and one of them uses the numbers:
+      `30+93-100=99` claims something false. The released score drops what follows `=`.
+
+    The other way round, `5×3` is right here although the released rules do not read it.
+    """
+    text = mended.plain_arithmetic(answer).strip().removesuffix('.')
+    if len(text) > MAX_CHARACTERS:
+        return False
+    sides = text.split('=')
+    return any(_same_integers(side, example['numbers']) for side in sides) and all(
+        exact_value(side) == example['target'] for side in sides
+    )
 
 
 def published_expression(completion: str) -> str:

@@ -6,25 +6,33 @@ from pathlib import Path
 from spg_jax.tasks import reading
 from spg_jax.tasks.source import Example
 
-LARGEST_ANSWER = 1e15  # A larger reference is refused, and so is one that is not a number.
+# The keys of a problem in files. A plain answer may have its solution under a key of its own.
+COLUMNS = {'question': ('question',), 'answer': ('answer',)}
+LARGEST_ANSWER = reading.LARGEST  # A larger reference is refused, and what is not a number.
 _ANSWER_MARK = '####'  # It stands before the answer in the published solutions.
 _CALCULATOR = re.compile(r'<<[^<>\n]*>>')  # annotations for a calculator, not meant to be read
-_EXPECTED = '{"question": text, "answer": "its solution #### 18"}'
+_EXPECTED = '{"question": text, "answer": "its solution #### 18"}, or 18 alone as the answer'
 
 
-def read_published(path: str | Path) -> list[Example]:
-    """Reads `{"question": …, "answer": "<solution> #### 18"}` lines.
+def read_published(path: str | Path, columns: reading.Columns = COLUMNS) -> list[Example]:
+    """Reads `{"question": …, "answer": "<solution> #### 18"}` records, or keys of `columns`.
+
+    The answer may also be the number alone, as number, text or list of one; the solution is then
+    what the record has under 'solution'. `reading.records` says which forms of files are read.
 
     Raises:
-      ValueError: a line is wrong; the message names file and line, and quotes the line.
+      ValueError: a record is wrong; the message names file and line, and quotes the record.
     """
     examples = []
-    for where, record in reading.json_lines(path):
-        texts = reading.texts(record, ('question', 'answer'))
-        question, worked_answer = texts or ('', '')
-        solution, _, answer = worked_answer.partition(_ANSWER_MARK)
+    for where, record in reading.records(path, columns):
+        question = reading.pick(record, columns['question'])
+        worked_answer = reading.text_of(reading.pick(record, columns['answer'])) or ''
+        solution, mark, answer = worked_answer.partition(_ANSWER_MARK)
+        if not mark:
+            solution, answer = reading.text_of(record.get('solution')) or '', worked_answer
         number = answer_number(answer)
-        if number is None or not abs(number) < LARGEST_ANSWER:
+        is_number = number is not None and abs(number) < LARGEST_ANSWER
+        if not is_number or not reading.is_text(question):
             raise ValueError(f'{where}: found {reading.shown(record)}, expected {_EXPECTED}')
         examples.append(
             {

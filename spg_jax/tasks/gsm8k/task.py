@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from fractions import Fraction
+from math import gcd
 from pathlib import Path
 from typing import Any
 
-from spg_jax.tasks import extraction, reading
+from spg_jax.tasks import extraction, mended, reading
+from spg_jax.tasks.arithmetic import MAX_CHARACTERS, exact_value
 from spg_jax.tasks.gsm8k import problems
 from spg_jax.tasks.task import Example, Format, Score
 from spg_jax.tasks.word_problems import WORKED_START, WordProblems
@@ -26,13 +29,29 @@ _STRICT = re.compile(
 )
 
 
+# One run of what numbers are written with, and the numbers among such runs.
+_RUN = re.compile(r'\.?[0-9](?:[0-9.,]*[0-9])?')
+_PLAIN_NUMBER = re.compile(r'(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?')
+_RATIO = re.compile(r'(-?)[( ]*([0-9]{1,15})[) ]*/[( ]*([0-9]{1,15})[) ]*')
+_CURRENCY = re.compile(r'\\(?=[$%])')
+# Whatever else stands beside a number makes it another one, as in `5!`, `2^3` and `>7`.
+_BESIDE = re.compile(r"[A-Za-z\s$€£¥%.,:;()'\"_-]*")
+_WORD = re.compile('[a-z]+')
+# Words after which the number is not the answer, and words that make it another number.
+_HEDGES = frozenset('or nor not no never either neither isn wrong except'.split())
+_SCALES = frozenset('hundred thousand million billion trillion dozen half quarter third k'.split())
+
+
 class GSM8K(WordProblems):
     """The reward is the sum of five parts; the score is whether the number is right.
 
     All five parts together earn 3.5. There is no lower limit, because text after the answer costs.
+    Under `rules='mended'` `mended_number` reads the answer for reward and score alike, and the
+    penalty never exceeds what the tags earn: a right answer earns 2 or more, any other less.
     """
 
     name = 'gsm8k'
+    usual_columns = problems.COLUMNS
     formats = {
         # Training asks for the bare number, which the reward expects, and evaluation asks for a
         # box, which the score looks for first.
@@ -52,39 +71,49 @@ class GSM8K(WordProblems):
     }
 
     def reward(self, completion: str, example: Example) -> float:
+        if self.rules == 'mended':
+            number = mended_number(completion)
+            tags = max(0.0, tag_reward(completion))
+            forms = (has_soft_form(completion), has_strict_form(completion), number is not None)
+            right = number is not None and number == _reference(example)
+            return tags + FORM_REWARD * sum(forms) + RIGHT_REWARD * right
         answer = extraction.after_last_tag(completion)
         forms = (has_soft_form(completion), has_strict_form(completion), answer.isdigit())
         right = RIGHT_REWARD * (answer == example['answer'] != '')
         return tag_reward(completion) + FORM_REWARD * sum(forms) + right
 
     def score(self, completion: str, example: Example) -> Score:
-        number = published_number(completion)
-        right = number is not None and number == problems.answer_number(example['answer'])
+        if self.rules == 'mended':
+            number, reference = mended_number(completion), _reference(example)
+        else:
+            number = published_number(completion)
+            reference = problems.answer_number(example['answer'])
+        right = number is not None and number == reference
         return Score(right=int(right), total=1, solved=right)
 
     def builder(self) -> type:
         # The import is lazy because TFDS takes half a second to import.
         from spg_jax.tasks.gsm8k.gsm8k_dataset_builder import Builder
+        from spg_jax.tasks.published_files import with_columns
 
-        return Builder
+        return with_columns(Builder, self.columns)
 
     def read_published(self, path: str | Path) -> list[Example]:
-        return problems.read_published(path)
+        return problems.read_published(path, self.columns)
 
     def read_record(self, question: Any, ground_truth: Any) -> Example:
-        """Returns a problem whose ground truth is a number or null.
+        """Returns a problem whose ground truth is a number, text or a list with it, or null.
 
         It is null where the published evaluation failed to read a reference. Then no answer is
         right.
         """
-        is_number = (
-            type(ground_truth) in (int, float) and abs(ground_truth) < problems.LARGEST_ANSWER
-        )
-        if ground_truth is not None and not is_number:
+        answer = '' if ground_truth is None else reading.text_of(ground_truth) or 'none'
+        number = problems.answer_number(answer.rpartition('####')[2])
+        if answer and (number is None or not abs(number) < problems.LARGEST_ANSWER):
             raise ValueError(
                 f'found ground_truth {reading.shown(ground_truth)}, expected a number or null'
             )
-        answer = repr(ground_truth).removesuffix('.0') if is_number else ''
+        answer = answer.rpartition('####')[2].strip()
         return {'question': str(question), 'answer': answer, 'solution': ''}
 
 
@@ -155,3 +184,60 @@ def _number(text: str, position: int) -> float | None:
     except ValueError:
         numbers = _NUMBER.findall(text)
     return float(numbers[position]) if numbers else None
+
+
+def mended_number(completion: str) -> Fraction | None:
+    """Returns the number that a completion answers with, by the mended rules, or None.
+
+    - The answer holds one number. The released rules take the first or the last of several, so
+      that `20-18` is -18 and a list of candidates is one of them.
+    - Thousands may be grouped, and a currency or a unit may stand beside the number. The released
+      reward wants the very text of the reference, and the released score takes 2 for `2,125`
+      (open-compass/opencompass#2647, AISBench/benchmark#359).
+    - A fraction of integers counts in lowest terms.
+    - An equation counts if all its sides with numbers are equal, exactly: `6*3 = 18`.
+    - `not 18`, `18 or so many`, `2 million` and `3!` are not the number that they contain.
+    """
+    answer = mended.final_answer(completion)
+    if answer is None or len(answer) > MAX_CHARACTERS:
+        return None
+    answer = _CURRENCY.sub('', mended.without_thousands(answer))
+    *others, last = mended.plain_arithmetic(answer).split('=')
+    number = _only_number(last)
+    for side in filter(_RUN.search, others):
+        if exact_value(mended.without_thousands(side)) != number:
+            return None
+    return number
+
+
+def _only_number(text: str) -> Fraction | None:
+    """Returns the only number of a text, or None if there is none, several or an expression."""
+    text = text.strip(' \n\t*_`')
+    ratio = _RATIO.fullmatch(text.removeprefix('(').removesuffix(')'))
+    if ratio:
+        top, bottom = int(ratio[2]), int(ratio[3])
+        if bottom < 2 or gcd(top, bottom) != 1:
+            return None
+        return Fraction(-top if ratio[1] else top, bottom)
+    runs = list(_RUN.finditer(text))
+    if len(runs) != 1 or not _PLAIN_NUMBER.fullmatch(runs[0][0]):
+        return None
+    before, after = text[: runs[0].start()], text[runs[0].end() :]
+    words = set(_WORD.findall(f'{before} {after}'.lower()))
+    beside = _BESIDE.fullmatch(before) and _BESIDE.fullmatch(after)
+    if not beside or words & (_HEDGES | _SCALES):
+        return None
+    before = before.rstrip(' $€£¥')
+    number = Fraction(runs[0][0].replace(',', ''))
+    if not before.endswith('-'):
+        return number
+    # A minus sign stands apart from a word; `A-5` may be a name.
+    return -number if not before[:-1] or before[-2] in ' :($' else None
+
+
+def _reference(example: Example) -> Fraction | None:
+    """Returns the number of a reference such as '1,800', exactly, or None for ''."""
+    try:
+        return Fraction(example['answer'].replace(',', '').strip())
+    except ValueError:
+        return None

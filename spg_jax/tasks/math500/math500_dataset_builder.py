@@ -14,3 +14,4 @@ class Builder(PublishedBuilder):
 
     URLS = {split: f'{_ROOT}/{split}.jsonl' for split in ('train', 'test')}
     read_published = staticmethod(problems.read_published)
+    columns = problems.COLUMNS

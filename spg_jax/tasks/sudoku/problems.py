@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ VALIDATION_GRIDS = 24
 # Number of empty cells: number of such puzzles in the published test set. Every split has this mix.
 EMPTIES = {7: 82, 8: 83, 9: 76, 11: 12, 12: 3}
 PUBLISHED = Path(__file__).with_name('published_problems.json')
+# The keys of a problem in files: the columns of the published test set come first.
+COLUMNS = {
+    'puzzle': ('Puzzle', 'puzzle', 'question'),
+    'solution': ('Solution', 'solution', 'answer'),
+}
 _TRIES = 1 << 12  # puzzles tried in a round of drawing
 
 
@@ -36,30 +42,54 @@ def published() -> dict[str, Any]:
     return json.loads(PUBLISHED.read_text(encoding='ascii'))
 
 
-def read_published(path: str | Path) -> list[Example]:
-    """Reads a CSV file with the columns Puzzle and Solution.
+def read_published(path: str | Path, columns: reading.Columns = COLUMNS) -> list[Example]:
+    """Reads a table with the columns Puzzle and Solution, or records with those keys.
+
+    An empty cell is 0 or a point. `reading.records` says which forms of files are read.
 
     Raises:
       ValueError: a line is wrong; the message names file and line, and quotes the line.
     """
     examples = []
-    for where, record in reading.csv_lines(path, ('Puzzle', 'Solution')):
-        puzzle, solution = record['Puzzle'], record['Solution']
-        if len(record) != 2 or not _consistent(puzzle, solution):
-            expected = '16 digits of 0-4, a comma and 16 of 1-4 that agree with them'
-            raise ValueError(f'{where}: found {reading.shown(record)}, expected {expected}')
+    for where, record in reading.records(path, columns, table=True):
+        puzzle, solution = (cells_of(reading.pick(record, keys)) for keys in columns.values())
+        if None in record or not is_problem(puzzle, solution):
+            raise ValueError(
+                f'{where}: found {reading.shown(record)}, {another_size(puzzle, solution)}expected '
+                '16 digits of 0-4, some of them 0, a comma and 16 of 1-4 that agree with them'
+            )
         examples.append({'puzzle': puzzle, 'solution': solution, 'index': len(examples)})
     return examples
 
 
-def _consistent(puzzle: str, solution: str) -> bool:
-    """Whether these are a puzzle and a filled grid that keeps the puzzle's digits."""
+def cells_of(value: Any) -> str:
+    """Returns a grid as its cells in reading order, 0 where empty; rows may be lists or lines."""
+    if isinstance(value, list | tuple):
+        value = ''.join(map(cells_of, value))
+    return ''.join(str(value).split()).replace('.', '0')
+
+
+def is_problem(puzzle: str, solution: str) -> bool:
+    """Whether these are a puzzle with empty cells and a filled grid that keeps its digits.
+
+    A puzzle without empty cells asks for nothing, and every completion would be right.
+    """
     return (
         len(puzzle) == len(solution) == CELLS
+        and '0' in puzzle
         and set(puzzle) <= set('01234')
         and set(solution) <= set('1234')
         and all(clue in ('0', cell) for clue, cell in zip(puzzle, solution, strict=True))
     )
+
+
+def another_size(*grids: str) -> str:
+    """Returns the part of an error message that says a grid is not of 4 x 4, or ''."""
+    for grid in grids:
+        side = math.isqrt(len(grid))
+        if side > 4 and side * side == len(grid) and grid.isdigit():
+            return f'a grid of {side} x {side}, and this task has grids of 4 x 4; '
+    return ''
 
 
 def grids_of_splits() -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ SIDE = 4
 _ROWS = tuple(tuple(range(SIDE * i, SIDE * i + SIDE)) for i in range(SIDE))
 _COLUMNS = tuple(tuple(range(i, SIDE * SIDE, SIDE)) for i in range(SIDE))
 _BOXES = tuple(tuple(corner + step for step in (0, 1, 4, 5)) for corner in (0, 2, 8, 10))
-_UNITS = (
+UNITS = (
     *((f'row {place}', cells) for place, cells in enumerate(_ROWS, 1)),
     *((f'column {place}', cells) for place, cells in enumerate(_COLUMNS, 1)),
     *(
@@ -43,7 +43,7 @@ def work_out(puzzle: str) -> tuple[str, str]:
 def _steps(grid: list[str]) -> Iterator[tuple[int, str, str]]:
     """Yields (cell, digit, reason) for every cell a step determines, the plainest reasons first."""
     allowed = {cell: _allowed(grid, cell) for cell, digit in enumerate(grid) if digit == '0'}
-    for name, cells in _UNITS:
+    for name, cells in UNITS:
         empty = [cell for cell in cells if cell in allowed]
         if len(empty) == 1 and len(allowed[empty[0]]) == 1:
             yield empty[0], *allowed[empty[0]], f'{_capital(name)} lacks one digit'
@@ -51,7 +51,7 @@ def _steps(grid: list[str]) -> Iterator[tuple[int, str, str]]:
         if len(digits) == 1:
             others = ', '.join(digit for digit in '1234' if digit not in digits)
             yield cell, *digits, f'Its row, column and box hold {others}'
-    for name, cells in _UNITS:
+    for name, cells in UNITS:
         for digit in '1234':
             places = [cell for cell in cells if digit in allowed.get(cell, ())]
             if len(places) == 1:
@@ -60,7 +60,7 @@ def _steps(grid: list[str]) -> Iterator[tuple[int, str, str]]:
 
 def _allowed(grid: list[str], cell: int) -> tuple[str, ...]:
     """Returns the digits that are not yet in the row, column or box of an empty cell."""
-    held = {grid[peer] for _, cells in _UNITS if cell in cells for peer in cells}
+    held = {grid[peer] for _, cells in UNITS if cell in cells for peer in cells}
     return tuple(digit for digit in '1234' if digit not in held)
 
 

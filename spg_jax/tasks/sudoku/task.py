@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spg_jax.tasks import extraction, reading
+from spg_jax.tasks import extraction, mended, reading
+from spg_jax.tasks.arithmetic import MAX_CHARACTERS
 from spg_jax.tasks.sudoku import problems
 from spg_jax.tasks.sudoku.problems import CELLS
-from spg_jax.tasks.sudoku.solver import work_out
+from spg_jax.tasks.sudoku.solver import UNITS, work_out
 from spg_jax.tasks.task import Example, Format, Score, Task
 
 _WORDING = Path(__file__).with_name('published_prompt.txt').read_text(encoding='utf-8')
@@ -26,18 +27,24 @@ _ENDS = ('<|eot_id|>', '<|endoftext|>')
 _FENCE = re.compile(r'```([\d\s]++)```')
 _BEFORE_CLOSE = re.compile(r'(\d{16})\s*+</answer>')
 _ALONE = re.compile(r'\b(\d{16})\b')
-_GRID = re.compile(r'[0-9]{16}')
-_NAMED_PUZZLE = re.compile(r'Sudoku puzzle: ([0-9]{16})')
+_PUZZLE = re.compile(r'[0-9.]{16,}')
+_NAMED_PUZZLE = re.compile(r'Sudoku puzzle: ([0-9.]{16,})')
+# What may stand between the cells of a grid that somebody draws: rows, bars and a code block.
+_DRAWN = re.compile(r'[\s,;|+\-`$\[\]]+')
+_MENDED_FENCE = re.compile(r'```(?:text)?\n([^`]*+)```')
+_CELLS = re.compile(r'[0-4._]{16}')
 
 
 class Sudoku(Task):
     """Examples: {'puzzle': 16 digits, 0 where empty, 'solution': 16 digits, 'index': int}.
 
     A compact completion is the whole grid, `<answer> 4 3 1 2 … </answer>`. In every format the
-    reward is the share of the empty cells that are right.
+    reward is the share of the empty cells that are right. Under `rules='mended'` `mended_score`
+    judges, for reward and score alike.
     """
 
     name = 'sudoku'
+    usual_columns = problems.COLUMNS
     placeholders = ('puzzle',)
     formats = {
         'compact': Format(
@@ -70,11 +77,16 @@ class Sudoku(Task):
         return {'puzzle': self.formats[self.format].separator.join(example['puzzle'])}
 
     def reward(self, completion: str, example: Example) -> float:
-        score = count_right(answer_digits(completion), example)
+        if self.rules == 'mended':
+            score = mended_score(completion, example)
+        else:
+            score = count_right(answer_digits(completion), example)
         return score.right / score.total if score.total else 0.0
 
     def score(self, completion: str, example: Example) -> Score:
         """Returns the verdict; the compact scorer reads the last answer tag, as the reward does."""
+        if self.rules == 'mended':
+            return mended_score(completion, example)
         cells_of = answer_digits if self.scorer == 'compact' else published_cells
         return count_right(cells_of(completion), example)
 
@@ -97,18 +109,23 @@ class Sudoku(Task):
         return Builder
 
     def read_published(self, path: str | Path) -> list[Example]:
-        return problems.read_published(path)
+        return problems.read_published(path, self.columns)
 
     def read_record(self, question: Any, ground_truth: Any) -> Example:
         """Returns the puzzle that starts the question or follows 'Sudoku puzzle: ' in it."""
-        text, solution = str(question), str(ground_truth)
+        text = problems.cells_of(question) if isinstance(question, list) else str(question)
         named_puzzle = _NAMED_PUZZLE.search(text)
-        puzzle = named_puzzle[1] if named_puzzle and not _GRID.match(text) else text[:CELLS]
-        if not _GRID.fullmatch(puzzle) or not _GRID.fullmatch(solution):
+        first_digits = _PUZZLE.match(text)
+        digits = first_digits[0] if first_digits else named_puzzle[1] if named_puzzle else ''
+        puzzle, solution = problems.cells_of(digits), problems.cells_of(ground_truth)
+        if not problems.another_size(puzzle, solution):
+            puzzle = puzzle[:CELLS]
+        if not problems.is_problem(puzzle, solution):
             raise ValueError(
                 f'found question {reading.shown(question)} with '
                 f'ground_truth {reading.shown(ground_truth)}, '
-                'expected a puzzle of 16 digits and its solution'
+                f'{problems.another_size(puzzle, solution)}'
+                'expected a puzzle of 16 digits, some of them 0, and its solution'
             )
         return {'puzzle': puzzle, 'solution': solution}
 
@@ -149,3 +166,31 @@ def count_right(cells: str, example: Example) -> Score:
     empty = [place for place, clue in enumerate(example['puzzle']) if clue == '0']
     right = sum(cells[place] == example['solution'][place] for place in empty)
     return Score(right=right, total=len(empty), solved=right == len(empty))
+
+
+def mended_score(completion: str, example: Example) -> Score:
+    """Returns the verdict of the mended rules on the grid that a completion answers with.
+
+    - The answer, or the code block in it, is a grid of 16 cells and nothing else. The released
+      rules collect the digits of any text, also of words about another grid, and pad what is short.
+    - A grid that changes a clue has no right cell: it solves another puzzle. The released rules do
+      not look at the clues.
+    - A grid is right if no digit occurs twice in a row, column or box, whatever the recorded
+      solution: a user's puzzle may have several solutions.
+    - Any other grid has the cells right that equal the recorded solution, but never all of them.
+    """
+    puzzle = example['puzzle']
+    answer = mended.final_answer(completion) or ''
+    fenced = _MENDED_FENCE.search(answer)
+    answer = fenced[1] if fenced else answer
+    cells = _DRAWN.sub('', answer) if len(answer) <= MAX_CHARACTERS else ''
+    total = puzzle.count('0')
+    keeps_clues = _CELLS.fullmatch(cells) is not None and all(
+        clue in ('0', cell) for clue, cell in zip(puzzle, cells, strict=True)
+    )
+    if not keeps_clues:
+        return Score(right=0, total=total, solved=False)
+    if total and all({cells[place] for place in unit} == set('1234') for _, unit in UNITS):
+        return Score(right=total, total=total, solved=True)
+    right = min(count_right(cells, example).right, total - 1)
+    return Score(right=max(right, 0), total=total, solved=False)
