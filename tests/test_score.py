@@ -1,6 +1,8 @@
 """The score command: totals, both layouts of a file, errors of one line for wrong input."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from spg_jax import score
 from spg_jax.tasks import judge
 from tests.processes import finish, start_module
+from tests.processes import run as run_command
 
 FIXTURES = Path(__file__).parent / 'tasks'
 COUNTDOWN = FIXTURES / 'countdown_completions.jsonl'
@@ -260,13 +263,8 @@ def test_flags_may_stand_after_files():
 
 @pytest.mark.parametrize('arguments', [['--task=countdown', COUNTDOWN], ['--verify', COUNTDOWN]])
 def test_a_result_that_cannot_be_written_is_one_line(arguments):
-    with open('/dev/full', 'w') as full:
-        done = subprocess.run(
-            [sys.executable, '-m', 'spg_jax.score', *map(str, arguments)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    words = shlex.join([sys.executable, '-m', 'spg_jax.score', *map(str, arguments)])
+    done = run_command(['bash', '-c', f'{words} > /dev/full'])
     assert done.returncode == 1 and done.stderr.count('\n') == 1
     assert 'standard output cannot be written (No space left on device)' in done.stderr
 
@@ -274,7 +272,7 @@ def test_a_result_that_cannot_be_written_is_one_line(arguments):
 def test_a_reader_that_has_gone_is_one_line():
     command = f'{sys.executable} -m spg_jax.score --task=countdown {COUNTDOWN}'
     script = f'set -o pipefail; {command} | true'
-    done = subprocess.run(['bash', '-c', script], capture_output=True, text=True)
+    done = run_command(['bash', '-c', script])
     # `true` may end before or after the result is written.
     assert 'Traceback' not in done.stderr and done.stderr.count('\n') <= 1
 
@@ -284,7 +282,7 @@ def test_importing_the_module_defines_no_flags():
         'from absl import flags, app, logging; before = set(flags.FLAGS); import spg_jax.score; '
         'print(sorted(set(flags.FLAGS) - before))'
     )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    done = run_command([sys.executable, '-c', code])
     assert done.stdout.strip() == '[]'
 
 

@@ -6,7 +6,6 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from benchmarks import scoring
 from spg_jax import tasks
 from spg_jax.tasks import judge
+from tests.processes import run
 
 FAULTS = Path(__file__).parents[1] / 'reference' / 'faults.jsonl'
 ROWS = [json.loads(line) for line in FAULTS.read_text(encoding='utf-8').splitlines()]
@@ -61,14 +61,11 @@ def test_command(name, tmp_path):
     words += ''.join(
         f' {word}' if word.startswith('>') else f' {shlex.quote(word)}' for word in command['argv']
     )
-    done = subprocess.run(
+    done = run(
         ['bash', '-c', words],
+        stdin or '',
         cwd=tmp_path,
         env={**os.environ, **command['env'], 'PYTHONPATH': str(Path(__file__).parents[2])},
-        input=stdin or '',
-        capture_output=True,
-        text=True,
-        timeout=60,
     )
     expected = case['expect']
     if expected.startswith('refused'):
