@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 TEST = [
     'jinja2>=3.1',
     'libtpu',
+    'math-verify>=0.9',
     'pyrefly>=1.4,<2',
     'pytest>=8.0',
     'pytest-xdist>=3.6',

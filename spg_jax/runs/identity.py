@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from spg_jax.assembly import assemble
 from spg_jax.runs import policies
 
 Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
@@ -43,7 +44,7 @@ def changed_settings(
             continue
         for name, value in wanted[group].items():
             key, old = f'{group}.{name}', saved.get(group, {}).get(name)
-            if old == value:
+            if old == value or (group == FILES and old is None):  # fetched since the start
                 continue
             if key not in FREE and not (key in GROWING and old is not None and value > old):
                 what = f'another {name}' if group == FILES else f'{key} {old!r}'
@@ -73,6 +74,8 @@ def digest_files(
         digests['base.checkpoint'] = digest_path(directory)
         if policies.is_policy(directory) and policies.base_of(directory) != directory:
             digests['base of base.checkpoint'] = digest_path(policies.base_of(directory))
+    for file in assemble(config).task.given_files(Path(config.task.data_dir)):
+        digests[f'{file.name} in task.data_dir'] = digest_path(file)
     if config.lora.adapter:
         digests['lora.adapter'] = digest_path(Path(config.lora.adapter))
     return digests

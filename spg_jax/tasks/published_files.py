@@ -14,13 +14,12 @@ import tensorflow_datasets as tfds
 
 from spg_jax.errors import one_line
 from spg_jax.process.files import write_whole
-from spg_jax.tasks.reading import Columns
+from spg_jax.tasks.reading import Columns, given_file
 from spg_jax.tasks.source import Example, Unavailable
 
 VALIDATION = 256  # problems cut off the published training set
 _LEAST_SHARE = 10  # At most one training problem in ten is cut off, if the user's set is small.
 TIMEOUT = 30  # seconds without any data until a download is given up
-SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')  # of given files, in the order looked for
 _TEXTS = ('question', 'answer', 'solution')
 
 
@@ -100,10 +99,8 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             pass
         name = self._name(split)
         for folder in folders:
-            for suffix in SUFFIXES:
-                path = (folder / name).with_suffix(suffix)
-                if path.is_file():
-                    return path
+            if path := given_file(folder, name):
+                return path
         try:
             return _fetched(self.URLS[split], folders[0] / name)
         except (OSError, http.client.HTTPException) as error:

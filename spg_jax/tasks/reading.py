@@ -21,6 +21,13 @@ _PARQUET = b'PAR1'  # the first bytes of every Parquet file
 _DELIMITERS = ',;\t'
 _TABLES = ('.csv', '.tsv')
 _INTEGER = re.compile('-?[0-9]{1,15}')
+SUFFIXES = ('.jsonl', '.json', '.csv', '.parquet')  # of given files, in the order looked for
+
+
+def given_file(folder: Path, name: str) -> Path | None:
+    """Returns the published file of this name, with any of SUFFIXES, or None if it is not there."""
+    paths = ((folder / name).with_suffix(suffix) for suffix in SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
 
 
 class NotJson(ValueError):

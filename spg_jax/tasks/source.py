@@ -2,7 +2,10 @@
 
 import contextlib
 import fcntl
+import hashlib
 import io
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,9 +15,11 @@ import numpy as np
 from absl import logging
 
 from spg_jax.errors import check_one_of, one_line
+from spg_jax.process.files import write_whole
 
 Example = dict[str, Any]  # a problem; each task has its own keys, and all have 'index'
 
+ORIGIN = '.made_of.json'  # ends the name of the file of digests beside prepared problems
 SPLITS = ('train', 'validation', 'test')
 _CHUNK = 1024  # examples read at once when all are read
 
@@ -37,6 +42,7 @@ class Source:
         split: str,
         data_dir: Path,
         preparation: str = 'making them',
+        given_files: Callable[[Path], list[Path]] = lambda data_dir: [],
     ):
         """Makes the problems if `data_dir` does not hold them, and opens one split.
 
@@ -45,6 +51,8 @@ class Source:
           split: one of SPLITS.
           data_dir: the directory that holds the problems of all tasks.
           preparation: what making the problems means, in the words of the line that announces it.
+          given_files: finds the files in `data_dir` that the problems are made of. Problems that
+            were made of other contents are made anew.
         """
         check_one_of('split', split, SPLITS)
         self._split = split
@@ -57,6 +65,8 @@ class Source:
                 # One process makes the data, and the others wait for it.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 dataset = builder(data_dir=data_dir, file_format='array_record')
+                if _forget_stale(dataset.data_path, given_files(data_dir)):
+                    dataset = builder(data_dir=data_dir, file_format='array_record')
                 if not dataset.data_path.exists():
                     # Standard output belongs to results, so the line goes to standard error.
                     print(
@@ -64,7 +74,8 @@ class Source:
                         file=sys.stderr,
                         flush=True,
                     )
-                dataset.download_and_prepare()
+                    dataset.download_and_prepare()
+                    _remember(dataset.data_path, given_files(data_dir))
             self._records = dataset.as_data_source(split)
             count, expected_count = len(self._records), dataset.info.splits[split].num_examples
         except Unavailable:
@@ -111,6 +122,39 @@ class Source:
             f'{self._directory}: {subject} cannot be read ({cause}); '
             f'delete {self._directory} and run again'
         )
+
+
+def _forget_stale(prepared: Path, files: list[Path]) -> bool:
+    """Deletes problems that were made of other files than those given now; says whether it did.
+
+    Raises:
+      Unavailable: the files that they were made of are gone.
+    """
+    origin = prepared.with_name(prepared.name + ORIGIN)
+    if not prepared.exists() or not origin.is_file():
+        return False
+    old, new = json.loads(origin.read_text()), _digests(files)
+    if old == new:
+        return False
+    missing = sorted(set(old) - set(new))
+    if missing and not new:
+        raise Unavailable(
+            f'{missing[0]}, which the problems in {prepared} were made of, is gone; put it back, '
+            f'or delete {prepared.parent} to have it fetched'
+        )
+    shutil.rmtree(prepared)
+    return True
+
+
+def _remember(prepared: Path, files: list[Path]) -> None:
+    """Writes down what problems were made of, beside them."""
+    if files:
+        origin = prepared.with_name(prepared.name + ORIGIN)
+        write_whole(origin, json.dumps(_digests(files), indent=1))
+
+
+def _digests(files: list[Path]) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @contextlib.contextmanager

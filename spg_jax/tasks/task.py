@@ -103,7 +103,12 @@ class Task(abc.ABC):
         Raises:
           ValueError: the split is unknown, or the data cannot be read; the message says what to do.
         """
-        return Source(self.builder(), split, Path(data_dir), self.preparation)
+        folder = Path(data_dir)
+        return Source(self.builder(), split, folder, self.preparation, self.given_files)
+
+    def given_files(self, data_dir: Path) -> list[Path]:
+        """Returns the files under `data_dir` that the problems are made of, if there are any."""
+        return []
 
     def figures(self, scores: Sequence[Score]) -> dict[str, Any]:
         """Returns the figures of a set of verdicts; accuracy is items right / items asked for.

@@ -1,10 +1,12 @@
 """What the tasks on published word problems share: a question, a worked solution, one answer."""
 
 import re
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from spg_jax.tasks.reading import given_file
 from spg_jax.tasks.task import Example, Format, Task, fill
 
 # A completion from the end of the opening reasoning tag to the start of the answer.
@@ -26,6 +28,12 @@ class WordProblems(Task):
 
     def fields(self, example: Example) -> dict[str, str]:
         return {'question': example['question']}
+
+    def given_files(self, data_dir: Path) -> list[Path]:
+        names = (f'{self.name}_{split}.jsonl' for split in ('train', 'test'))
+        folders = (data_dir, data_dir / 'downloads' / 'manual')
+        files = [next(filter(None, (given_file(f, n) for f in folders)), None) for n in names]
+        return [file for file in files if file]
 
     def demonstration(self, example: Example, rng: np.random.Generator, right_share: float) -> str:
         """Returns a demonstration as every task does; a right one shows the published solution."""

@@ -153,3 +153,28 @@ def test_files_of_other_forms_with_own_keys(tmp_path, no_network, suffix):
     assert learnt('question:q,answer:label') == first
     with pytest.raises(ValueError, match=rf'gsm8k_train\{suffix}:?.*mend that file, or delete it'):
         learnt('')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_problems_are_made_anew_when_their_files_change(tmp_path, no_network, name):
+    """F52, F53 and F55: both files replaced, and one answer mended."""
+    write(tmp_path, name)
+    sources(name, tmp_path)
+    write(tmp_path, name, train=range(100, 140), test=range(140, 145))
+    splits = sources(name, tmp_path)
+    assert answers(splits['test']) == set(range(140, 145))
+    assert answers(splits['train']) | answers(splits['validation']) == set(range(100, 140))
+    test = tmp_path / f'{name}_test.jsonl'
+    test.write_text(test.read_text().replace('140', '999'))
+    assert 999 in answers(sources(name, tmp_path)['test'])
+
+
+def test_problems_whose_files_are_gone_are_refused(tmp_path, no_network):
+    """F54."""
+    write(tmp_path, 'gsm8k')
+    sources('gsm8k', tmp_path)
+    for file in tmp_path.glob('*.jsonl'):
+        file.unlink()
+    with pytest.raises(ValueError, match='gsm8k_test.jsonl.* is gone; put it back, or') as error:
+        sources('gsm8k', tmp_path)
+    assert '\n' not in str(error.value)
