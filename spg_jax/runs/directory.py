@@ -1,7 +1,6 @@
 """The directory of a training: its name, its configuration, its policy, and who may work in it."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import ml_collections
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.process import distributed
-from spg_jax.process.files import write_whole
+from spg_jax.process.files import locked, write_whole
 from spg_jax.runs import policies
 
 CONFIG = 'config.json'
@@ -140,9 +139,9 @@ def claimed(workdir: Path, settings: Settings, finished: bool = False) -> Iterat
         distributed.barrier(f'claimed {workdir}')
         yield
         return
-    with (workdir / 'lock').open('w') as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(workdir / 'lock', wait=False))
         except BlockingIOError:
             raise BlockingIOError(
                 f'another process is training in {workdir}; wait for it, or use another directory'

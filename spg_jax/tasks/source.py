@@ -1,7 +1,6 @@
 """The problems of a task: made once by its TFDS builder, then read in any order."""
 
 import contextlib
-import fcntl
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from spg_jax.errors import check_one_of, one_line
+from spg_jax.process.files import locked
 
 Example = dict[str, Any]  # a problem; each task has its own keys, and all have 'index'
 
@@ -52,19 +52,16 @@ class Source:
         # TFDS and its readers raise errors of any class, from KeyError to a RuntimeError out of
         # C++. All of them are caught here, so that none ends a run with a traceback.
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with (data_dir / 'lock').open('w') as lock, _silent_tfds():
-                # One process makes the data, and the others wait for it.
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Data that is there needs no lock and no right to write: TFDS gives a directory its name
+            # when it is whole.
+            with _silent_tfds():
                 dataset = builder(data_dir=data_dir, file_format='array_record')
                 if not dataset.data_path.exists():
-                    # Standard output belongs to results, so the line goes to standard error.
-                    print(
-                        f'problems of {builder.name}: {preparation}, once, under {self._directory}',
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                dataset.download_and_prepare()
+                    data_dir.mkdir(parents=True, exist_ok=True)
+                    # One process makes the data, and the others wait for it.
+                    with locked(data_dir / 'lock'):
+                        dataset = builder(data_dir=data_dir, file_format='array_record')
+                        self._make(dataset, preparation)
             self._records = dataset.as_data_source(split)
             count, expected_count = len(self._records), dataset.info.splits[split].num_examples
         except Unavailable:
@@ -79,6 +76,17 @@ class Source:
             raise self._unreadable(split, f'{count} examples, expected {expected_count}')
         # Fail early: a file that was cut short must not stop a run hours later.
         self.__getitems__([0, count - 1])
+
+    def _make(self, dataset: Any, preparation: str) -> None:
+        """Makes the problems, unless another process has made them since."""
+        if not dataset.data_path.exists():
+            # Standard output belongs to results, so the line goes to standard error.
+            print(
+                f'problems of {dataset.name}: {preparation}, once, under {self._directory}',
+                file=sys.stderr,
+                flush=True,
+            )
+        dataset.download_and_prepare()
 
     def __len__(self) -> int:
         return len(self._records)
