@@ -223,7 +223,7 @@ def _check_sizes(config: ml_collections.ConfigDict, batching: Batching) -> None:
         (
             config.evaluation.batch,
             'evaluation.batch',
-            max(config.evaluation.lengths),
+            max(config.evaluation.lengths, default=0),
             'evaluation.lengths',
         ),
     ):

@@ -231,7 +231,7 @@ def fix_numbers() -> None:
     One line on standard error names each variable of the environment that is ignored for it.
     """
     for option, value in NUMBERS.items():
-        if jax.config.read(option) != value:
+        if getattr(jax.config, option) != value:
             jax.config.update(option, value)
             variable = option.upper()
             print(
@@ -283,9 +283,6 @@ def _mendable(error: Exception) -> str | None:
             f'out of memory ({message[:300]}); use a smaller rl.microbatch, rl.generation_batch or '
             'evaluation.batch, or more devices'
         )
-    if isinstance(error, RuntimeError) and re.search('(initialize|Unknown) backend', message):
-        platforms = os.environ.get('JAX_PLATFORMS', '')
-        return f'JAX_PLATFORMS is {platforms!r}, but {message}; unset it or use cpu'
     return None
 
 

@@ -57,8 +57,8 @@ class Lasting:
         self.error = self.error or error
         # A stream that has no descriptor, such as one of a test, has nothing to redirect.
         with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
+            descriptor, null = self._stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
             os.close(null)
 
 

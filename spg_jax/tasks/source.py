@@ -52,8 +52,8 @@ class Source:
         # TFDS and its readers raise errors of any class, from KeyError to a RuntimeError out of
         # C++. All of them are caught here, so that none ends a run with a traceback.
         try:
-            # Data that is there needs no lock and no right to write: TFDS gives a directory its name
-            # when it is whole.
+            # Data that is there needs no lock and no right to write: TFDS gives a directory its
+            # name when it is whole.
             with _silent_tfds():
                 dataset = builder(data_dir=data_dir, file_format='array_record')
                 if not dataset.data_path.exists():
