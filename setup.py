@@ -24,7 +24,9 @@ setup(
     description='Reinforcement learning for masked diffusion language models in JAX',
     long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=['spg_jax', 'spg_jax.*']),
+    # `configs/` goes along, so that its files are found by name: --config=countdown.
+    packages=[*find_packages(include=['spg_jax', 'spg_jax.*']), 'spg_jax.configs'],
+    package_dir={'spg_jax.configs': 'configs'},
     package_data={'spg_jax.tasks': ['*/*.txt', '*/*.json'], 'spg_jax.planning': ['*.json']},
     python_requires='>=3.11',
     install_requires=[

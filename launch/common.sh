@@ -27,6 +27,16 @@ need() {
   done
 }
 
+# Stops unless every named setting is a positive integer. Shell arithmetic would take other text for
+# the name of a variable, and run the commands in it.
+need_count() {
+  local setting
+  for setting in "$@"; do
+    [[ ${!setting} =~ ^[1-9][0-9]{0,5}$ ]] ||
+      fail "--${setting//_/-} is '${!setting}'; give a positive integer"
+  done
+}
+
 # The words on one line, from which a shell reads the same words.
 quoted() {
   local word line=

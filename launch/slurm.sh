@@ -27,7 +27,7 @@ source "$here/common.sh"
 tree=${here%/*}
 
 parse() {
-  workdir='' venv='' apptainer='' image='' nodes=1 gpus=8 save_seconds=600
+  workdir='' venv='' apptainer='' image='' nodes=1 gpus_per_node=8 save_seconds=600
   binds=() options=() training=()
   while (($#)); do
     case $1 in
@@ -37,7 +37,7 @@ parse() {
       --container-image=*) image=${1#*=} ;;
       --bind=*) binds+=("${1#*=}") ;;
       --nodes=*) nodes=${1#*=} ;;
-      --gpus-per-node=*) gpus=${1#*=} ;;
+      --gpus-per-node=*) gpus_per_node=${1#*=} ;;
       --save-seconds=*) save_seconds=${1#*=} ;;
       --dry-run) dry_run=1 ;;
       -h | --help) usage && exit ;;
@@ -47,6 +47,7 @@ parse() {
     esac
     shift
   done
+  need_count nodes gpus_per_node save_seconds
   check_training "$workdir" "${training[@]}"
   binds=("$tree" "$workdir" "${binds[@]}")
   local ways=(${venv:+venv} ${apptainer:+apptainer} ${image:+container-image})
@@ -82,7 +83,7 @@ job_script() {
 #!/bin/bash
 set -euo pipefail
 cd $(quoted "$tree")
-export PYTHONUNBUFFERED=1 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
+export PYTHONUNBUFFERED=1 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))
 trap 'echo "job \$SLURM_JOB_ID: told to end"' TERM
 $(launcher) -m spg_jax.train --distributed $(quoted "--workdir=$workdir" "${training[@]}")
 if [[ ! -f $result ]]; then
@@ -95,7 +96,7 @@ SCRIPT
 submit() {
   local command=(
     sbatch --parsable --job-name=spg-jax "--nodes=$nodes" --ntasks-per-node=1
-    "--gpus-per-node=$gpus" --exclusive --mem=0 --requeue "--signal=TERM@$save_seconds"
+    "--gpus-per-node=$gpus_per_node" --exclusive --mem=0 --requeue "--signal=TERM@$save_seconds"
     --open-mode=append "--output=$workdir/slurm-%j.log" "${options[@]}"
   )
   if [[ $dry_run ]]; then

@@ -60,6 +60,9 @@ parse() {
   done
   [[ -z $dry_run ]] || exec 3>&1 # for commands whose output is read
   need zone name
+  [[ $retries =~ ^[0-9]{1,5}$ && $retries != 0?* ]] ||
+    fail "--retries is '$retries'; give an integer of at least 0"
+  [[ $poll =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--poll is '$poll'; give a number of seconds"
   location=("--zone=$zone" ${project:+"--project=$project"})
   [[ -z $bucket || -z $nfs ]] || fail "both --bucket=$bucket and --nfs=$nfs given; choose one"
   if [[ $bucket || $nfs ]]; then
@@ -109,7 +112,7 @@ slice_state() {
 }
 
 chips() {
-  [[ $accelerator_type =~ ^(v2|v3|v4|v5p|v5litepod|v6e)-([0-9]+)$ ]] ||
+  [[ $accelerator_type =~ ^(v2|v3|v4|v5p|v5litepod|v6e)-([1-9][0-9]{0,5})$ ]] ||
     fail "unknown --accelerator-type=$accelerator_type; expected such as v5litepod-16, v6e-8, v5p-8"
   case ${BASH_REMATCH[1]} in
     v5litepod | v6e) echo "${BASH_REMATCH[2]}" ;;
@@ -216,15 +219,19 @@ tar -xzf spg-jax.tar.gz -C spg-jax && $set_up"
 }
 
 copy_source() {
-  local archive=${TMPDIR:-/tmp}/spg-jax-$name.tar.gz tree
+  local folder archive tree status=0
   # A commit of the files as they are now, which no branch and no index knows; nothing if all is
   # committed.
   tree=$(git -C "$source" stash create) ||
     fail "--source=$source is not a git checkout; give one, or --repo=URL"
+  # A folder of this user alone: others could put a file of theirs under a name that they can guess.
+  folder=$(mktemp -d) || return
+  archive=$folder/spg-jax.tar.gz
   run git -C "$source" archive --format=tar.gz "--output=$archive" "${tree:-HEAD}" &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:spg-jax.tar.gz" "${location[@]}" \
-      --worker=all &&
-    run rm "$archive"
+      --worker=all || status=$?
+  rm -rf "$folder"
+  return "$status"
 }
 
 start_everywhere() {

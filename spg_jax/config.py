@@ -18,7 +18,8 @@ def default_config() -> ml_collections.ConfigDict:
     The comment on a published number ends in its source: the appendix of the paper [A], or in the
     released code the scripts of spg/slurm_scripts/spg_mix, for 8 GPUs [S],
     spg/diffu_grpo_config.py [C] or eval/ [E]. Numbers without a source are our choice. Capital
-    letters such as P and C are the axis letters that comments in the code use.
+    letters such as P and C are the axis letters that comments in the code use. The configuration is
+    locked: a name that is not here cannot be set.
     """
     c = config_dict.create
 
@@ -155,4 +156,4 @@ def default_config() -> ml_collections.ConfigDict:
             every=100,  # updates between two checkpoints
             keep=2,  # the number of newest checkpoints that are kept
         ),
-    )
+    ).lock()

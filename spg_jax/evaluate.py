@@ -67,7 +67,7 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     cli.define_policy_flags()
     cli.define_distributed_flag()
-    flags.DEFINE_string('data', '', "A published test file; '' evaluates on --split.")
+    cli.define_path_flag('data', '', "A published test file; '' evaluates on --split.")
     flags.DEFINE_enum('split', 'test', SPLITS, 'The split of the task, without --data.')
     flags.DEFINE_integer(
         'samples',

@@ -42,6 +42,8 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     # Every process has to see that `out` does not exist before another process creates it.
     distributed.barrier(f'room for {out}')
     adapter = directory / policies.ADAPTER
+    _refuse_links(directory)
+    _refuse_links(source)
     if adapter.is_dir() and not whole:
         if distributed.is_leader():
             shutil.copytree(adapter, out)
@@ -59,6 +61,26 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     )
 
 
+def _refuse_links(directory: Path) -> None:
+    """Refuses a directory with links that lead out of it, because export would copy their targets.
+
+    The cache of Hugging Face holds a checkpoint as links from `snapshots/` to `blobs/` beside it;
+    these lead nowhere else.
+
+    Raises:
+      ValueError: names the first such link.
+    """
+    inside = directory.resolve()
+    if inside.parent.name == 'snapshots':
+        inside = inside.parent.parent
+    for path in directory.rglob('*'):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f'{path} is a link to {path.readlink()}, outside {inside}, whose contents would be '
+                'copied; remove the link, or replace it by the file that belongs there'
+            )
+
+
 def main(_: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
     checkpoint = run_config(workdir).base.checkpoint
@@ -73,8 +95,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train, or a policy trained here.')
-    flags.DEFINE_string('out', None, 'The directory to write, which must not exist.')
+    cli.define_path_flag('workdir', None, 'A run of spg_jax.train, or a policy trained here.')
+    cli.define_path_flag('out', None, 'The directory to write, which must not exist.')
     flags.DEFINE_bool('merge', False, 'Write a whole checkpoint, with adapters merged into it.')
     flags.mark_flags_as_required(['workdir', 'out'])
     cli.define_distributed_flag()

@@ -19,7 +19,7 @@ from spg_jax.assembly import assemble
 from spg_jax.data.batches import left_pad, padded_length
 from spg_jax.process import cli
 from spg_jax.process.trace import show_trace
-from spg_jax.random import Purpose, example_keys
+from spg_jax.random import SEEDS, Purpose, example_keys
 from spg_jax.rl.rollout import make_generate
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy
@@ -62,6 +62,12 @@ if __name__ == '__main__':
         'Temperature of the choice of tokens; 0 takes the likeliest.',
         lower_bound=0.0,
     )
-    flags.DEFINE_integer('seed', 0, 'Seed of the choice of tokens at a temperature above 0.')
+    flags.DEFINE_integer(
+        'seed',
+        0,
+        'Seed of the choice of tokens at a temperature above 0.',
+        lower_bound=0,
+        upper_bound=SEEDS - 1,
+    )
     flags.DEFINE_bool('trace', False, 'Show the completion after every denoising step.')
     cli.run(main)

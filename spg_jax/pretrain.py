@@ -31,7 +31,7 @@ from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import cli, distributed
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
-from spg_jax.random import Purpose, example_keys, step_key
+from spg_jax.random import Purpose, example_keys, root_key, step_key
 from spg_jax.runs import policies
 from spg_jax.runs.directory import Settings, claimed, digest, policy_of_run
 from spg_jax.runs.run import Run
@@ -232,7 +232,7 @@ def _starting_point(
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
     model = dataclasses.replace(model, quantize='')
     policy = policies.make_policy(model, tokenizer)
-    key = jax.random.fold_in(jax.random.key(config.base.seed), Purpose.INIT)
+    key = jax.random.fold_in(root_key(config.base.seed), Purpose.INIT)
     params = sharding.init_params(policy.model, key, mesh)
     if config.base.number_features:
         params = with_number_features(params, tokenizer.words, len(SPECIALS))
@@ -307,8 +307,10 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     cli.define_config_flag()
     cli.define_distributed_flag()
-    flags.DEFINE_string('workdir', '', "Where the policy goes; '' is a folder of base.cache.")
-    flags.DEFINE_string(
+    cli.define_path_flag(
+        'workdir', '', "Where the policy goes; '' is a folder of base.cache.", saves=True
+    )
+    cli.define_path_flag(
         'demonstrations',
         '',
         'JSON lines {"example": problem, "completion": text} to imitate in place of the '

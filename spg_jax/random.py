@@ -23,6 +23,14 @@ class Purpose(enum.IntEnum):
     DROPOUT = 4
 
 
+SEEDS = 2**32  # seeds from 0 to this number give different keys
+
+
+def root_key(seed: int) -> Array:
+    """The key of a seed. It names its generator, which JAX_DEFAULT_PRNG_IMPL would change."""
+    return jax.random.key(seed, impl='threefry2x32')
+
+
 def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Array) -> Array:
     """One key for each row, [B], from (seed, purpose, step) and the identity of the row.
 
@@ -37,7 +45,7 @@ def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Arr
 
 def step_key(seed: int, purpose: Purpose, step: Array | int) -> Array:
     """The key that all rows of a step share, from (seed, purpose, step)."""
-    root = jax.random.fold_in(jax.random.key(seed), purpose)
+    root = jax.random.fold_in(root_key(seed), purpose)
     return jax.random.fold_in(root, step)
 
 

@@ -9,6 +9,7 @@ Shapes: `B` rows of a whole batch, `b` those of them that one process holds.
 
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,22 @@ RULES: Mapping[str, str | None] = {
 }
 
 
+def _devices() -> list[jax.Device]:
+    """Every device of every process.
+
+    Raises:
+      ValueError: if JAX_PLATFORMS asks for devices that are not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # An assertion fails where all platforms do.
+        reason = ' '.join(str(error).split()) or 'JAX finds none'
+        raise ValueError(
+            f'JAX_PLATFORMS is {os.environ.get("JAX_PLATFORMS", "")!r}, which has no usable device '
+            f'here ({reason}); unset it, or use cpu'
+        ) from error
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes ('data', 'fsdp', 'tensor').
 
@@ -56,7 +73,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       ValueError: for an unknown axis, an impossible size, or sizes whose product is not the number
         of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = _devices() if devices is None else list(devices)
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
         raise ValueError(f'mesh.{unknown[0]} is not a mesh axis; use {", ".join(AXES)}')

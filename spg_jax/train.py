@@ -294,5 +294,7 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     cli.define_config_flag()
     cli.define_distributed_flag()
-    flags.DEFINE_string('workdir', '', "Where the run lives; '' is runs/TASK-OBJECTIVE-HASH.")
+    cli.define_path_flag(
+        'workdir', '', "Where the run lives; '' is runs/TASK-OBJECTIVE-HASH.", saves=True
+    )
     cli.run(main)

@@ -195,7 +195,10 @@ def test_groups_do_not_straddle_processes(monkeypatch):
     assert batching.local_prompts(mesh).tolist() == [2, 3]
     for rows in (np.arange(16, 24), np.r_[0:3, 48:51]):
         monkeypatch.setattr('spg_jax.rl.batching.own_rows', lambda *_, rows=rows: rows)
-        with pytest.raises(ValueError, match='16 groups of 6 rows .* would straddle them'):
+        with pytest.raises(
+            ValueError,
+            match='rl.prompts is 16: groups of 6 .* use a multiple of 8',
+        ):
             batching.local_prompts(mesh)
 
 

@@ -8,6 +8,7 @@ job with two tasks.
 import contextlib
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 STAND_INS = ROOT / 'tests' / 'stand_ins'
 SCRIPTS = sorted((ROOT / 'launch').glob('*.sh'))
 CONFIG = '--config=configs/countdown.py:llada_8b_v5e16'
+TRAP = 'nodes[$(touch trapped)]'  # shell arithmetic would run the command in it
 AWKWARD = [
     '--config.a=it\'s "so"',
     '--config.b=costs $5 or $HOME',
@@ -157,7 +159,7 @@ def test_a_slice_from_nothing_to_a_saved_run_and_gone(cloud):
         place = f'python3 in {home}/spg-jax'
         assert [c[1:4] for c in cloud.log(place)] == [['-m', 'uv', 'pip']]
         assert cloud.log(place)[0][-2:] == ['--editable', '.[tpu,hf]']
-    assert not list(cloud.directory.glob('*.tar.gz'))
+    assert not list(cloud.directory.glob('tmp.*')), 'the archive is left behind'
 
     started = cloud.tpu('start', '--', CONFIG, *AWKWARD)
     assert started.returncode == 0, started.stderr
@@ -207,7 +209,25 @@ def test_a_dry_run_prints_what_a_run_does_and_does_nothing(cloud, command):
 
     assert len(dry.stdout.splitlines()) > 0
     printed = [shlex.split(line) for line in _one_command_a_line(dry.stdout)]
-    assert acts(printed) == acts(cloud.log('gcloud'))
+    assert acts(_without_folders(printed)) == acts(_without_folders(cloud.log('gcloud')))
+
+
+def _without_folders(commands: list[list[str]]) -> list[list[str]]:
+    """The commands without the names of temporary folders, which nobody can guess."""
+    return [[re.sub(r'/tmp\.\w+/', '/', word) for word in command] for command in commands]
+
+
+def test_the_archive_lies_where_only_its_owner_writes(cloud):
+    """The name that other users could guess today is a link to a file of the user."""
+    assert cloud.tpu('create', '--yes').returncode == 0
+    victim = cloud.directory / 'victim'
+    victim.write_text('kept')
+    (cloud.directory / 'spg-jax-my-tpu.tar.gz').symlink_to(victim)
+    installed = cloud.tpu('install')
+    assert installed.returncode == 0, installed.stderr
+    assert victim.read_text() == 'kept'
+    copied = [c for c in cloud.log('gcloud') if 'scp' in c][0][5]
+    assert re.fullmatch(rf'{cloud.directory}/tmp\.\w+/spg-jax.tar.gz', copied)
 
 
 def _one_command_a_line(text: str) -> list[str]:
@@ -375,6 +395,14 @@ def test_a_run_does_not_start_beside_the_shared_file_system(cloud):
             '--workdir=/home/one is not under --mount=/shared, the file system all workers share',
         ),
         ('start', [], 'no --config after --; add -- --config=configs/TASK.py:PRESET'),
+        (
+            'create',
+            ['--accelerator-type=v4-08'],
+            'unknown --accelerator-type=v4-08; expected such as v5litepod-16, v6e-8, v5p-8',
+        ),
+        ('watch', ['--retries=many'], "--retries is 'many'; give an integer of at least 0"),
+        ('watch', [f'--retries={TRAP}'], f"--retries is '{TRAP}'; give an integer of at least 0"),
+        ('watch', ['--poll=soon'], "--poll is 'soon'; give a number of seconds"),
         ('start', ['--', CONFIG, '--workdir=/b'], '--workdir found after --; give it before'),
         (
             'watch',
@@ -532,9 +560,14 @@ def test_a_dry_submission_can_be_pasted_into_a_shell(cloud, venv):
             ['--workdir=/a', '-p', 'gpu', '--', CONFIG],
             "'gpu' is no option; give sbatch options as --name=value, training flags after --",
         ),
+        *(  # faults F42 and F43: what shell arithmetic would take for a variable or run
+            ([f'--{name}={value}'], f"--{name} is '{value}'; give a positive integer")
+            for name in ('nodes', 'gpus-per-node', 'save-seconds')
+            for value in ('abc', '0', '-1', '08', '1.5', '', '9999999', TRAP)
+        ),
     ],
 )
 def test_what_a_job_lacks_is_said_in_one_line(cloud, words, said):
-    failed = cloud.shell('slurm.sh', *words)
+    failed = cloud.shell('slurm.sh', *words, cwd=cloud.directory)
     assert (failed.returncode, failed.stderr) == (2, f'slurm.sh: {said}\n')
-    assert not cloud.log('sbatch')
+    assert not cloud.log('sbatch') and not (cloud.directory / 'trapped').exists()

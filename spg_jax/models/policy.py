@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.transformer import Transformer, TransformerConfig
-from spg_jax.random import Purpose
+from spg_jax.random import Purpose, root_key
 from spg_jax.sharding import init_params
 
 Params = Any  # one collection of a model's parameters
@@ -99,7 +99,7 @@ def with_adapters(
     if policy.config.lora or lora is None:
         return policy, variables
     policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, lora=lora))
-    key = jax.random.fold_in(jax.random.key(seed), Purpose.INIT)
+    key = jax.random.fold_in(root_key(seed), Purpose.INIT)
     adapters = init_params(policy.model, key, mesh, collection=COLLECTION)
     return policy, variables | {COLLECTION: adapters}
 

@@ -5,6 +5,7 @@ of H100 SXM and A100 80 GB SXM. The published bandwidth of a link is the sum of 
 a chip receives at half of it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ CHIPS = {
 LISTED = ('v5e:2x4', 'v5e:4x4', 'v6e:2x4', 'v5p:2x2x1', 'h100:1', 'a100:8')
 
 
+# The largest pod of these chips has 8960 (v5p). A description of more would take hours to make.
+MOST_CHIPS = {'tpu': 8960, 'cuda': 1024}
+
+
 class Machine(NamedTuple):
     """Chips that run one program."""
 
@@ -63,10 +68,15 @@ def find_machine(topology: str) -> Machine:
     sizes = shape.split('x')
     if not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(f'topology {topology!r}: no shape {shape!r}; use one such as {examples}')
+    count, most = math.prod(map(int, sizes)), MOST_CHIPS[chip.platform]
+    if count > most:
+        raise ValueError(
+            f'topology {topology!r}: more than {most} chips; use one such as {examples}'
+        )
     if chip.platform == 'cuda':
         if len(sizes) > 1:
             raise ValueError(f'topology {topology!r}: GPUs are counted; use one such as {name}:8')
-        return Machine(topology, chip, int(shape), None)
+        return Machine(topology, chip, count, None)
     devices = _tpu_devices(topology)
     return Machine(topology, chip, len(devices), devices)
 

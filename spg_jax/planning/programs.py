@@ -23,6 +23,7 @@ from spg_jax.models.llada import configuration
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
+from spg_jax.random import root_key
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, make_generate
 from spg_jax.runs import policies
@@ -151,7 +152,7 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
         plan.state.variables,
         jax.ShapeDtypeStruct(prompt, jnp.int32, sharding=by_rows),
         jax.ShapeDtypeStruct(prompt, bool, sharding=by_rows),
-        jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=by_rows),
+        jax.ShapeDtypeStruct((rows,), root_key(0).dtype, sharding=by_rows),
     )
 
 

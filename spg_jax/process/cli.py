@@ -1,33 +1,165 @@
-"""What the entry points share: flags, the compile cache and error messages of one line."""
+"""What the entry points share: flags, surroundings, the compile cache and errors of one line."""
 
+import difflib
+import importlib.util
 import os
+import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from typing import NoReturn
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from spg_jax import sharding
-from spg_jax.process import distributed, libtpu
+from spg_jax.process import distributed, libtpu, streams
+from spg_jax.process.files import local_path, user_cache
 
 # A user can mend these: a wrong value, file or machine. Any other exception is a bug, and its
 # traceback is shown.
 MENDABLE = (ValueError, OSError, FloatingPointError)
 
+# Options of JAX that change numbers. The environment sets them, so a run could go on with other
+# numbers than it began with.
+NUMBERS = {
+    'jax_enable_x64': False,
+    'jax_threefry_partitionable': True,
+    'jax_default_prng_impl': 'threefry2x32',
+    'jax_random_seed_offset': 0,
+    'jax_high_dynamic_range_gumbel': False,
+    'jax_default_matmul_precision': None,
+    'jax_numpy_dtype_promotion': 'standard',
+    'jax_softmax_custom_jvp': False,
+}
+# Options of JAX that forbid what the programs here do.
+GUARDS = (
+    'jax_transfer_guard',
+    'jax_transfer_guard_host_to_device',
+    'jax_transfer_guard_device_to_host',
+    'jax_transfer_guard_device_to_device',
+)
+
+# `configs/` of a checkout; a wheel has the same files as `spg_jax/configs/` (setup.py).
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = next(
+    (folder for folder in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if folder.is_dir()),
+    _PACKAGE / 'configs',
+)
+
+
+class UnusableConfig(Exception):
+    """A configuration file that cannot be used; the message is one line that names the file.
+
+    It is no ValueError, because absl would put its own words around the message.
+    """
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads the value of --config: the name or the path of a configuration, and a preset of it."""
+
+    config: ml_collections.ConfigDict | None = None  # the one that was read last
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        """Runs the file and locks what its `get_config` returns."""
+        name, *preset = argument.split(':', 1)
+        path = config_file(name)
+        loader = SourceFileLoader('config', str(path))
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader(loader.name, loader)
+        )
+        try:
+            loader.exec_module(module)
+            config = module.get_config(*preset)
+        except Exception as error:
+            if os.environ.get('SPG_JAX_TRACEBACK'):
+                traceback.print_exc()
+            raise UnusableConfig(_place_and_cause(path, error)) from error
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UnusableConfig(
+                f'{path}: get_config returned {type(config).__name__}, expected a ConfigDict; '
+                'start from default_config() and return it'
+            )
+        self.config = config.lock()
+        return self.config
+
+
+def config_file(name: str) -> Path:
+    """The file of a configuration, which is named by its path or by the name of a task.
+
+    Raises:
+      UnusableConfig: if there is no such file.
+    """
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob('*.py'))}
+    if name in shipped:
+        return shipped[name]
+    try:
+        path = local_path(name)
+    except ValueError as error:
+        raise UnusableConfig(str(error)) from None
+    if not path.is_file():
+        raise UnusableConfig(
+            f'no configuration {name!r}; use one of {", ".join(shipped)}, or the path of a file'
+        )
+    return path
+
+
+def _place_and_cause(path: Path, error: Exception) -> str:
+    """Where and why a configuration file failed, in one line."""
+    if isinstance(error, SyntaxError):
+        return f'{path}:{error.lineno or 1}: {error.msg}'
+    message = ' '.join(str(error).split())
+    if isinstance(error, ValueError) and path.name in message:
+        return message  # The file itself says what is wrong with the preset.
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    # ml_collections lists all fields between the key and the one that was probably meant.
+    unknown = re.search(r'Key "(\w+)" does not exist', message)
+    meant = re.search(r'Did you mean "(\w+)"', message)
+    if unknown:
+        message = f'no setting {unknown[1]!r}' + (f'; use {meant[1]}' if meant else '')
+    elif not isinstance(error, ValueError):
+        message = f'{type(error).__name__}: {message}'
+    return f'{path}:{lines[-1] if lines else 1}: {message}'
+
 
 def define_config_flag(required: bool = True) -> None:
     """Defines --config, which configures a training, or says how to use a --checkpoint."""
     config_flags.DEFINE_config_file(
-        'config', None, 'configs/TASK.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.'
+        'config', None, 'TASK[:PRESET] or FILE.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.'
     )
+    flags.FLAGS['config'].parser = _ConfigParser()
     if required:
         flags.mark_flag_as_required('config')
     # So that --help lists the flag.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['config'])
+
+
+class _PathParser(flags.ArgumentParser):
+    """Reads a path of this machine, as `files.local_path`."""
+
+    def __init__(self, saves: bool):
+        super().__init__()
+        self._saves = saves
+
+    def parse(self, argument: str) -> str:
+        """Returns the path with ~ expanded; '' stays ''."""
+        return str(local_path(argument, self._saves)) if argument else ''
+
+
+def define_path_flag(name: str, default: str | None, help: str, saves: bool = False) -> None:
+    """Defines a flag whose value is a path; `saves` if checkpoints live under the path."""
+    flags.DEFINE(_PathParser(saves), name, default, help, serializer=flags.ArgumentSerializer())
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def define_distributed_flag() -> None:
@@ -42,11 +174,11 @@ def define_distributed_flag() -> None:
 
 def define_policy_flags() -> None:
     """Defines the flags that name a policy: --workdir, or --checkpoint, --config and --adapter."""
-    flags.DEFINE_string('workdir', '', 'A run of spg_jax.train, or a policy trained here.')
-    flags.DEFINE_string(
+    define_path_flag('workdir', '', 'A run of spg_jax.train, or a policy trained here.')
+    define_path_flag(
         'checkpoint', '', 'Any policy or published checkpoint; it needs --config as well.'
     )
-    flags.DEFINE_string('adapter', '', 'An adapter that PEFT saved, to add to the checkpoint.')
+    define_path_flag('adapter', '', 'An adapter that PEFT saved, to add to the checkpoint.')
     flags.DEFINE_list(
         'mesh',
         [],
@@ -79,17 +211,44 @@ def chosen_mesh(configured: Mapping[str, int]) -> Mesh:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses flags and runs `main`; an error that a user can mend is one line and exit status 1."""
+    streams.outlive_readers()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # after the imports of the package
     if libtpu.is_installed() and libtpu.surely_absent():
         # Otherwise libtpu prints errors when JAX looks for a TPU.
         libtpu.work_without_a_tpu()
-    app.run(_one_line_errors(main), flags_parser=_parse)
+    # Matplotlib would refuse to start with the backend of a notebook that is not installed here.
+    os.environ['MPLBACKEND'] = 'agg'
+    fix_numbers()
+    try:
+        app.run(_one_line_errors(main), flags_parser=_parse)
+    except KeyboardInterrupt:
+        distributed.fail('interrupted', status=130)
+
+
+def fix_numbers() -> None:
+    """Gives the options of JAX that change numbers the values that every run has.
+
+    One line on standard error names each variable of the environment that is ignored for it.
+    """
+    for option, value in NUMBERS.items():
+        if getattr(jax.config, option) != value:
+            jax.config.update(option, value)
+            variable = option.upper()
+            print(
+                f'{variable}={os.environ.get(variable, "")} is ignored, because it would change '
+                'the numbers of a run',
+                file=sys.stderr,
+                flush=True,
+            )
+    for option in GUARDS:
+        jax.config.update(option, None)
 
 
 def compile_cache() -> None:
     """Keeps compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-        jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'spg_jax', 'compiled'))
+    cache = user_cache()
+    if cache and not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', str(cache / 'spg_jax' / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
@@ -101,24 +260,75 @@ def _one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]],
             if 'distributed' in flags.FLAGS and flags.FLAGS.distributed:
                 distributed.start()
             main(arguments)
+            streams.check_delivered()
         except Exception as error:
-            message = ' '.join(str(error).split())
-            if not isinstance(error, MENDABLE) or os.environ.get('SPG_JAX_TRACEBACK'):
-                if jax.process_count() == 1:
+            message = _mendable(error)
+            if message is None or os.environ.get('SPG_JAX_TRACEBACK'):
+                if not distributed.several():
                     raise
                 traceback.print_exc()
-                message = f'{type(error).__name__}: {message}'
+                message = f'{type(error).__name__}: {" ".join(str(error).split())}'
             distributed.fail(message)
 
     return guarded
 
 
+def _mendable(error: Exception) -> str | None:
+    """What a user who can mend an error is told, in one line; None if the error is a bug."""
+    message = ' '.join(str(error).split())
+    if isinstance(error, MENDABLE):
+        return message
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in message:
+        return (
+            f'out of memory ({message[:300]}); use a smaller rl.microbatch, rl.generation_batch or '
+            'evaluation.batch, or more devices'
+        )
+    return None
+
+
 def _parse(arguments: list[str]) -> list[str]:
     """Parses with absl; a configuration that cannot be used also gives an error of one line."""
     try:
-        return flags.FLAGS(arguments)
+        words = flags.FLAGS(arguments)
+    except UnusableConfig as error:
+        distributed.fail(str(error))
     except AttributeError as error:  # A flag overrides a setting that does not exist.
-        distributed.fail(f'no setting {error} in the configuration; spg_jax/config.py has them all')
+        distributed.fail(_unknown_setting(arguments) or str(error))
     except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         distributed.fail(f'{lines[-1] if lines else error}; see --help')
+    if words[1:]:
+        distributed.fail(_left_over(words[1]))
+    return words
+
+
+def _unknown_setting(arguments: list[str]) -> str | None:
+    """Which flag names a setting that the configuration does not have, and the nearest that is."""
+    parser = flags.FLAGS['config'].parser
+    settings = list(_settings(parser.config or {}))
+    for argument in arguments:
+        key = re.match(r'--?(?:no)?config\.([^=]+)', argument)
+        if key and key[1] not in settings:
+            nearest = difflib.get_close_matches(key[1], settings, 1)
+            advice = f'use {nearest[0]}, or see' if nearest else 'see'
+            return f'no setting {key[1]} in the configuration; {advice} spg_jax/config.py'
+    return None
+
+
+def _settings(config: Mapping, prefix: str = '') -> Iterator[str]:
+    """The names GROUP and GROUP.KEY of a configuration."""
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _settings(value, f'{prefix}{name}.')
+
+
+def _left_over(word: str) -> str:
+    """Why a word that is no flag is refused, and the flag that was probably meant."""
+    bare = word.lstrip('-\u2010\u2011\u2012\u2013\u2014\u2212')  # what editors make of dashes
+    name = bare.partition('=')[0]
+    meant = f'--{bare}'
+    if name.partition('.')[0] not in flags.FLAGS:
+        is_setting = '.' in name and '=' in bare
+        meant = f'--config.{bare}' if is_setting else '--NAME=VALUE'
+    return f'{word!r} is no flag; use {meant}, or see --help'

@@ -38,13 +38,14 @@ def start() -> None:
     """
     count, number = os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_PROCESS_ID')
     try:
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None,
-            process_id=int(number) if number else None,
-            local_device_ids=_gpus_of_the_node(),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
-        )
+        with _no_proxy():
+            jax.distributed.initialize(
+                num_processes=int(count) if count else None,
+                process_id=int(number) if number else None,
+                local_device_ids=_gpus_of_the_node(),
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+            )
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f'--distributed found no other processes ({error}); use it on TPU VMs or under srun, '
@@ -58,6 +59,21 @@ def start() -> None:
     # Exit handlers run in reverse order: this one ends the thread that reads the store before that
     # of JAX closes the store.
     atexit.register(lambda: (stop.set(), watcher.join()))
+
+
+@contextlib.contextmanager
+def _no_proxy() -> Iterator[None]:
+    """Hides the proxies of the environment, through which gRPC would look for the other processes.
+
+    A proxy leads to the internet and knows no machine of the job. Downloads need it, so it is only
+    hidden while the processes connect.
+    """
+    names = ('grpc_proxy', 'http_proxy', 'https_proxy')
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _gpus_of_the_node() -> list[int] | None:
@@ -75,9 +91,14 @@ def is_leader() -> bool:
     return global_state.process_id == 0
 
 
+def several() -> bool:
+    """Whether this process is one of several; asking starts no device."""
+    return global_state.num_processes > 1
+
+
 def barrier(name: str) -> None:
     """Returns when every process has called it with this name."""
-    if global_state.num_processes > 1:
+    if several():
         multihost_utils.sync_global_devices(name)
 
 
@@ -93,7 +114,7 @@ def leader_first(name: str) -> Iterator[None]:
 
 def largest(value: int) -> int:
     """The largest of the values that the processes call it with."""
-    if global_state.num_processes == 1:
+    if not several():
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
@@ -106,20 +127,20 @@ def merge(values: np.ndarray, is_local: np.ndarray) -> np.ndarray:
       is_local: [N] bool, True for the rows that this process has. Every row must be True in at
         least one process.
     """
-    if global_state.num_processes == 1:
+    if not several():
         return values
     all_values, owners = multihost_utils.process_allgather((values, is_local))  # [process, N, ...]
     return all_values[owners.argmax(0), np.arange(len(values))]
 
 
-def fail(message: str) -> NoReturn:
-    """Ends this process with a message of one line and status 1, and makes the others end too."""
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Ends this process with a message of one line and a status, and makes the others end too."""
     print(f'error: {message}', file=sys.stderr, flush=True)
-    if global_state.num_processes == 1:
-        sys.exit(1)
+    if not several():
+        sys.exit(status)
     with contextlib.suppress(Exception):  # Another process may have set the key already.
         global_state.client.key_value_set(_FAILED, f'process {global_state.process_id}: {message}')
-    _leave()
+    _leave(status)
 
 
 def _end_with_the_others(stop: threading.Event) -> None:
@@ -138,12 +159,12 @@ def _end_with_the_others(stop: threading.Event) -> None:
             _leave()
 
 
-def _leave() -> NoReturn:
-    """Exits with status 1 at once.
+def _leave(status: int = 1) -> NoReturn:
+    """Exits at once.
 
     An orderly exit would wait for the other processes, which may be waiting for an array from this
     one.
     """
     if is_leader():
         time.sleep(4 * POLL_SECONDS)  # The others read the message from a store in this process.
-    os._exit(1)
+    os._exit(status)

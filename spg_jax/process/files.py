@@ -1,7 +1,91 @@
-"""Files that are written whole or not at all."""
+"""Files and folders: names that work, files that are whole, and locks."""
 
+import contextlib
+import errno
+import fcntl
 import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+_STORE = re.compile(r'[a-zA-Z][a-zA-Z0-9+.-]*://')  # gs://, s3://, https:// …
+_CONTROL = re.compile(r'[\x00-\x1f\x7f]')
+# Orbax reads a checkpoint back by a pattern made of its path, so these characters name other files
+# than the ones that it wrote.
+_PATTERN = re.compile(r'[][*?\\]')
+# What flock says on a file system without locks, such as Lustre mounted without -o flock.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def local_path(path: str, saves: bool = False) -> Path:
+    """The path that a user wrote, with ~ as the home directory.
+
+    Args:
+      path: a path from a flag or a setting.
+      saves: whether checkpoints are saved under the path, whose name must then be one that they
+        can be read back from.
+
+    Raises:
+      ValueError: one line that says why the path cannot be used.
+    """
+    if _STORE.match(path):
+        raise ValueError(
+            f'{path!r} is the address of a store, not a folder; mount the store and give the '
+            'folder, as launch/README.md does under "A file system for all workers"'
+        )
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f'{path!r} names a home directory that is not known here; give the path without ~'
+        ) from None
+    found = _CONTROL.search(path) or (saves and _PATTERN.search(str(expanded.absolute())))
+    if found:
+        raise ValueError(
+            f'{path!r} is under a name with {found[0]!r}, from which nothing saved could be read '
+            'back; use a path without brackets, *, ?, backslashes and control characters'
+        )
+    return expanded
+
+
+def user_cache() -> Path | None:
+    """The folder of the user's caches; None if the user has no home directory."""
+    if os.environ.get('XDG_CACHE_HOME'):
+        return Path(os.environ['XDG_CACHE_HOME'])
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / '.cache'
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a file, which is made if it does not exist.
+
+    A file system that has no locks does not stop the work. One line on standard error then says
+    that nothing keeps a second process out.
+
+    Args:
+      path: the file.
+      wait: whether to wait for another process that holds the lock.
+
+    Raises:
+      BlockingIOError: if another process holds the lock, and `wait` is False.
+      OSError: if the file cannot be made.
+    """
+    with path.open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f'{path}: this file system has no locks ({error.strerror}), so nothing keeps a '
+                'second process out; start one at a time',
+                file=sys.stderr,
+                flush=True,
+            )
+        yield
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

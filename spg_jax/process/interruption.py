@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM as requests to save and stop, which are honoured between two updates."""
+"""Signals as requests to save and stop, which are honoured between two updates."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,13 +15,17 @@ from jax.experimental import multihost_utils
 _calls = itertools.count()
 
 REPEAT_SECONDS = 3.0  # a signal within this time repeats the last: schedulers may send it twice
+# SIGHUP says that the terminal was closed. SIGUSR1 is what Slurm users choose for --signal, so that
+# a job hears of its time limit. Neither of them ever asks to stop at once.
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interruption:
-    """While it is entered, it remembers SIGINT or SIGTERM instead of letting them end the process.
+    """While it is entered, signals are remembered instead of letting them end the process.
 
-    A second signal more than REPEAT_SECONDS after the first acts as usual. With several processes
-    a signal to any of them stops all of them after the same update.
+    These are SIGINT, SIGTERM and WARNINGS. A second SIGINT or SIGTERM more than REPEAT_SECONDS
+    after the first signal acts as usual. With several processes a signal to any of them stops all
+    of them after the same update.
     """
 
     def __init__(self) -> None:
@@ -28,9 +33,12 @@ class Interruption:
         self._previous: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> 'Interruption':
-        # With several processes JAX itself handles SIGTERM, and tells the other processes.
-        several = jax.process_count() > 1
-        for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+        numbers = {signal.SIGINT, signal.SIGTERM, *WARNINGS}
+        if jax.process_count() > 1:  # JAX itself handles SIGTERM, and tells the other processes.
+            numbers.remove(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup asks
+            numbers.remove(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -51,14 +59,16 @@ class Interruption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._requested_at is not None:
-            if now - self._requested_at > REPEAT_SECONDS:
+            if number not in WARNINGS and now - self._requested_at > REPEAT_SECONDS:
                 self.release()
                 signal.raise_signal(number)
             return
         self._requested_at = now
-        print(
-            f'\n{signal.Signals(number).name}: saving after the next update, again to stop at once',
-            flush=True,
-        )
         if jax.process_count() > 1:  # JAX tells the other processes of a SIGTERM only.
             os.kill(os.getpid(), signal.SIGTERM)
+        advice = '' if number in WARNINGS else ', again to stop at once'
+        # The signal may have come in the middle of another print, and a print within a print fails.
+        with contextlib.suppress(RuntimeError):
+            print(
+                f'\n{signal.Signals(number).name}: saving after the next update{advice}', flush=True
+            )

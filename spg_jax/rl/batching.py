@@ -3,11 +3,10 @@
 import dataclasses
 import math
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax.sharding import own_rows
+from spg_jax.sharding import own_rows, row_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +87,10 @@ class Batching:
         local_rows = own_rows(mesh, self.rows)
         prompts = np.unique(local_rows // self.group_size)
         if len(local_rows) < len(prompts) * self.group_size:
+            processes = len({device.process_index for device in mesh.devices.flat})
             raise ValueError(
-                f'{self.prompts} groups of {self.group_size} rows over {jax.process_count()} '
-                'processes would straddle them; use rl.prompts a multiple of that number, or '
-                'fewer processes'
+                f'rl.prompts is {self.prompts}: groups of {self.group_size} rows over the '
+                f'{processes} processes of the mesh would straddle them; use a multiple of '
+                f'{row_shards(mesh)} (mesh.data x mesh.fsdp), or fewer processes'
             )
         return prompts

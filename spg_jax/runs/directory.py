@@ -1,20 +1,18 @@
 """The directory of a training: its name, its configuration, its policy, and who may work in it."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import ml_collections
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.process import distributed
-from spg_jax.process.files import write_whole
+from spg_jax.process.files import locked, write_whole
 from spg_jax.runs import policies
 from spg_jax.runs.identity import FILES, Settings, changed_settings, digest_files
 
@@ -151,8 +149,8 @@ def claimed(
         distributed.barrier(f'claimed {workdir}')
         yield
         return
-    with (workdir / 'lock').open('w') as lock:
-        _lock(lock, workdir, wait)
+    with contextlib.ExitStack() as held:
+        _hold_lock(held, workdir, wait)
         if path.is_file() and (finished or _has_checkpoint(workdir)):
             changes = changed_settings(workdir, _read(path), settings, CONFIG)
             if changes:
@@ -164,12 +162,12 @@ def claimed(
         yield
 
 
-def _lock(lock: TextIO, workdir: Path, wait: bool) -> None:
-    """Locks a file for as long as it is open; raises as `claimed`."""
+def _hold_lock(held: contextlib.ExitStack, workdir: Path, wait: bool) -> None:
+    """Locks a directory until `held` is left; raises as `claimed`."""
     waiting = False
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(workdir / 'lock', wait=False))
             return
         except BlockingIOError:
             if not wait:
@@ -180,7 +178,7 @@ def _lock(lock: TextIO, workdir: Path, wait: bool) -> None:
             if not waiting:
                 print(f'waiting for another process that is training {workdir}', flush=True)
                 waiting = True
-            time.sleep(WAIT_SECONDS)
+            time.sleep(WAIT_SECONDS)  # Waiting in the lock itself would not notice a Ctrl-C.
 
 
 def _has_checkpoint(workdir: Path) -> bool:

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
-
 from spg_jax.runs.metrics import read_rows
 
 # Title of each panel, and the metrics that it shows.
@@ -20,9 +17,12 @@ PANELS = (
 
 def curves(workdir: Path) -> Path:
     """Draws `curves.png` from `metrics.jsonl`, both in `workdir`, and returns its path."""
-    matplotlib.use('Agg')
+    # Pyplot would ask for the backend of a screen; a figure alone draws into files.
+    from matplotlib.figure import Figure
+
     rows = read_rows(workdir / 'metrics.jsonl')
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout='constrained')
+    figure = Figure(figsize=(12, 6), layout='constrained')
+    axes = figure.subplots(2, 3)
     for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
         for name in names:
             points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
@@ -33,5 +33,4 @@ def curves(workdir: Path) -> Path:
         axis.grid(alpha=0.3)
     path = workdir / 'curves.png'
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path

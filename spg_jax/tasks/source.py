@@ -1,7 +1,6 @@
 """The problems of a task: made once by its TFDS builder, then read in any order."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -15,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from spg_jax.errors import check_one_of, one_line
-from spg_jax.process.files import write_whole
+from spg_jax.process.files import locked, write_whole
 
 Example = dict[str, Any]  # a problem; each task has its own keys, and all have 'index'
 
@@ -60,22 +59,20 @@ class Source:
         # TFDS and its readers raise errors of any class, from KeyError to a RuntimeError out of
         # C++. All of them are caught here, so that none ends a run with a traceback.
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with (data_dir / 'lock').open('w') as lock, _silent_tfds():
-                # One process makes the data, and the others wait for it.
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Data that is there needs no lock and no right to write: TFDS gives a directory its
+            # name when it is whole.
+            with _silent_tfds():
                 dataset = builder(data_dir=data_dir, file_format='array_record')
-                if _forget_stale(dataset.data_path, given_files(data_dir)):
-                    dataset = builder(data_dir=data_dir, file_format='array_record')
-                if not dataset.data_path.exists():
-                    # Standard output belongs to results, so the line goes to standard error.
-                    print(
-                        f'problems of {builder.name}: {preparation}, once, under {self._directory}',
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    dataset.download_and_prepare()
-                    _remember(dataset.data_path, given_files(data_dir))
+                files = given_files(data_dir)
+                if not dataset.data_path.exists() or _is_stale(dataset.data_path, files):
+                    data_dir.mkdir(parents=True, exist_ok=True)
+                    # One process makes the data, and the others wait for it.
+                    with locked(data_dir / 'lock'):
+                        if _is_stale(dataset.data_path, files):
+                            shutil.rmtree(dataset.data_path)
+                        dataset = builder(data_dir=data_dir, file_format='array_record')
+                        self._make(dataset, preparation)
+                        _remember(dataset.data_path, given_files(data_dir))
             self._records = dataset.as_data_source(split)
             count, expected_count = len(self._records), dataset.info.splits[split].num_examples
         except Unavailable:
@@ -90,6 +87,17 @@ class Source:
             raise self._unreadable(split, f'{count} examples, expected {expected_count}')
         # Fail early: a file that was cut short must not stop a run hours later.
         self.__getitems__([0, count - 1])
+
+    def _make(self, dataset: Any, preparation: str) -> None:
+        """Makes the problems, unless another process has made them since."""
+        if not dataset.data_path.exists():
+            # Standard output belongs to results, so the line goes to standard error.
+            print(
+                f'problems of {dataset.name}: {preparation}, once, under {self._directory}',
+                file=sys.stderr,
+                flush=True,
+            )
+        dataset.download_and_prepare()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -124,8 +132,8 @@ class Source:
         )
 
 
-def _forget_stale(prepared: Path, files: list[Path]) -> bool:
-    """Deletes problems that were made of other files than those given now; says whether it did.
+def _is_stale(prepared: Path, files: list[Path]) -> bool:
+    """Whether problems were made of other contents than those of the files that are given now.
 
     Raises:
       Unavailable: the files that they were made of are gone.
@@ -134,16 +142,13 @@ def _forget_stale(prepared: Path, files: list[Path]) -> bool:
     if not prepared.exists() or not origin.is_file():
         return False
     old, new = json.loads(origin.read_text()), _digests(files)
-    if old == new:
-        return False
     missing = sorted(set(old) - set(new))
     if missing and not new:
         raise Unavailable(
             f'{missing[0]}, which the problems in {prepared} were made of, is gone; put it back, '
             f'or delete {prepared.parent} to have it fetched'
         )
-    shutil.rmtree(prepared)
-    return True
+    return old != new
 
 
 def _remember(prepared: Path, files: list[Path]) -> None:

@@ -1,0 +1,81 @@
+"""Paths that a user writes, locks where there are none, and data that may only be read."""
+
+import errno
+import fcntl
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from spg_jax import tasks
+from spg_jax.process import files
+from spg_jax.runs.directory import claimed
+
+pytestmark = pytest.mark.fast
+
+
+def test_a_home_directory_that_is_not_known_is_no_folder_called_tilde(monkeypatch):
+    def nobody(_):
+        raise KeyError('no such user')
+
+    monkeypatch.delenv('HOME')
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(pwd, 'getpwuid', nobody)
+    with pytest.raises(ValueError, match="'~/run' names a home directory that is not known here"):
+        files.local_path('~/run')
+    assert files.user_cache() is None
+
+
+def test_the_home_of_another_user_is_known_or_refused(monkeypatch):
+    root = pwd.getpwuid(0)
+    assert files.local_path(f'~{root.pw_name}/run') == Path(root.pw_dir) / 'run'
+    with pytest.raises(ValueError, match='names a home directory'):
+        files.local_path('~no_such_user/run')
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_nothing(monkeypatch, tmp_path, capsys, number):
+    """Fault G18: what flock says on Lustre without -o flock, and on other file systems."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    for use in (lambda: files.locked(tmp_path / 'lock'), lambda: claimed(tmp_path / 'run', {})):
+        with use():
+            pass
+        error = capsys.readouterr().err
+        assert 'lock: this file system has no locks' in error and error.count('\n') == 1
+    with pytest.raises(OSError):
+        monkeypatch.setattr(fcntl, 'flock', lambda *_: os.stat('/nowhere'))
+        with files.locked(tmp_path / 'lock'):
+            pass
+
+
+def test_a_lock_keeps_a_second_process_out(tmp_path):
+    with (tmp_path / 'lock').open('w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / 'lock', wait=False):
+            pass
+    with files.locked(tmp_path / 'lock', wait=False):
+        pass
+
+
+def test_data_that_is_there_is_read_without_a_lock(tmp_path):
+    """Fault G16. A user may only read the data. Root may write everywhere, so the lock is
+    something that nobody can open for writing, and what the folder holds must not change."""
+    task = tasks.get('countdown', 'compact')
+    first = task.source('test', tmp_path)[0]
+    (tmp_path / 'lock').unlink()
+    (tmp_path / 'lock').mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    folders = [path for path in (tmp_path, *tmp_path.rglob('*')) if path.is_dir()]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        assert task.source('test', tmp_path)[0] == first
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)

@@ -1,0 +1,299 @@
+"""What people type: names of configurations, words, paths and numbers that work or are refused."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from spg_jax import random
+from spg_jax.assembly import PATHS, assemble
+from spg_jax.config import default_config
+from spg_jax.export import _refuse_links
+from spg_jax.planning.machines import find_machine
+from spg_jax.process import cli
+from tests.processes import REPOSITORY, finish, run, start_module, wait_until
+
+pytestmark = pytest.mark.fast
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+def parse(argument: str):
+    return cli._ConfigParser().parse(argument)
+
+
+@pytest.mark.parametrize(
+    'argument', ['countdown', 'countdown:tiny', f'{REPOSITORY}/configs/countdown.py:tiny']
+)
+def test_a_configuration_is_named_by_its_task_or_its_file(argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(argument).task.name == 'countdown'
+
+
+HEAD = 'from spg_jax.config import default_config\ndef get_config():\n    c = default_config()\n'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('def get_config(:\n', 'own.py:1: '),
+        ('x = 1\x00\n', 'own.py:1: '),
+        ('', "own.py:1: AttributeError: module 'config' has no attribute 'get_config'"),
+        ('import no_such_module\n', "own.py:1: ModuleNotFoundError: No module named 'no_such_"),
+        ('def get_config():\n    return 5\n', 'own.py: get_config returned int, expected'),
+        ('def get_config():\n    pass\n', 'own.py: get_config returned NoneType, expected'),
+        ('def get_config():\n    return {}\n', 'own.py: get_config returned dict, expected'),
+        (
+            'def get_config():\n\n    return 1 / 0\n',
+            'own.py:3: ZeroDivisionError: division by',
+        ),
+        ('def get_config(preset):\n    pass\n', 'own.py:1: TypeError: get_config() missing 1'),
+        (HEAD + '    raise ValueError("no\\nsuch")\n', 'own.py:4: no such'),
+        (HEAD + '    c.rl.grup_size = 1\n', "own.py:4: no setting 'grup_size'; use group_size"),
+        (HEAD + '    c.rl.update(grup_size=1)\n', "own.py:4: no setting 'grup_size'; use group_si"),
+        (HEAD + '    c.new = 1\n', "own.py:4: no setting 'new'"),
+        (HEAD + '    c.rl.group_size = "x"\n', 'own.py:4: TypeError: Could not override field'),
+    ],
+)
+def test_a_configuration_file_that_fails_is_one_line(tmp_path, text, message):
+    (tmp_path / 'own.py').write_text(text)
+    with pytest.raises(cli.UnusableConfig, match=re.escape(message)) as error:
+        parse(f'{tmp_path}/own.py')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['countdwn', 'configs/nothing.py', 'gs://bucket/own.py', ''])
+def test_a_configuration_that_is_not_there_is_one_line(name):
+    with pytest.raises(cli.UnusableConfig) as error:
+        parse(name)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('group', default_config())
+def test_no_group_takes_an_unknown_setting(group):
+    config = default_config()
+    with pytest.raises(AttributeError):
+        config[group].unknown = 1
+    with config.unlocked():
+        config[group].unknown = 1
+    with pytest.raises(ValueError, match=f'no setting {group}.unknown; '):
+        assemble(config)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda c: c.rl.update(grup_size=6), 'no setting rl.grup_size; use rl.group_size, or see'),
+        (lambda c: c.update(more=1), 'no setting more; see'),
+        (lambda c: c.rl.__delitem__('beta'), 'setting rl.beta is missing'),
+        (lambda c: c.rl.__setitem__('beta', None), 'rl.beta is None; use a value like 1.5'),
+        (lambda c: c.sampling.__setitem__('prompt_buckets', ('a',)), 'sampling.prompt_buckets is'),
+    ],
+)
+def test_settings_of_a_configuration_made_elsewhere_are_checked(change, message):
+    config = type(default_config())(default_config().to_dict())
+    config = config.copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        change(config)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        assemble(config)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'rl.group_size': 10**9}, 'rl.prompts x rl.group_size is 16000000000 rows'),
+        ({'base.batch_size': 10**8}, 'base.batch_size is 100000000 rows'),
+        ({'evaluation.batch': 10**8}, 'evaluation.batch is 100000000 rows'),
+        ({'model.width': 2**24}, 'model.layers, model.width and model.mlp_width make'),
+        ({'model.layers': 2**31}, 'model.layers, model.width and model.mlp_width make'),
+        ({'train.seed': 10**20}, 'train.seed is 100000000000000000000; use integers below 2^32'),
+        ({'train.seed': -1}, 'train.seed is -1; use a seed of at least 0'),
+        ({'base.seed': 2**32}, 'base.seed is 4294967296; use integers below 2^32'),
+        ({'train.steps': 2**63}, 'train.steps is 9223372036854775808; use integers'),
+        ({'evaluation.lengths': (2**40,), 'evaluation.steps': (1,)}, 'evaluation.lengths is ('),
+    ],
+)
+def test_numbers_beyond_any_machine_are_refused(change, message):
+    config = default_config()
+    for key, value in change.items():
+        group, leaf = key.split('.')
+        config[group][leaf] = value
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        assemble(config)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('topology', ['h100:1000000', 'v5p:100x100x100', 'a100:' + '9' * 30])
+def test_machines_that_nobody_has_are_refused(topology):
+    with pytest.raises(ValueError, match='more than [0-9]+ chips'):
+        find_machine(topology)
+
+
+# --- words and keys -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('word', 'meant'),
+    [
+        ('config.rl.group_size=1', '--config.rl.group_size=1'),
+        ('rl.group_size=1', '--config.rl.group_size=1'),
+        ('\u2013config.rl.group_size=1', '--config.rl.group_size=1'),
+        ('\u2014verbosity=1', '--verbosity=1'),
+        ('verbosity=1', '--verbosity=1'),
+        ('true', '--NAME=VALUE'),
+    ],
+)
+def test_a_word_that_is_no_flag_is_told_what_was_probably_meant(monkeypatch, word, meant):
+    values = flags.FlagValues()
+    flags.DEFINE_string('config', '', '', flag_values=values)
+    flags.DEFINE_string('verbosity', '', '', flag_values=values)
+    monkeypatch.setattr(cli.flags, 'FLAGS', values)
+    assert f'{word!r} is no flag; use {meant}, or see --help' == cli._left_over(word)
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+def refusals(path: str, checkpoints: bool) -> list[str]:
+    """What every flag and setting that takes such a path says."""
+    messages = []
+    for key, saves in PATHS.items():
+        if saves or not checkpoints:
+            config = default_config()
+            group, leaf = key.split('.')
+            config[group][leaf] = path
+            with pytest.raises(ValueError) as error:
+                assemble(config)
+            assert str(error.value).startswith(f'{key}: ')
+            messages.append(str(error.value))
+    with pytest.raises(ValueError) as error:
+        cli._PathParser(checkpoints).parse(path)
+    return [*messages, str(error.value)]
+
+
+@pytest.mark.parametrize('path', ['gs://bucket/run', 's3://b/r', 'hdfs://h/r', 'https://h/r'])
+def test_an_address_of_a_store_is_refused(path):
+    for message in refusals(path, checkpoints=False):
+        assert 'launch/README.md' in message and '\n' not in message
+    assert 'A file system for all workers' in (REPOSITORY / 'launch/README.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['br[1]', '[proj]/run', 'a*', 'a?', 'a\\b', 'a\nb', 'a\x7fb'])
+def test_a_name_that_nothing_could_be_read_from_is_refused(name, tmp_path, monkeypatch):
+    for message in refusals(name, checkpoints=True):
+        assert 'read back' in message and '\n' not in message
+    (tmp_path / '[here]').mkdir()
+    monkeypatch.chdir(tmp_path / '[here]')
+    refusals('run', checkpoints=True)
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv('HOME', '/somewhere')
+    assert cli._PathParser(True).parse('~/run') == '/somewhere/run'
+    assert cli._PathParser(True).parse('') == ''
+    config = default_config()
+    config.base.cache, config.task.data_dir, config.lora.adapter = '~/a', '~', 'b~'
+    assert str(assemble(config).adapter) == 'b~'
+    assert (config.base.cache, config.task.data_dir) == ('/somewhere/a', '/somewhere')
+
+
+def test_every_path_flag_is_read_as_a_path():
+    """A flag whose name or help says that it is a file or a folder must not be plain text."""
+    for path in (REPOSITORY / 'spg_jax').glob('*.py'):
+        plain = re.findall(r"DEFINE_string\(\s*'(\w+)'", path.read_text())
+        paths = {'workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations'}
+        assert not paths.intersection(plain)
+
+
+def test_export_copies_no_targets_of_links(tmp_path):
+    (tmp_path / 'secret').write_text('secret')
+    policy = tmp_path / 'policy'
+    policy.mkdir()
+    (policy / 'config.json').write_text('{}')
+    (policy / 'again.json').symlink_to('config.json')
+    _refuse_links(policy)
+    (policy / 'notes').symlink_to(tmp_path / 'secret')
+    with pytest.raises(ValueError, match=f'{policy}/notes is a link to {tmp_path}/secret, outside'):
+        _refuse_links(policy)
+
+
+def test_the_links_of_a_hugging_face_cache_are_its_own(tmp_path):
+    snapshot, blob = tmp_path / 'models--a' / 'snapshots' / 'f00', tmp_path / 'models--a' / 'blobs'
+    snapshot.mkdir(parents=True)
+    blob.mkdir()
+    (blob / '1').write_text('{}')
+    (snapshot / 'config.json').symlink_to('../../blobs/1')
+    _refuse_links(snapshot)
+    (snapshot / 'notes').symlink_to(tmp_path)
+    with pytest.raises(ValueError, match='is a link'):
+        _refuse_links(snapshot)
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('seed', [0, 7, 2**31, 2**32 - 1])
+def test_a_key_is_that_of_the_default_generator_whatever_the_environment_asks(seed):
+    expected = jax.random.key_data(jax.random.key(seed))
+    assert expected.tolist() == [0, seed]  # threefry2x32 takes the two halves of 64 bits
+    with jax.default_prng_impl('rbg'):
+        key = random.root_key(seed)
+        assert jax.random.key_data(key).tolist() == expected.tolist()
+        rows = random.example_keys(seed, random.Purpose.SAMPLE, 1, np.arange(3, dtype=np.uint32))
+    again = random.example_keys(seed, random.Purpose.SAMPLE, 1, np.arange(3, dtype=np.uint32))
+    assert (jax.random.key_data(rows) == jax.random.key_data(again)).all()
+
+
+def test_the_options_that_change_numbers_have_the_defaults_of_jax():
+    """The main job, which sets no variable, computes what it computed before."""
+    names = ', '.join(f'jax.config.{option}' for option in cli.NUMBERS)
+    program = f'import jax; print(repr([{names}]))'
+    clean = {name: value for name, value in os.environ.items() if not name.startswith('JAX_')}
+    printed = run([sys.executable, '-c', program], env=clean | {'JAX_PLATFORMS': 'cpu'}).stdout
+    printed = re.sub(r'<[^>]*: (\S+)>', r'\1', printed)  # an enumeration, by its value
+    assert printed.strip() == repr(list(cli.NUMBERS.values()))
+
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path):
+    """A module of the imports is replaced by one that waits, so that the signal comes in time."""
+    (tmp_path / 'grain.py').write_text(
+        f'import time; open({str(tmp_path / "importing")!r}, "w").close(); time.sleep(600)'
+    )
+    process = start_module('spg_jax.train', PYTHONPATH=f'{tmp_path}:{REPOSITORY}')
+    wait_until((tmp_path / 'importing').exists, process)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (130, '', 'interrupted\n')
+
+
+# --- installed as a package -----------------------------------------------------------------------
+
+
+def test_the_configurations_are_found_by_name_in_a_wheel(tmp_path):
+    pytest.importorskip('setuptools')
+    for name in ('spg_jax', 'configs'):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in ('setup.py', 'pyproject.toml', 'README.md'):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+    built = run([sys.executable, 'setup.py', '-q', 'bdist_wheel'], cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = (tmp_path / 'dist').glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
+    program = (
+        'from spg_jax.process import cli; print(cli.CONFIGS, '
+        'cli._ConfigParser().parse("countdown:tiny").task.name)'
+    )
+    ended = run(
+        [sys.executable, '-c', program],
+        cwd=tmp_path / 'dist',
+        env=os.environ | {'PYTHONPATH': str(tmp_path / 'site')},
+    )
+    assert ended.stdout.split() == [str(tmp_path / 'site/spg_jax/configs'), 'countdown']
