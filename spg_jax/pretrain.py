@@ -147,6 +147,7 @@ def _pretrain(
     lessons.check_fit()
     run = Run(training, keep=1)
     total = sum(stage.steps for stage in parts.stages)
+    patience = min(config.train.max_skipped, total)
     base = config.base
     optimizer = optimizers.for_pretraining(
         base.learning_rate, base.weight_decay, base.grad_clip, total
@@ -167,15 +168,12 @@ def _pretrain(
             run.push(metrics)
             if run.step == total:
                 run.flush()
-            stuck, stop = (
-                run.skipped(min(config.train.max_skipped, total)),
-                interruption.requested(),
-            )
+            stuck, stop = run.skipped(patience), interruption.requested()
             if stuck or stop or run.step % CHECKPOINT_EVERY == 0:
                 run.save(state, stage=number, iterator=demonstrations.get_state())
             if stuck:
                 raise FloatingPointError(
-                    f'{training}: {config.train.max_skipped} non-finite steps in a row, saved at '
+                    f'{training}: {patience} non-finite steps in a row, saved at '
                     f'step {run.step}; lower base.learning_rate in another --workdir'
                 )
             if stop:

@@ -109,6 +109,7 @@ def train(
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
+    patience = min(config.train.max_skipped, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
         if step % batching.inner_updates == 0:  # otherwise the rollout came with the checkpoint
             batch = next(prompts)
@@ -116,7 +117,7 @@ def train(
             run.samples.write(step, batch.examples, texts, rollout)
         state, metrics = programs.update(state, rollout)
         run.push(metrics)
-        stuck = run.skipped(min(config.train.max_skipped, config.train.steps))
+        stuck = run.skipped(patience)
         last, stop = run.step == config.train.steps, interruption.requested()
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
@@ -130,7 +131,7 @@ def train(
             )
         if stuck:
             raise FloatingPointError(
-                f'{workdir}: {config.train.max_skipped} non-finite updates in a row, saved '
+                f'{workdir}: {patience} non-finite updates in a row, saved '
                 f'at step {run.step}; lower optimizer.learning_rate in a new --workdir'
             )
         if stop:

@@ -206,24 +206,25 @@ def test_what_cannot_work_stops_at_once_with_one_line(
 
 
 def test_a_run_that_only_skips_stops_with_its_state_saved(shared, uninterrupted, tmp_path):
-    """From a policy with NaN in its embedding no update is finite."""
+    """F90: from a policy whose logits overflow no update is finite, not even the last of eight."""
     base = next((shared / 'base').glob('*/policy.json')).parent
     policy, tokenizer, variables = policies.load_policy(base, mesh_of())
     params = variables['params']
-    damaged = {'params': params | {'embedding': params['embedding'] * jnp.nan}}
+    scale = jnp.full_like(params['final_norm']['scale'], 3e38)
+    damaged = {'params': params | {'final_norm': {'scale': scale}}}
     policies.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
     process = training(
         shared,
         tmp_path / 'run',
         f'--config.base.checkpoint={tmp_path}/damaged',
-        '--config.train.max_skipped=3',
+        '--config.train.max_skipped=20',
         '--config.checkpoint.every=100',
         '--config.evaluation.samples=2',
     )
     code, _, error = finish(process)
     assert code == 1
-    assert '3 non-finite updates in a row' in error and 'Traceback' not in error
-    assert rows_of(tmp_path / 'run')[-1]['skipped_in_a_row'] >= 3
+    assert '8 non-finite updates in a row' in error and 'Traceback' not in error
+    assert rows_of(tmp_path / 'run')[-1]['skipped_in_a_row'] == 8
     assert newest_parameters(tmp_path / 'run')
 
 

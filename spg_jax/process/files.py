@@ -40,6 +40,13 @@ def local_path(path: str, saves: bool = False) -> Path:
         raise ValueError(
             f'{path!r} names a home directory that is not known here; give the path without ~'
         ) from None
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f'{path!r} has characters that the locale of this process cannot express; set '
+            'LC_ALL=C.UTF-8'
+        ) from None
     found = _CONTROL.search(path) or (saves and _PATTERN.search(str(expanded.absolute())))
     if found:
         raise ValueError(

@@ -56,3 +56,44 @@ def test_a_file_cut_short_reads_as_far_as_it_goes(tmp_path, text):
     path = tmp_path / 'rows.jsonl'
     path.write_text(text)
     assert read_rows(path) == []
+
+
+@pytest.mark.parametrize(
+    'line', ['{"step": 3, "lo#s": ', '{"a": 1}', '5', '[' * 100_000, '\xff\xfe']
+)
+def test_damaged_rows_are_set_aside_and_the_others_stay(tmp_path, capsys, line):
+    """F02 to F05."""
+    rows = [json.dumps({'step': step}) for step in range(1, 101)]
+    rows[2] = line
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes('\n'.join(rows).encode('latin-1') + b'\n')
+    MetricsWriter(tmp_path, start=100).close()
+    assert [row['step'] for row in read_rows(path)] == [1, 2, *range(4, 101)]
+    place = tmp_path / 'metrics.jsonl.damaged'
+    assert place.read_bytes() == line.encode('latin-1') + b'\n'
+    assert capsys.readouterr().out == f'{path}: 1 damaged lines set aside in {place}\n'
+
+
+def test_a_kill_while_rows_are_dropped_loses_none(tmp_path, monkeypatch):
+    """F91: the file is replaced as a whole."""
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(''.join(json.dumps({'step': step}) + '\n' for step in range(16)))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('spg_jax.process.files.os.fsync', killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsWriter(tmp_path, start=11)
+    assert len(read_rows(path)) == 16
+
+
+def test_events_are_on_disk_when_a_checkpoint_is(tmp_path):
+    """G29."""
+    writer = MetricsWriter(tmp_path)
+    writer.write({'step': 1, 'loss': 2.0})
+    (events,) = (tmp_path / 'events').iterdir()
+    before = events.stat().st_size
+    writer.flush_events()
+    assert events.stat().st_size > before
+    writer.close()

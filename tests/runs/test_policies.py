@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -210,3 +211,27 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     for load in (policies.load_tokenizer, lambda path: policies.load_policy(path, mesh_of())):
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+def test_a_flipped_bit_of_a_policy_is_noticed(saved, tmp_path):
+    """Other values under the same description are not the policy that was saved."""
+    directory, variables = saved
+    policy, tokenizer, _ = policies.load_policy(directory, mesh_of())
+    other = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), variables)
+    policies.save_policy(tmp_path / 'other', other, policy.config, tokenizer, {})
+    shutil.rmtree(directory / 'params')
+    shutil.copytree(tmp_path / 'other' / 'params', directory / 'params')
+    with pytest.raises(ValueError, match='params: the arrays are not those that were saved') as e:
+        policies.load_policy(directory, mesh_of())
+    assert '\n' not in str(e.value)
+
+
+def test_a_policy_with_numbers_that_are_not_finite_is_refused(saved, tmp_path):
+    """F90."""
+    directory, variables = saved
+    policy, tokenizer, _ = policies.load_policy(directory, mesh_of())
+    params = variables['params']
+    damaged = {'params': params | {'embedding': params['embedding'].at[1, 2].set(jnp.nan)}}
+    policies.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
+    with pytest.raises(ValueError, match='damaged: params/embedding holds numbers that are not'):
+        policies.load_policy(tmp_path / 'damaged', mesh_of())
