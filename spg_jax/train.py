@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import grain
 import jax
@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from msgspec import Meta
 from rich.console import Console
 
 from spg_jax import sharding
@@ -31,6 +32,7 @@ from spg_jax.pretrain import base_directory, find_or_make_base
 from spg_jax.process import cli, distributed
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
+from spg_jax.process.json_files import check_json
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
 from spg_jax.random import check_range
@@ -39,13 +41,33 @@ from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, empty_rollout, make_collect
 from spg_jax.runs import plots, policies
 from spg_jax.runs.directory import claimed, default_workdir
-from spg_jax.runs.report import closing_lines, quality, summary, validation_row
+from spg_jax.runs.report import closing_lines, quality, read_result, summary, validation_row
 from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Example
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
 
 FLAGS = flags.FLAGS
+
+
+class _Figures(TypedDict):
+    accuracy: float
+    reward: float
+
+
+class _Best(_Figures):
+    step: int
+
+
+class _Record(TypedDict):
+    """What is read of the record of a checkpoint when a run goes on."""
+
+    prompts: dict[str, Any]
+    prompt_length: Annotated[int, Meta(ge=1, le=10**6)]
+    base: _Figures
+    best: _Best
+    seconds: float
+    last_row: dict[str, Any]
 
 
 def train(
@@ -84,6 +106,7 @@ def train(
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
+        check_record(run.record, workdir / 'checkpoints' / str(run.step))
         shape = batching.rows, run.record['prompt_length'], parts.sampling.length
         saved, rollout = run.restore((state.replace(frozen={}), empty_rollout(*shape, mesh)))
         state = saved.replace(frozen=state.frozen)
@@ -132,6 +155,11 @@ def train(
         write_whole(workdir / 'result.json', json.dumps(result, indent=1))
     distributed.barrier('result')
     return True
+
+
+def check_record(record: dict[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError unless the record of a checkpoint has all that a run needs to go on."""
+    check_json(record, _Record, f'{checkpoint}, its record', 'restore the checkpoint')
 
 
 class ProblemSets(NamedTuple):
@@ -264,7 +292,7 @@ def main(_: list[str]) -> None:
             with Interruption() as interruption:
                 if not train(config, workdir, mesh, interruption):
                     return
-    print(closing_lines(json.loads((workdir / 'result.json').read_text()), workdir))
+    print(closing_lines(read_result(workdir / 'result.json'), workdir))
 
 
 if __name__ == '__main__':
