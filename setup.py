@@ -38,6 +38,7 @@ setup(
         'jax>=0.10,<0.13',
         'matplotlib>=3.9',
         'ml-collections>=1.1,<2',
+        'msgspec>=0.19,<1',  # the types and ranges of JSON files
         'numpy>=2.0',
         'optax>=0.2.8,<0.3',
         'orbax-checkpoint>=0.12,<0.13',

@@ -12,6 +12,7 @@ are stratified over the batch, which lowers the variance. The parameters kept ar
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import cli, distributed
 from spg_jax.process.interruption import Interruption
+from spg_jax.process.json_files import check_json
 from spg_jax.process.progress import track
 from spg_jax.random import Purpose, example_keys, root_key, step_key
 from spg_jax.runs import policies
@@ -131,6 +133,15 @@ def pretrain(
         )
 
 
+class _Record(TypedDict):
+    """What is read of the record of a checkpoint when a training goes on."""
+
+    stage: int
+    iterator: dict[str, Any]
+    seconds: float
+    last_row: dict[str, Any]
+
+
 def _pretrain(
     config: ml_collections.ConfigDict,
     parts: Parts,
@@ -155,7 +166,12 @@ def _pretrain(
     state = initial_state(variables, optimizer, policy, mesh, average=True)
     train_step = make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
     if run.resumes:
-        state = run.restore(lambda record: state)
+
+        def saved_state(record: dict[str, Any]) -> TrainState:
+            check_json(record, _Record, f'{training}/checkpoints', 'restore the checkpoint')
+            return state
+
+        state = run.restore(saved_state)
     first_step = 0
     for number, stage in enumerate(parts.stages):
         demonstrations = lessons.batches(stage.right_share, base.seed + number)

@@ -39,7 +39,14 @@ from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, empty_rollout, make_collect
 from spg_jax.runs import plots, policies
 from spg_jax.runs.directory import claimed, default_workdir, identity
-from spg_jax.runs.report import closing_lines, quality, summary, validation_row
+from spg_jax.runs.report import (
+    check_record,
+    closing_lines,
+    quality,
+    read_result,
+    summary,
+    validation_row,
+)
 from spg_jax.runs.run import Run
 from spg_jax.runs.wandb_log import check_wandb
 from spg_jax.tasks.task import Example
@@ -94,6 +101,7 @@ def train(
             )
 
         def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
+            check_record(record, workdir / 'checkpoints')
             rows, length = batching.rows, parts.sampling.length
             return state.replace(frozen={}), empty_rollout(
                 rows, record['prompt_length'], length, mesh
@@ -285,11 +293,11 @@ def main(_: list[str]) -> None:
     cli.compile_cache()
     result = workdir / 'result.json'
     with claimed(workdir, identity(config), result.is_file()), jax.set_mesh(mesh):
-        if not result.is_file() or json.loads(result.read_text())['steps'] < config.train.steps:
+        if not result.is_file() or read_result(result)['steps'] < config.train.steps:
             with Interruption() as interruption:
                 if not train(config, workdir, mesh, interruption):
                     return
-    print(closing_lines(json.loads(result.read_text()), workdir))
+    print(closing_lines(read_result(result), workdir))
 
 
 if __name__ == '__main__':

@@ -5,15 +5,40 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
+from spg_jax.data.chat_template import ChatTemplate, try_out
 from spg_jax.errors import one_line
+from spg_jax.process.json_files import read_json
 
 SETTINGS = 'tokenizer_config.json'
 FILES = ('tokenizer.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
 _MARKER = re.compile(r'<\|[^|<>]*\|>')  # the form of special tokens in chat templates
+
+
+class _Token(TypedDict):
+    content: str
+
+
+class _AddedToken(TypedDict):
+    content: str
+    special: NotRequired[bool]
+
+
+class _Settings(TypedDict, total=False):
+    """What is believed of tokenizer_config.json."""
+
+    tokenizer_class: str | None
+    chat_template: str | list[dict[str, str]] | None  # several templates have names
+    bos_token: str | _Token | None
+    eos_token: str | _Token | None
+    pad_token: str | _Token | None
+    mask_token: str | _Token | None
+    unk_token: str | _Token | None
+    added_tokens_decoder: dict[Annotated[str, Meta(pattern='^[0-9]{1,9}$')], _AddedToken]
 
 
 class HFTokenizer:
@@ -40,7 +65,7 @@ class HFTokenizer:
         # Tokenizers that know every byte need no unknown token, and some of them declare EOS as it.
         self._unknown_id = None if unknown_id == eos_id else unknown_id
         self._check_ids()
-        self._check_template()
+        self._template = self._checked_template()
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` alone: no special token is put before or after it.
@@ -65,7 +90,7 @@ class HFTokenizer:
           prefill: the start of the answer.
         """
         # The template writes the start token itself, so `encode` must not add another one.
-        return self.encode(self._user_turn(text) + prefill)
+        return self.encode(self._template.render(text) + prefill)
 
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
         """Returns the text of `ids`.
@@ -117,11 +142,6 @@ class HFTokenizer:
         ids = {'mask_id': self.mask_id, 'eos_id': self.eos_id, 'pad_id': self.pad_id}
         return {'hf_tokenizer': ids}
 
-    def _user_turn(self, text: str) -> str:
-        return self._hf.apply_chat_template(
-            [{'role': 'user', 'content': text}], tokenize=False, add_generation_prompt=True
-        )
-
     def _check_ids(self) -> None:
         """Refuses files whose EOS, PAD or MASK is not the one that the model was trained with."""
         specials = self._hf.special_tokens_map
@@ -144,26 +164,34 @@ class HFTokenizer:
                 f'token {mask!r} of the tokenizer; use the files that came with the weights'
             )
 
-    def _check_template(self) -> None:
-        """Refuses a chat template that is missing, fails, or writes tokens that do not exist."""
+    def _checked_template(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+          ValueError: if it is missing, fails, needs too much time or memory, or writes tokens that
+            do not exist.
+        """
         if not self._hf.chat_template:
             raise ValueError(
                 f'{self._settings} has no chat_template, and no chat_template.jinja is beside it; '
                 'use the tokenizer files of an instruction-tuned checkpoint'
             )
         try:
-            turn = self._user_turn('')
-        except Exception as error:  # A template is a program, which can raise any exception.
+            template = self._hf.get_chat_template()
+            turns = try_out(template, self._hf.special_tokens_map)
+        except ValueError as error:
             raise ValueError(
-                f'{self._settings}: the chat_template cannot be used ({one_line(error)[:200]}); '
+                f'{self._settings}: the chat_template cannot be used '
+                f'({" ".join(str(error).split())[:200]}); '
                 'use the tokenizer files that came with the weights'
             ) from error
-        for marker in _MARKER.findall(turn):
+        for marker in _MARKER.findall(turns[0]):
             if marker not in self._ids:
                 raise ValueError(
                     f'{self._settings}: the chat_template writes {marker!r}, which is no token of '
                     'the tokenizer; use the tokenizer files that came with the weights'
                 )
+        return ChatTemplate(template, self._hf.special_tokens_map)
 
 
 def _read(directory: Path) -> Any:
@@ -183,12 +211,16 @@ def _read(directory: Path) -> Any:
         raise ValueError(
             f'{directory / SETTINGS} does not exist; put the tokenizer files beside the weights'
         )
+    read_json(directory / SETTINGS, _Settings, 'download it again')
     # Otherwise it warns that it has no LLaDA model. The model is implemented in this package.
     transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory.absolute()), local_files_only=True, trust_remote_code=False
         )
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            raise TypeError(f'tokenizer_class makes a {type(tokenizer).__name__}')
+        return tokenizer
     except Exception as error:  # The libraries raise many types, even Exception itself.
         raise ValueError(
             f'{directory}: the tokenizer cannot be read ({one_line(error)[:200]}); download '

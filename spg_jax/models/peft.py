@@ -6,13 +6,15 @@ transposed, 'a' as [rank, in] and 'b' as [out, rank].
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from msgspec import Meta
 from safetensors import safe_open
 
 from spg_jax.models.llada import weights
@@ -21,13 +23,17 @@ from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process.files import write_whole
+from spg_jax.process.json_files import check_json, read_json
 from spg_jax.sharding import abstract_params
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
+PICKLED = 'adapter_model.bin'
+_ADAPTER_NAME = r'\.[^.]+\.(?=weight$)'  # such as '.default.' in 'lora_A.default.weight'
 FACTORS = {'a': 'lora_A', 'b': 'lora_B'}  # names here -> names of PEFT
 
-# Settings with which PEFT can change the plain product -> the values that leave it plain.
+# Settings with which PEFT can change the plain product -> the values that leave it plain. They are
+# written with every adapter.
 PLAIN: Mapping[str, Any] = {
     'bias': 'none',
     'use_rslora': False,
@@ -37,6 +43,36 @@ PLAIN: Mapping[str, Any] = {
     'alpha_pattern': {},
     'modules_to_save': None,
 }
+
+# The other settings of LoraConfig in PEFT 0.21 that leave the product and the base alone, whatever
+# their value. All that neither table names has to be empty, null or false: it is one of the
+# variants of LoRA, or came with a later version of PEFT.
+HARMLESS = frozenset(
+    (
+        *('peft_type', 'r', 'lora_alpha', 'lora_dropout'),  # These are read.
+        *('task_type', 'auto_mapping', 'base_model_name_or_path', 'revision', 'inference_mode'),
+        *('peft_version', 'megatron_core', 'runtime_config'),
+        # Where adapters are, which the names of the tensors tell.
+        *('target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern'),
+        'ensure_weight_tying',  # of embeddings, whose adapters are refused
+        'qalora_group_size',  # without effect unless use_qalora is set
+        'eva_config',  # of an initialisation that leaves the base alone
+    )
+)
+# Initialisations that only choose the first values of the factors. The others, such as pissa,
+# olora, corda, loftq and lora_ga, change the base as well, and PEFT changes it when it loads them.
+INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
+
+
+_MERGE = 'merge that adapter into its checkpoint with PEFT and use the result'
+
+
+class _Settings(TypedDict):
+    """What is read of adapter_config.json."""
+
+    r: Annotated[int, Meta(ge=1, le=10**6)]
+    lora_alpha: Annotated[float, Meta(gt=0, le=10**9)]
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)]
 
 
 def source_of(target: str, factor: str) -> Source:
@@ -127,6 +163,11 @@ def check_adapter(
     """
     settings = _read_settings(directory / CONFIG)
     path = directory / WEIGHTS
+    if not path.exists() and (directory / PICKLED).exists():
+        raise ValueError(
+            f'{directory / PICKLED} is a pickle, which could run code when it is read, expected '
+            f'{WEIGHTS}; load it with PEFT and save it with save_pretrained'
+        )
     files = open_file(path)
     targets = _targets(path, files, config.layers)
     lora = LoRA(settings['r'], settings['lora_alpha'], settings['lora_dropout'], targets)
@@ -147,25 +188,33 @@ def _source(path: tuple[Any, ...]) -> Source:
     return source_of(target, factor)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """The contents of adapter_config.json; raises ValueError unless it asks for plain LoRA."""
+def _read_settings(path: Path) -> _Settings:
+    """The size in adapter_config.json; raises ValueError unless it asks for plain LoRA."""
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist; expected an adapter that PEFT saved')
-    try:
-        settings = json.loads(path.read_text())
-        kind = settings.get('peft_type')
-        _ = settings['r'], settings['lora_alpha'], settings['lora_dropout']
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f'{path} describes no LoRA adapter ({error}); expected r, lora_alpha and lora_dropout'
-        ) from None
+    contents = read_json(path, dict[str, Any], 'save the adapter again')
+    kind = contents.get('peft_type')
     if kind != 'LORA':
         raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'; use a LoRA adapter")
-    for key, plain_value in PLAIN.items():
-        if (settings.get(key) or plain_value) != plain_value:
+    settings = check_json(contents, _Settings, path, 'use the file that PEFT saved')
+    if contents.get('alora_invocation_tokens'):
+        raise ValueError(
+            f'{path}: alora_invocation_tokens is {contents["alora_invocation_tokens"]!r}, expected '
+            'null, because such an adapter acts only after these tokens; train a plain one'
+        )
+    initialisation = contents.get('init_lora_weights')
+    if not any(initialisation is value or initialisation == value for value in INITIALISATIONS):
+        raise ValueError(
+            f'{path}: init_lora_weights is {initialisation!r}, which changes the weights of the '
+            f'base, expected one of {", ".join(map(repr, INITIALISATIONS))}; {_MERGE}'
+        )
+    for key in contents:
+        if key == 'init_lora_weights' or key in HARMLESS:
+            continue
+        plain_value = PLAIN.get(key)
+        if (contents[key] or plain_value) != plain_value:
             raise ValueError(
-                f'{path}: {key} is {settings[key]!r}, expected {plain_value!r}; merge that adapter '
-                'into its checkpoint with PEFT and use the result'
+                f'{path}: {key} is {contents[key]!r}, expected {plain_value!r}; {_MERGE}'
             )
     return settings
 
@@ -183,6 +232,12 @@ def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ..
         for layer in range(layers)
     }
     surplus = sorted(set(files) - set(target_of))
+    unsaved = [name for name in surplus if re.sub(_ADAPTER_NAME, '.', name) in target_of]
+    if unsaved:
+        raise ValueError(
+            f'{path}: {unsaved[0]!r} has the name of an adapter in the memory of PEFT, expected '
+            f"{re.sub(_ADAPTER_NAME, '.', unsaved[0])!r}; save it with PEFT's save_pretrained"
+        )
     if surplus:
         raise ValueError(
             f'{path}: {surplus[0]!r} is surplus, nothing in a model of {layers} layers uses it; '

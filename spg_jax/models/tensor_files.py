@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -13,12 +13,19 @@ from safetensors import SafetensorError, safe_open
 
 from spg_jax.errors import check_one_of
 from spg_jax.process.files import write_whole
+from spg_jax.process.json_files import read_json
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 FLOATS = ('F32', 'BF16', 'F16')  # the types of tensors that can be read
 _TYPE_NAMES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}  # numpy's -> safetensors'
 _METADATA = {'format': 'pt'}  # transformers and PEFT refuse files without it
+
+
+class _Index(TypedDict):
+    """What is read of model.safetensors.index.json."""
+
+    weight_map: dict[str, str]  # name of a tensor -> name of its file
 
 
 def open_tensors(directory: Path) -> dict[str, safe_open]:
@@ -29,18 +36,13 @@ def open_tensors(directory: Path) -> dict[str, safe_open]:
 
     Raises:
       FileNotFoundError: if there are no weights, or a listed shard does not exist.
-      ValueError: for a damaged file or index, and for a tensor that is in two shards or missing
-        from the shard that the index names.
+      ValueError: for a damaged file or index, an index that names a file outside the directory, and
+        for a tensor that is in two shards or missing from the shard that the index names.
     """
     index = directory / INDEX
     if index.is_file():
-        try:
-            shard_of = json.loads(index.read_text())['weight_map']
-            shards = sorted(set(shard_of.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{index} has no "weight_map" of tensor to file; download it again'
-            ) from None
+        shard_of = read_json(index, _Index, 'download it again')['weight_map']
+        shards = sorted(set(shard_of.values()))
     elif (directory / WEIGHTS).is_file():
         shard_of, shards = {}, [WEIGHTS]
     else:
@@ -50,6 +52,12 @@ def open_tensors(directory: Path) -> dict[str, safe_open]:
     files = {}
     for shard in shards:
         path = directory / shard
+        # The names are what counts: a cache of the Hugging Face Hub holds links to other folders.
+        if Path(shard).is_absolute() or '..' in Path(shard).parts:
+            raise ValueError(
+                f'{index}: weight_map names {shard!r}, which is outside of the checkpoint; '
+                'download it again'
+            )
         if not path.is_file():
             raise FileNotFoundError(f'{path} does not exist, but {INDEX} lists it; download it')
         shard_files = open_file(path)

@@ -36,7 +36,18 @@ from spg_jax.models.quantized import check_format
 from spg_jax.sharding import constrain
 
 DTYPES = ('float32', 'bfloat16')
-_COUNTS = ('vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'mlp_width', 'scan_unroll')
+# The largest sizes that are taken for meant. With larger ones the description of a model would not
+# fit into memory, or take minutes to make.
+LIMITS = {
+    'vocab_size': 10**8,
+    'width': 10**6,
+    'layers': 10**4,
+    'heads': 10**5,
+    'kv_heads': 10**5,
+    'mlp_width': 10**8,
+    'scan_unroll': 10**4,
+}
+MOST_ROPE_THETA = 1e12  # a million times what published models have, and within float32
 # Fields of `TransformerConfig` that say how to compute and not what; saved policies omit them.
 EXECUTION = ('remat', 'scan_unroll', 'attention', 'quantize')
 
@@ -68,9 +79,11 @@ class TransformerConfig:
     quantize: str = ''  # format of frozen kernels, see models.quantized; '' keeps param_dtype
 
     def __post_init__(self):
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f'model.{name} is {getattr(self, name)}; use a positive integer')
+        for name, limit in LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(
+                    f'model.{name} is {getattr(self, name)}; use a positive integer up to {limit}'
+                )
         if self.width % self.heads:
             raise ValueError(
                 f'model.width {self.width} is not a multiple of model.heads {self.heads}; '
@@ -88,9 +101,11 @@ class TransformerConfig:
             )
         for name in ('dtype', 'param_dtype'):
             check_one_of(f'model.{name}', getattr(self, name), DTYPES)
-        for name in ('rope_theta', 'norm_eps'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f'model.{name} is {getattr(self, name)}; use a positive number')
+        for name, limit in (('rope_theta', MOST_ROPE_THETA), ('norm_eps', 1)):
+            if not 0 < getattr(self, name) <= limit:
+                raise ValueError(
+                    f'model.{name} is {getattr(self, name)}; use a positive number up to {limit:g}'
+                )
         check_implementation(self.attention)
         check_format(self.quantize)
 

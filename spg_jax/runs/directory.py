@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -13,11 +14,13 @@ from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.process import distributed
 from spg_jax.process.files import locked, write_whole
+from spg_jax.process.json_files import check_json, read_json
 from spg_jax.runs import policies
 from spg_jax.runs.identity import FILES, Settings, changed_settings, digest_files
 
 CONFIG = 'config.json'
 WAIT_SECONDS = 1.0  # between two looks whether another process has ended
+RESTORE = 'restore the file, or use another --workdir'
 
 
 def digest(settings: ml_collections.ConfigDict | Settings) -> str:
@@ -53,20 +56,40 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
         raise FileNotFoundError(
             f'{path} does not exist; give the --workdir of a spg_jax.train run, or a base policy'
         )
-    return _saved_config(_read(path), path)
+    return _saved_config(_read_object(path), path)
 
 
-def _saved_config(saved: Settings, path: Path) -> ml_collections.ConfigDict:
-    """A saved configuration; settings that did not exist when it was saved have their defaults."""
-    if 'task' not in saved:
+def _saved_config(saved: Any, path: Path) -> ml_collections.ConfigDict:
+    """A saved configuration; settings that did not exist when it was saved have their defaults.
+
+    Raises:
+      ValueError: if it is none, or a setting is of another type than its default.
+    """
+    if isinstance(saved, dict) and 'task' not in saved:
         raise ValueError(
             f'{path} is not the configuration of a run; for a published checkpoint give '
             f'--checkpoint={path.parent} and --config=configs/TASK.py:PRESET instead of --workdir'
         )
-    defaults = default_config().to_dict()
-    return ml_collections.ConfigDict(
-        {group: settings | saved.get(group, {}) for group, settings in defaults.items()}
-    )
+    saved = check_json(saved, Settings, path, RESTORE)
+    config = default_config()
+    for group, settings in config.items():
+        for key in settings.keys() & saved.get(group, {}).keys():
+            _set(config, group, key, saved[group][key], path)
+    return config
+
+
+def _set(config: ml_collections.ConfigDict, group: str, key: str, value: Any, path: Path) -> None:
+    """Sets a setting to a value of the same type; raises ValueError for another one."""
+    default = config[group][key]
+    try:
+        # ml_collections refuses all other values of another type, but takes these for numbers.
+        if isinstance(value, bool | None) and type(value) is not type(default):
+            raise TypeError
+        config[group][key] = value
+    except TypeError:
+        raise ValueError(
+            f'{path}: {group}.{key} is {value!r}, expected {type(default).__name__}; {RESTORE}'
+        ) from None
 
 
 def chosen_policy(
@@ -96,7 +119,12 @@ def chosen_policy(
         if workdir and value:
             raise ValueError(f'{flag} given with --workdir, which has its own; leave {flag} out')
     if workdir:
-        return run_config(Path(workdir)), policy_of_run(Path(workdir)), None
+        config = run_config(Path(workdir))
+        try:
+            assemble(config)
+        except ValueError as error:
+            raise ValueError(f'the settings of {workdir}: {error}') from error
+        return config, policy_of_run(Path(workdir)), None
     if config is None:
         raise ValueError(
             '--checkpoint given without --config; add --config=configs/TASK.py:PRESET, which says '
@@ -186,9 +214,8 @@ def _has_checkpoint(workdir: Path) -> bool:
 
 
 def _read(path: Path) -> Settings:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f'{path} is not JSON ({error}); use another --workdir, or delete {path.parent}'
-        ) from error
+    return check_json(_read_object(path), Settings, path, RESTORE)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return read_json(path, dict[str, Any], RESTORE)

@@ -11,14 +11,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from jax.sharding import Mesh
+from msgspec import Meta
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import Tokenizer, WordTokenizer
-from spg_jax.errors import one_line
 from spg_jax.models.attention import AUTO, resolve
 from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION, LoRA
@@ -29,6 +29,7 @@ from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
 from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
+from spg_jax.process.json_files import check_json, read_json
 from spg_jax.runs.checkpoints import restored
 from spg_jax.sharding import abstract_params
 from spg_jax.training.digests import digest_arrays, non_finite
@@ -37,6 +38,27 @@ DESCRIPTION = 'policy.json'
 PARAMS = 'params'
 ADAPTER = 'adapter'
 TOKENIZER = 'tokenizer'
+
+
+_RESTORE = 'restore it or make the policy again'
+_Id = Annotated[int, Meta(ge=0)]
+
+
+class _Ids(TypedDict):
+    mask_id: _Id
+    eos_id: _Id
+    pad_id: _Id
+
+
+class _Contents(TypedDict):
+    """The contents of policy.json; a policy has either `words` or `hf_tokenizer`."""
+
+    model: dict[str, Any]  # fields of `TransformerConfig`
+    notes: dict[str, Any]
+    digest: str  # of the parameters or adapters
+    words: NotRequired[list[str]]
+    hf_tokenizer: NotRequired[_Ids]
+    base: NotRequired[str]
 
 
 class _Description(NamedTuple):
@@ -161,22 +183,34 @@ def _describe(directory: Path) -> _Description:
             f'{directory} has no {DESCRIPTION} and no config.json; give a policy directory, such '
             'as the best/ of a run, or a published checkpoint'
         )
-    try:
-        contents = json.loads(path.read_text())
-        if 'hf_tokenizer' in contents:
-            ids = contents['hf_tokenizer']
-            tokenizer = weights.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
-        else:
-            tokenizer = WordTokenizer(contents['words'])
-        config = TransformerConfig(**contents['model'])
-        base = Path(contents['base']) if 'base' in contents else None
-        files, notes, saved_digest = directory / TOKENIZER, contents['notes'], contents['digest']
-        return _Description(config, tokenizer, files, base, notes, saved_digest)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{path} is not the description of a policy ({one_line(error)}); restore it or make '
-            'the policy again'
-        ) from error
+    contents = read_json(path, _Contents, _RESTORE)
+    config = _read_model(contents['model'], path)
+    if 'hf_tokenizer' in contents:
+        ids = contents['hf_tokenizer']
+        largest = max(ids, key=lambda name: ids[name])
+        if ids[largest] >= config.vocab_size:
+            raise ValueError(
+                f'{path}: hf_tokenizer.{largest} is {ids[largest]}, expected less than '
+                f'model.vocab_size {config.vocab_size}; {_RESTORE}'
+            )
+        tokenizer = weights.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
+    else:
+        try:
+            tokenizer = WordTokenizer(contents.get('words', ()))
+            tokenizer.allowed(config.vocab_size)  # Raises if the embedding is too small.
+        except ValueError as error:
+            raise ValueError(f'{path}: words: {error}; {_RESTORE}') from None
+    base = Path(contents['base']) if 'base' in contents else None
+    files, notes, saved_digest = directory / TOKENIZER, contents['notes'], contents['digest']
+    return _Description(config, tokenizer, files, base, notes, saved_digest)
+
+
+def _read_model(model: dict[str, Any], path: Path) -> TransformerConfig:
+    """The model that a policy.json describes; raises ValueError if it is impossible."""
+    surplus = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
+    if surplus:
+        raise ValueError(f'{path}: model.{min(surplus)} is no setting of a model; {_RESTORE}')
+    return check_json(model, TransformerConfig, f'{path}, model', _RESTORE)
 
 
 def base_of(directory: Path) -> Path:
@@ -219,7 +253,7 @@ def _chosen_adapter(
     """The adapter in the policy directory, or the one to add to the policy; None for none.
 
     Raises:
-      ValueError: if there are both.
+      ValueError: if there are both, or the policy that the saved adapter adapts is itself adapted.
       FileNotFoundError: if the policy that the saved adapter adapts does not exist.
     """
     if description.base and adapter:
@@ -228,6 +262,11 @@ def _chosen_adapter(
         raise FileNotFoundError(
             f'{directory} adapts the policy {description.base}, which does not exist; put it back, '
             f'or mend "base" in {directory / DESCRIPTION}'
+        )
+    if description.base and _describe(_whole(description.base)).base:
+        raise ValueError(
+            f'{directory / DESCRIPTION}: base is {description.base}, which is itself adapted, '
+            f'expected a policy that holds all parameters; {_RESTORE}'
         )
     return directory / ADAPTER if description.base else adapter
 

@@ -1,12 +1,40 @@
-"""The report of a run: rows of its validations, result.json and the last lines on the screen."""
+"""What a run says of itself: its record, result.json, rows of validations, and the last lines."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
+
+from spg_jax.process.json_files import check_json, read_json
 from spg_jax.rl.evaluator import Figures
 from spg_jax.runs import policies
 from spg_jax.runs.directory import Settings
 from spg_jax.runs.run import Run
+
+
+class _Figures(TypedDict):
+    accuracy: float
+    reward: float
+
+
+class _Best(_Figures):
+    step: int
+
+
+class _Record(TypedDict):
+    """What is read of the record of a checkpoint when a run goes on."""
+
+    prompts: dict[str, Any]
+    prompt_length: Annotated[int, Meta(ge=1, le=10**6)]
+    base: _Figures
+    best: _Best
+    seconds: float
+    last_row: dict[str, Any]
+
+
+def check_record(record: dict[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError unless the record of a checkpoint has all that a run needs to go on."""
+    check_json(record, _Record, f'{checkpoint}, its record', 'restore the checkpoint')
 
 
 def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> dict[str, Any]:
@@ -57,10 +85,30 @@ def validation_row(figures: Figures) -> dict[str, float]:
     return {f'validation_{name}': figures[name] for name in names if name in figures}
 
 
-def closing_lines(result: dict[str, Any], workdir: Path) -> str:
+class Result(TypedDict):
+    """What is read of result.json."""
+
+    base_accuracy: float
+    accuracy: float
+    base_grid_accuracy: NotRequired[float]
+    grid_accuracy: NotRequired[float]
+    seconds: float
+    scorer: str
+
+
+def read_result(path: Path) -> Result:
+    """The result of a finished run.
+
+    Raises:
+      OSError, ValueError: if the file cannot be read or is damaged; the message names it.
+    """
+    return read_json(path, Result, 'restore it, or move it away and run the same command again')
+
+
+def closing_lines(result: Result, workdir: Path) -> str:
     """The last lines on the screen: what the run achieved, its files, and what to do next."""
     figures = f'{result["base_accuracy"]:.3f} -> {result["accuracy"]:.3f}'
-    if 'grid_accuracy' in result:
+    if 'grid_accuracy' in result and 'base_grid_accuracy' in result:
         grids = f'{result["base_grid_accuracy"]:.3f} -> {result["grid_accuracy"]:.3f}'
         figures = f'cells {figures}, grids {grids}'
     else:

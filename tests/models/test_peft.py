@@ -122,8 +122,11 @@ NAME = 'base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight'
     [
         (lambda d: (d / CONFIG).unlink(), 'adapter_config.json does not exist'),
         (lambda d: (d / WEIGHTS).unlink(), 'adapter_model.safetensors does not exist'),
-        (lambda d: (d / CONFIG).write_text('{'), 'adapter_config.json describes no LoRA'),
-        (lambda d: (d / CONFIG).write_text('[]'), 'adapter_config.json describes no LoRA'),
+        (lambda d: (d / CONFIG).write_text('{'), 'adapter_config.json is not JSON'),
+        (
+            lambda d: (d / CONFIG).write_text('[]'),
+            r'adapter_config.json: it is \[\], expected object',
+        ),
         (lambda d: (d / WEIGHTS).write_bytes(b'12345'), 'damaged'),
         (lambda d: change(d, peft_type='IA3'), "peft_type is 'IA3'"),
         (lambda d: change(d, use_dora=True), 'use_dora is True'),

@@ -84,7 +84,7 @@ def test_what_is_no_policy_says_so(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match='policy.json'):
         policies.load_policy(tmp_path / 'empty', mesh_of())
     (directory / 'policy.json').write_text('{"model": {}}')
-    with pytest.raises(ValueError, match='policy.json is not the description') as error:
+    with pytest.raises(ValueError, match='policy.json: notes is missing; restore it') as error:
         policies.load_policy(directory, mesh_of())
     assert '\n' not in str(error.value)
 
@@ -198,7 +198,7 @@ def test_a_damaged_tokenizer_in_a_policy_is_named(published, tmp_path):
         policies.load_policy(tmp_path / 'best', mesh_of())
     path = tmp_path / 'best' / 'policy.json'
     path.write_text(path.read_text().replace('"eos_id"', '"end"'))
-    with pytest.raises(ValueError, match="policy.json is not the description .*'eos_id'"):
+    with pytest.raises(ValueError, match='policy.json: hf_tokenizer.eos_id is missing'):
         policies.load_policy(tmp_path / 'best', mesh_of())
 
 

@@ -1,11 +1,16 @@
 """Reads config.json of a published LLaDA checkpoint as a `TransformerConfig`."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from spg_jax.models.transformer import EXECUTION, TransformerConfig
+import msgspec
+from msgspec import Meta
+
+from spg_jax.models.transformer import EXECUTION, LIMITS, MOST_ROPE_THETA, TransformerConfig
+from spg_jax.process.json_files import check_json, read_json
+
+REMEDY = 'use the config.json of a LLaDA checkpoint'
 
 
 class SpecialIds(NamedTuple):
@@ -34,6 +39,35 @@ ARCHITECTURE: Mapping[str, Any] = {
     'rope_full_precision': True,
 }
 
+_Heads = Annotated[int, Meta(ge=1, le=LIMITS['heads'])]
+_Width = Annotated[int, Meta(ge=1, le=LIMITS['width'])]
+_MLPWidth = Annotated[int, Meta(ge=1, le=LIMITS['mlp_width'])]
+_Rows = Annotated[int, Meta(ge=1, le=LIMITS['vocab_size'])]
+_Ratio = Annotated[float, Meta(gt=0, le=1000)]
+
+
+class _Published(msgspec.Struct):
+    """The keys of config.json that fix sizes and numbers."""
+
+    d_model: _Width
+    n_heads: _Heads
+    n_layers: Annotated[int, Meta(ge=1, le=LIMITS['layers'])]
+    rope_theta: Annotated[float, Meta(gt=0, le=MOST_ROPE_THETA)]
+    rms_norm_eps: Annotated[float, Meta(gt=0, le=1)]
+    weight_tying: bool
+    scale_logits: bool
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    embedding_size: _Rows | None = None
+    vocab_size: _Rows | None = None
+    n_kv_heads: _Heads | None = None
+    multi_query_attention: bool | None = None
+    mlp_hidden_size: _MLPWidth | None = None
+    mlp_ratio: _Ratio | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
+
 
 def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, SpecialIds]:
     """The configuration and special ids that a published config.json describes.
@@ -45,37 +79,31 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
     Raises:
       FileNotFoundError: if the file does not exist.
       ValueError: if the file is not JSON, describes another architecture, lacks a key or has an
-        impossible value, and for an override of another field.
+        impossible value, and for an override of another field; the message names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f'{path} does not exist; expected a checkpoint directory with config.json'
         )
-    try:
-        published = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not JSON ({error}); download it again') from None
-    if not isinstance(published, dict):
-        raise ValueError(
-            f'{path} holds a {type(published).__name__}, expected a JSON object; download it again'
-        )
-
-    def get(key: str) -> Any:
-        if published.get(key) is None:
-            raise ValueError(f'{path}: {key} is missing; use the config.json of a LLaDA checkpoint')
-        return published[key]
-
+    contents = read_json(path, dict[str, Any], 'download it again')
     for key, expected in ARCHITECTURE.items():
-        if get(key) != expected:
+        value = contents.get(key)
+        if value is None:
+            raise ValueError(f'{path}: {key} is missing; {REMEDY}')
+        if value != expected or type(value) is not type(expected):
             raise ValueError(
-                f'{path}: {key} is {published[key]!r}, expected {expected!r}; '
+                f'{path}: {key} is {value!r}, expected {expected!r}; '
                 'use a checkpoint of the LLaDA-8B architecture'
             )
     surplus = sorted(set(overrides) - {'dtype', 'param_dtype', *EXECUTION})
     if surplus:
         raise ValueError(f'model.{surplus[0]} comes from {path}; leave it out')
-    config = _transformer_config(published, get, overrides)
-    ids = SpecialIds(*(get(f'{name}_token_id') for name in SpecialIds._fields))
+    published = check_json(contents, _Published, path, REMEDY)
+    try:
+        config = _transformer_config(published, overrides)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    ids = SpecialIds(published.mask_token_id, published.eos_token_id, published.pad_token_id)
     for name, value in ids._asdict().items():
         if not 0 <= value < config.vocab_size:
             raise ValueError(
@@ -85,30 +113,44 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
     return config, ids
 
 
-def _transformer_config(
-    published: Mapping[str, Any], get: Callable[[str], Any], overrides: Mapping[str, Any]
-) -> TransformerConfig:
-    """The configuration that config.json describes; `get` raises ValueError for missing keys."""
-    width, heads = get('d_model'), get('n_heads')
+def _transformer_config(published: _Published, overrides: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration that config.json describes.
+
+    Raises:
+      ValueError: for a combination of values that is impossible.
+    """
     # Where a published file says null, the value follows from another key.
-    vocab_size = published.get('embedding_size') or get('vocab_size')
-    kv_heads = published.get('n_kv_heads') or (
-        1 if published.get('multi_query_attention') else heads
-    )
+    vocab_size = published.embedding_size or published.vocab_size
+    kv_heads = published.n_kv_heads or (1 if published.multi_query_attention else published.n_heads)
+    mlp_width = published.mlp_hidden_size or (published.mlp_ratio or 0) * published.d_model
+    # Versions of transformers before 5 wrote torch_dtype, some as "torch.float32".
+    dtype = (published.dtype or published.torch_dtype or '').removeprefix('torch.')
+    for keys, value in (
+        ('embedding_size and vocab_size are', vocab_size),
+        ('mlp_hidden_size and mlp_ratio are', mlp_width),
+        ('torch_dtype is', dtype),
+    ):
+        if not value:
+            raise ValueError(f'{keys} missing; {REMEDY}')
+    if mlp_width != int(mlp_width):
+        raise ValueError(
+            f'mlp_ratio {published.mlp_ratio} times d_model {published.d_model} is no integer; '
+            f'{REMEDY}'
+        )
     return TransformerConfig(
         **{
             'vocab_size': vocab_size,
-            'width': width,
-            'layers': get('n_layers'),
-            'heads': heads,
+            'width': published.d_model,
+            'layers': published.n_layers,
+            'heads': published.n_heads,
             'kv_heads': kv_heads,
-            'mlp_width': published.get('mlp_hidden_size') or get('mlp_ratio') * width,
-            'rope_theta': get('rope_theta'),
-            'norm_eps': get('rms_norm_eps'),
-            'tie_embeddings': get('weight_tying'),
-            'scale_logits': get('scale_logits'),
-            'dtype': get('torch_dtype'),
-            'param_dtype': get('torch_dtype'),
+            'mlp_width': int(mlp_width),
+            'rope_theta': published.rope_theta,
+            'norm_eps': published.rms_norm_eps,
+            'tie_embeddings': published.weight_tying,
+            'scale_logits': published.scale_logits,
+            'dtype': dtype,
+            'param_dtype': dtype,
             **overrides,
         }
     )

@@ -132,7 +132,7 @@ def test_shards_and_bfloat16_read_as_one_file(checkpoint):
     with pytest.raises(FileNotFoundError, match='b.safetensors does not exist'):
         load_checkpoint(directory)
     index_file.write_text('{}')
-    with pytest.raises(ValueError, match='index.json has no "weight_map"'):
+    with pytest.raises(ValueError, match='index.json: weight_map is missing'):
         load_checkpoint(directory)
 
 
@@ -215,7 +215,7 @@ def test_a_wrong_tensor_is_named(checkpoint, tensors, message):
         ({'include_bias': True}, 'include_bias is True, expected False'),
         ({'rope': None}, 'rope is missing'),
         ({'mask_token_id': 256}, 'mask_token_id is 256, outside the 256 rows'),
-        ({'d_model': None}, 'd_model is missing'),
+        ({'d_model': None}, 'd_model is None, expected int'),
         ({'n_heads': 5}, 'not a multiple of model.heads 5'),
         ({'torch_dtype': 'float16'}, "model.dtype is 'float16'"),
         ({'weight_tying': True}, r"ff_out.weight' is surplus.*weight_tying True"),
@@ -253,7 +253,7 @@ def test_missing_and_damaged_files_are_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match='config.json is not JSON'):
         load_checkpoint(directory)
     config.write_text('[]')
-    with pytest.raises(ValueError, match='expected a JSON object'):
+    with pytest.raises(ValueError, match=r'config.json: it is \[\], expected object'):
         load_checkpoint(directory)
     config.unlink()
     with pytest.raises(FileNotFoundError, match='config.json does not exist'):

@@ -1,0 +1,152 @@
+"""Chat templates: programs in the language of jinja2 that come with a tokenizer.
+
+They are written by strangers and may loop or fill the memory. jinja2's sandbox keeps them from the
+machine's files and no more, so a template is first rendered in a process of its own, with limits.
+That process runs this file as a program, which is why it imports so little.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MOST_SECONDS = 3  # of a processor; a real template needs a thousandth
+MOST_BYTES = 2**30  # of memory, the interpreter included
+MOST_CHARACTERS = 100_000  # more than any context has room for
+PROBES = ('', 'Use 3, 44 and 7.\nReach 26.')  # what the user says when a template is tried
+
+
+class ChatTemplate:
+    """A chat template that asks for the answer to one user turn.
+
+    It renders what `transformers` renders, with one exception: `strftime_now` is not defined,
+    because a prompt that changes with the date would not come back when a run goes on. Templates
+    that ask whether it is defined write their fixed date, and the others are refused.
+    """
+
+    def __init__(self, text: str, specials: Mapping[str, Any]):
+        """Compiles the template.
+
+        Args:
+          text: the template; a byte order mark at its start is left out.
+          specials: the texts of the special tokens, by names such as 'bos_token'.
+
+        Raises:
+          jinja2.TemplateError: if it is no template.
+        """
+        self.text, self.specials = text.removeprefix('\ufeff'), dict(specials)
+        self._template = _environment().from_string(self.text)
+
+    def render(self, content: str) -> str:
+        """The text of one user turn and the opening of the answer; a template may raise anything.
+
+        Args:
+          content: what the user says.
+        """
+        return self._template.render(
+            messages=[{'role': 'user', 'content': content}],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **self.specials,
+        )
+
+
+@functools.cache
+def _environment() -> Any:
+    """The environment in which `transformers` renders templates, without `strftime_now`."""
+    import jinja2  # It comes with the extra 'hf'.
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what an assistant says and writes nothing."""
+
+        tags = {'generation'}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters['tojson'] = tojson
+    environment.globals['raise_exception'] = raise_exception
+    return environment
+
+
+def try_out(text: str, specials: Mapping[str, Any]) -> list[str]:
+    """The turns that a template writes for `PROBES`, rendered in a process with limits.
+
+    Arguments are those of `ChatTemplate`.
+
+    Raises:
+      ValueError: if the template fails, takes too much time or memory, or writes too much; the
+        message says which.
+    """
+    return list(_try_out(json.dumps([text, dict(specials)])))
+
+
+@functools.lru_cache
+def _try_out(task: str) -> Sequence[str]:
+    child = subprocess.run(
+        # With -P the files of this folder do not hide installed packages of the same names.
+        [sys.executable, '-P', __file__],
+        input=task,
+        capture_output=True,
+        text=True,
+        timeout=60 * MOST_SECONDS,
+    )
+    if child.returncode < 0:
+        raise ValueError(
+            f'it needs more than {MOST_SECONDS} s of a processor or '
+            f'{MOST_BYTES >> 20} MiB of memory'
+        )
+    if child.returncode:
+        raise ValueError(f'trying it out ended with {child.stderr.strip()[-200:]!r}')
+    outcome = json.loads(child.stdout)
+    if 'error' in outcome:
+        raise ValueError(outcome['error'])
+    return outcome['turns']
+
+
+def _child() -> None:
+    """Reads a template and its special tokens from standard input, and writes what it renders."""
+    import resource
+
+    task = sys.stdin.read()
+    for limit, value in (
+        (resource.RLIMIT_CPU, MOST_SECONDS),
+        (resource.RLIMIT_AS, MOST_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        try:
+            resource.setrlimit(limit, (value, value))
+        except ValueError:  # macOS cannot limit the memory.
+            pass
+    try:
+        template = ChatTemplate(*json.loads(task))
+        turns = [template.render(content) for content in PROBES]
+        longest = max(map(len, turns))
+        if longest > MOST_CHARACTERS:
+            raise ValueError(f'it writes {longest} characters for one short turn')
+        outcome = {'turns': turns}
+    except MemoryError:
+        outcome = {'error': f'it needs more than {MOST_BYTES >> 20} MiB of memory'}
+    except Exception as error:  # A template is a program, which can raise any exception.
+        outcome = {'error': f'{type(error).__name__}: {error}'[:1000]}
+    print(json.dumps(outcome))
+
+
+if __name__ == '__main__':
+    _child()
