@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
-    'jinja2>=3.1',
+    'jinja2>=3.1.6',
     'libtpu',
     'math-verify>=0.9',
     'pyrefly>=1.4,<2',
@@ -50,7 +50,7 @@ setup(
     extras_require={
         'test': TEST,
         'dev': [*TEST, 'pre-commit>=4.0'],
-        'hf': ['jinja2>=3.1', 'transformers>=4.51'],  # transformers runs chat templates with jinja2
+        'hf': ['jinja2>=3.1.6', 'transformers>=4.51'],  # chat templates are written for jinja2
         'math': ['math-verify>=0.9'],
         'plan': ['libtpu'],  # the compiler for TPUs, which needs none of them
         'quantize': ['qwix>=0.1.8,<0.2'],

@@ -613,6 +613,8 @@ def test_an_adapter_saved_otherwise_is_told_how_to_save_it(tmp_path):
         ("{{ strftime_now('%d %b') }}", "'strftime_now' is undefined"),
         ("{{ raise_exception('no system turn') }}", 'no system turn'),
         ("{{ ''.__class__.__mro__ }}", 'SecurityError'),
+        ('{{ namespace(__call__=1) }}', 'SecurityError'),
+        ('{% set n = namespace() %}{% set n.__class__ = 1 %}', 'SecurityError'),
     ],
 )
 def test_a_template_that_would_not_end_or_change_is_refused(good, template, part):
@@ -641,6 +643,7 @@ TEMPLATES = (
     '{{ tools is none }}{{ unk_token }}{{ messages[0]["content"] | trim | upper }}',
     '{%- set ns = namespace(n=0) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}\n'
     '{{ ns.n }} {{ eos_token }} {{ dict(a=1) }} {{ documents }} {{ add_generation_prompt }}',
+    "{{ dict.fromkeys(['a']) }} {{ namespace(self=2).self }} {{ namespace({'a': 1}).a }}",
 )
 
 

@@ -56,10 +56,11 @@ class ChatTemplate:
 
 @functools.cache
 def _environment() -> Any:
-    """The environment in which `transformers` renders templates, without `strftime_now`."""
+    """The environment in which `transformers` 5.24 renders templates, without `strftime_now`."""
     import jinja2  # It comes with the extra 'hf'.
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Generation(Extension):
         """{% generation %} marks what an assistant says and writes nothing."""
@@ -71,6 +72,33 @@ def _environment() -> Any:
             body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
+    class PublicNamespace(Namespace):
+        """Names with underscores are refused, as they could lead to what Python keeps inside."""
+
+        def __init__(*args: Any, **kwargs: Any):
+            self, *rest = args  # so that an attribute may have the name 'self'
+            attributes = dict(*rest, **kwargs)
+            for name in attributes:
+                check_name(name)
+            Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check_name(name)
+            super().__setitem__(name, value)
+
+    class Dict:
+        """The type `dict` without access to the type itself."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict:
+            return dict.fromkeys(*args)
+
+    def check_name(name: str) -> None:
+        if name.startswith('_'):
+            raise jinja2.exceptions.SecurityError(f'a namespace cannot have the name {name!r}')
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -81,7 +109,11 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters['tojson'] = tojson
-    environment.globals['raise_exception'] = raise_exception
+    environment.globals |= {
+        'raise_exception': raise_exception,
+        'namespace': PublicNamespace,
+        'dict': Dict(),
+    }
     return environment
 
 
