@@ -101,7 +101,7 @@ def run(directory: Path) -> File:
 def result(directory: Path) -> File:
     directory.mkdir()
     path = directory / 'result.json'
-    figures = {'base_accuracy': 0.5, 'accuracy': 1.0, 'seconds': 3, 'scorer': 'x', 'seed': 0}
+    figures = {'base_accuracy': 0.5, 'accuracy': 1.0, 'seconds': 3, 'scorer': 'x', 'steps': 8}
     path.write_text(json.dumps(figures))
     return File(path, lambda: read_result(path))
 

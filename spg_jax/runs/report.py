@@ -92,6 +92,7 @@ class Result(TypedDict):
     accuracy: float
     base_grid_accuracy: NotRequired[float]
     grid_accuracy: NotRequired[float]
+    steps: int  # updates that the run was to make
     seconds: float
     scorer: str
 
