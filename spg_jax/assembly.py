@@ -6,10 +6,8 @@ the key, the value and a value that works.
 """
 
 import dataclasses
-import difflib
 import importlib.util
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,72 +15,19 @@ import ml_collections
 from jax.sharding import Mesh
 
 from spg_jax import tasks
-from spg_jax.config import default_config
 from spg_jax.data.batches import LONG_PROMPTS
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.errors import check_one_of
+from spg_jax.limits import check_settings, check_sizes, setting
 from spg_jax.models.attention import resolve
 from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
-from spg_jax.process.files import local_path
-from spg_jax.random import SEEDS
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.evaluator import Evaluation
 from spg_jax.rl.objectives import REGISTRY, Objective
 from spg_jax.sharding import row_shards
 from spg_jax.training.optimizers import AdamW
-
-# Numbers that no part checks: keys, the condition on their values, and the condition in words.
-RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (
-        (
-            'sampling.prompt_length',
-            'train.steps',
-            'train.max_skipped',
-            'base.batch_size',
-            'evaluation.every',
-            'evaluation.problems',
-            'evaluation.batch',
-            'evaluation.samples',
-            'checkpoint.every',
-            'checkpoint.keep',
-        ),
-        lambda x: x >= 1,
-        'a positive integer',
-    ),
-    (
-        ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
-        lambda x: 0 < x < math.inf,
-        'a positive number',
-    ),
-    (
-        ('base.weight_decay', 'optimizer.weight_decay'),
-        lambda x: 0 <= x < math.inf,
-        'a number of at least 0',
-    ),
-    (
-        ('base.ema', 'optimizer.b1', 'optimizer.b2'),
-        lambda x: 0 <= x < 1,
-        'a decay of at least 0 and below 1',
-    ),
-    (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
-    (('sampling.guidance',), math.isfinite, 'a finite number'),
-    (('base.seed', 'train.seed'), lambda x: 0 <= x < SEEDS, 'a seed of at least 0'),
-)
-
-# Settings that are paths, and whether checkpoints are saved under them.
-PATHS = {
-    'task.prompt_template': False,
-    'task.data_dir': False,
-    'base.checkpoint': False,
-    'base.cache': True,
-    'lora.adapter': False,
-}
-
-# The largest integer of a setting, and sizes that no machine can hold: tokens of one batch, and
-# parameters of a model made here.
-MOST, MOST_TOKENS, MOST_PARAMETERS = 2**32 - 1, 2**31, 2**40
 
 
 class Stage(NamedTuple):
@@ -114,19 +59,12 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     """Makes the parts of a run; reads no file but a prompt template and starts no device.
 
     Args:
-      config: the settings. Those that are PATHS are changed to the paths that they mean.
+      config: the settings; paths among them are changed to what they mean, such as ~.
 
     Raises:
       ValueError: one line that names the setting that cannot work.
     """
-    _check_settings(config)
-    for key, saves in PATHS.items():
-        group, leaf = key.split('.')
-        if path := config[group][leaf]:
-            try:
-                config[group][leaf] = str(local_path(path, saves))
-            except ValueError as error:
-                raise ValueError(f'{key}: {error}') from None
+    check_settings(config)
     model_of(config, vocab_size=1, platform='cpu')
     lora = _lora(config)
     if config.model.quantize and lora is None:
@@ -140,14 +78,10 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
             f'train.wandb is {config.train.wandb!r} but wandb is not installed; '
             "pip install -e '.[wandb]'"
         )
-    for keys, condition, words in RANGES:
-        for key in keys:
-            if not condition(_setting(config, key)):  # NaN fulfils no condition
-                raise ValueError(f'{key} is {_setting(config, key)}; use {words}')
     objective = _objective(config)
     batching = Batching(**{field: config.rl[field] for field in _fields(Batching)})
     batching.check_draws(objective.corruption.draws)
-    _check_sizes(config, batching)
+    check_sizes(config, batching)
     return Parts(
         task=_task(config, config.task.format),
         evaluation_task=_evaluation_task(config),
@@ -164,84 +98,6 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     )
 
 
-def _check_settings(config: ml_collections.ConfigDict) -> None:
-    """Refuses settings that do not exist, are missing, or have a value of another kind.
-
-    `default_config` is locked, so these come from files that do not start with it or unlock it.
-
-    Raises:
-      ValueError: one line that names the setting.
-    """
-    defaults, settings = (
-        {
-            f'{group}.{key}': value
-            for group, keys in groups.items()
-            for key, value in (keys.items() if isinstance(keys, dict) else [('', keys)])
-        }
-        for groups in (default_config().to_dict(), config.to_dict())
-    )
-    for key in settings.keys() - defaults.keys():
-        nearest = difflib.get_close_matches(key, defaults, 1)
-        advice = f'use {nearest[0]}, or see' if nearest else 'see'
-        raise ValueError(f'no setting {key.strip(".")}; {advice} spg_jax/config.py')
-    for key, default in defaults.items():
-        if key not in settings:
-            raise ValueError(f'setting {key} is missing; start from default_config()')
-        if not _alike(settings[key], default):
-            raise ValueError(f'{key} is {settings[key]!r}; use a value like {default!r}')
-        if not _countable(settings[key]):
-            raise ValueError(f'{key} is {settings[key]!r}; use integers below 2^32')
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of the default: text, bool, number, or several of a kind."""
-    if isinstance(default, tuple | list):
-        kind = type(default[0]) if default else int
-        return isinstance(value, tuple | list) and (
-            kind in (tuple, list) or all(type(item) is kind for item in value)
-        )
-    return type(value) in ((float, int) if isinstance(default, float) else (type(default),))
-
-
-def _countable(value: Any) -> bool:
-    """Whether all integers in a value are at most MOST."""
-    if isinstance(value, tuple | list):
-        return all(map(_countable, value))
-    return not isinstance(value, int) or abs(value) <= MOST
-
-
-def _check_sizes(config: ml_collections.ConfigDict, batching: Batching) -> None:
-    """Refuses batches and models that no machine can hold, before anything asks for the memory.
-
-    Raises:
-      ValueError: one line that names the settings.
-    """
-    prompt = config.sampling.prompt_length
-    for rows, row_names, length, length_name in (
-        (batching.rows, 'rl.prompts x rl.group_size', config.sampling.length, 'sampling.length'),
-        (config.base.batch_size, 'base.batch_size', config.sampling.length, 'sampling.length'),
-        (
-            config.evaluation.batch,
-            'evaluation.batch',
-            max(config.evaluation.lengths, default=0),
-            'evaluation.lengths',
-        ),
-    ):
-        tokens = rows * (prompt + length)
-        if tokens > MOST_TOKENS:
-            raise ValueError(
-                f'{row_names} is {rows} rows, {tokens} tokens with sampling.prompt_length and '
-                f'{length_name}; use at most {MOST_TOKENS} tokens'
-            )
-    model = config.model
-    parameters = model.layers * model.width * (4 * model.width + 3 * model.mlp_width)
-    if parameters > MOST_PARAMETERS:
-        raise ValueError(
-            f'model.layers, model.width and model.mlp_width make {parameters} parameters; use at '
-            f'most {MOST_PARAMETERS}'
-        )
-
-
 def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> None:
     """Refuses rows, and heads of a model made here, that do not split evenly over the devices.
 
@@ -252,7 +108,7 @@ def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> N
         check_heads(model_of(config, vocab_size=1, platform='cpu'), mesh)
     shards = row_shards(mesh)
     for key in ('rl.microbatch', 'rl.generation_batch', 'base.batch_size'):
-        rows = _setting(config, key)
+        rows = setting(config, key)
         if rows % shards:
             raise ValueError(
                 f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
@@ -364,11 +220,6 @@ def _stages(stages: Sequence[Any]) -> tuple[Stage, ...]:
     if not sum(steps for steps, _ in stages):
         raise ValueError(f'base.stages is {tuple(stages)}; use one step or more in all')
     return tuple(Stage(*stage) for stage in stages)
-
-
-def _setting(config: ml_collections.ConfigDict, key: str) -> Any:
-    group, leaf = key.split('.')
-    return config[group][leaf]
 
 
 def _fields(part: type) -> list[str]:

@@ -20,6 +20,7 @@ from spg_jax.planning.machines import LISTED, find_machine
 from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.process import cli
+from spg_jax.process.config_flag import define_config_flag
 
 FLAGS = flags.FLAGS
 
@@ -51,7 +52,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_config_flag()
+    define_config_flag()
     flags.DEFINE_string('topology', None, f'The chips, such as {", ".join(LISTED)}.')
     flags.mark_flag_as_required('topology')
     flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates that a run reaches.')

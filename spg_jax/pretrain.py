@@ -30,6 +30,7 @@ from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import cli, distributed
+from spg_jax.process.config_flag import define_config_flag
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.json_files import check_json
 from spg_jax.process.progress import track
@@ -319,7 +320,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_config_flag()
+    define_config_flag()
     cli.define_distributed_flag()
     cli.define_path_flag(
         'workdir', '', "Where the policy goes; '' is a folder of base.cache.", saves=True

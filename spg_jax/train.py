@@ -9,11 +9,9 @@ events, completions.jsonl, curves.png, best/ (the policy that validated best) an
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import jax
 import ml_collections
 import numpy as np
@@ -23,22 +21,20 @@ from rich.console import Console
 
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, check_mesh
-from spg_jax.data import batches
 from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
+from spg_jax.models.policy import Variables
 from spg_jax.planning.duration import cpu_seconds
 from spg_jax.pretrain import base_directory, find_or_make_base
 from spg_jax.process import cli, distributed
+from spg_jax.process.config_flag import define_config_flag
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
-from spg_jax.random import check_range
-from spg_jax.rl.evaluator import Evaluator
-from spg_jax.rl.learner import make_update
-from spg_jax.rl.rollout import Rollout, empty_rollout, make_collect
+from spg_jax.rl.rollout import Rollout, empty_rollout
 from spg_jax.runs import plots, policies
 from spg_jax.runs.directory import claimed, default_workdir, identity
+from spg_jax.runs.preparation import Programs, prepare
 from spg_jax.runs.report import (
     check_record,
     closing_lines,
@@ -50,8 +46,7 @@ from spg_jax.runs.report import (
 from spg_jax.runs.run import Run
 from spg_jax.runs.wandb_log import check_wandb
 from spg_jax.tasks.task import Example
-from spg_jax.training import optimizers
-from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
+from spg_jax.training.train_state import TrainState
 
 FLAGS = flags.FLAGS
 
@@ -73,54 +68,23 @@ def train(
     # A run that is made longer keeps the length of its warm-up.
     planned = run.record.get('planned_steps', config.train.steps)
     state, problems, programs = prepare(config, parts, base, mesh, planned)
-    batching, prompts, evaluator = parts.batching, programs.prompts, programs.evaluator
-
-    def validate(state: TrainState) -> None:
-        """Measures the policy, and keeps it as best/ if none before it was better."""
-        figures = evaluator.validate(state.variables, problems.validation)
-        run.write(validation_row(figures))
-        if 'best' not in run.record or quality(figures) > quality(run.record['best']):
-            run.record['best'] = {'step': run.step} | figures
-            notes = {'best': run.record['best'], 'config': config.to_dict()}
-            made_from = policies.base_of(base)
-            policies.save_policy(
-                workdir / 'best',
-                state.variables,
-                programs.policy.config,
-                programs.tokenizer,
-                notes,
-                made_from,
-            )
+    validation = Validation(config, run, programs, problems.validation, base)
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        if not policies.is_policy(workdir / 'best'):
-            raise FileNotFoundError(
-                f'{workdir}/best is gone, the policy that validated best so far; restore it, or '
-                'use another --workdir'
-            )
-
-        def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
-            check_record(record, workdir / 'checkpoints')
-            rows, length = batching.rows, parts.sampling.length
-            return state.replace(frozen={}), empty_rollout(
-                rows, record['prompt_length'], length, mesh
-            )
-
-        saved, rollout = run.restore(saved_arrays)
-        state = saved.replace(frozen=state.frozen)
-        prompts.set_state(run.record['prompts'])
+        state, rollout = restore(run, state, parts, mesh)
+        programs.prompts.set_state(run.record['prompts'])
     else:
         print('evaluating the base policy', flush=True)
-        run.record['base'] = evaluator.report(state.variables, problems.test)
-        validate(state)
+        run.record['base'] = programs.evaluator.report(state.variables, problems.test)
+        validation.look_at(state)
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
     patience = min(config.train.max_skipped, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
-        if step % batching.inner_updates == 0:  # otherwise the rollout came with the checkpoint
-            batch = next(prompts)
+        if step % parts.batching.inner_updates == 0:  # otherwise the checkpoint had the rollout
+            batch = next(programs.prompts)
             rollout, texts = programs.collect(state.variables, batch, step)
             run.samples.write(step, batch.examples, texts, rollout)
         state, metrics = programs.update(state, rollout)
@@ -129,11 +93,11 @@ def train(
         last, stop = run.step == config.train.steps, interruption.requested()
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
-            validate(state)
+            validation.look_at(state)
         if last or stop or stuck or run.step % config.checkpoint.every == 0:
             run.save(
                 (state.replace(frozen={}), rollout),
-                prompts=prompts.get_state(),
+                prompts=programs.prompts.get_state(),
                 prompt_length=rollout.prompt.shape[1],
                 planned_steps=planned,
             )
@@ -147,103 +111,86 @@ def train(
             return False
     run.close()
     interruption.release()
-
-    # --- the policy that validated best, on problems that nothing has seen ------------------------
     best = state.frozen | policies.load_trained(workdir / 'best', programs.policy, mesh)
-    result = summary(config.to_dict(), run, evaluator.report(best, problems.test), base)
-    completion = evaluator.trace(best, problems.test[0])
-    if distributed.is_leader():
-        plots.curves(workdir)
-        show_example(parts, programs.tokenizer, problems.test[0], completion)
-        # This file comes last, because it says that the run is finished.
-        write_whole(workdir / 'result.json', json.dumps(result, indent=1))
-    distributed.barrier('result')
+    report(config, parts, run, programs, best, problems.test, base)
     return True
 
 
-class ProblemSets(NamedTuple):
-    """The problems of a run, by what they are for."""
+class Validation:
+    """Measures the policy on validation problems, and keeps the best one as best/."""
 
-    train: batches.Problems
-    validation: list[Example]
-    test: list[Example]
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        run: Run,
+        programs: Programs,
+        problems: list[Example],
+        base: Path,
+    ):
+        self._config, self._run, self._programs = config, run, programs
+        self._problems, self._base = problems, policies.base_of(base)
 
-
-def read_problems(
-    config: ml_collections.ConfigDict, parts: Parts, tokenizer: Tokenizer
-) -> ProblemSets:
-    """Finds or makes the problems, and measures every training prompt before any is used.
-
-    Raises:
-      ValueError: problems cannot be had, or prompts do not fit.
-    """
-    with distributed.leader_first('problems'):
-        source = parts.task.source('train', config.task.data_dir)
-    check_range(len(source), parts.batching.group_size)
-    validation = parts.task.source('validation', config.task.data_dir)
-    test = parts.task.source('test', config.task.data_dir)
-    train, message = batches.fit_prompts(
-        parts.task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
-    )
-    if message:
-        print(message, flush=True)
-    return ProblemSets(train, validation[: config.evaluation.problems], list(test))
-
-
-class Programs(NamedTuple):
-    """What a run calls: the policy and the compiled functions around it."""
-
-    policy: Policy
-    tokenizer: Tokenizer
-    prompts: grain.DatasetIterator  # endless batches of training prompts
-    collect: Callable[[Variables, batches.PromptBatch, int], tuple[Rollout, list[str]]]
-    update: Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
-    evaluator: Evaluator
+    def look_at(self, state: TrainState) -> None:
+        """Writes the figures of a policy, and the policy if none before it was better."""
+        run, programs = self._run, self._programs
+        figures = programs.evaluator.validate(state.variables, self._problems)
+        run.write(validation_row(figures))
+        if 'best' in run.record and quality(figures) <= quality(run.record['best']):
+            return
+        run.record['best'] = {'step': run.step} | figures
+        notes = {'best': run.record['best'], 'config': self._config.to_dict()}
+        policies.save_policy(
+            run.directory / 'best',
+            state.variables,
+            programs.policy.config,
+            programs.tokenizer,
+            notes,
+            self._base,
+        )
 
 
-def prepare(
-    config: ml_collections.ConfigDict, parts: Parts, base: Path, mesh: Mesh, planned_steps: int
-) -> tuple[TrainState, ProblemSets, Programs]:
-    """Reads problems and base policy, and makes the train state and the programs of a run.
-
-    The learning rate warms up for a share of `planned_steps`, the updates that were asked for when
-    the run began.
-
-    Weights may be large, so they are read after everything else was found to fit.
+def restore(run: Run, state: TrainState, parts: Parts, mesh: Mesh) -> tuple[TrainState, Rollout]:
+    """The train state and the rollout of the newest checkpoint, on the devices of this start.
 
     Raises:
-      ValueError, FileNotFoundError: base policy, adapters or problems cannot be used.
+      FileNotFoundError: the best policy of the run is gone, which its report would need.
+      ValueError: no checkpoint is whole.
     """
-    seed, batching = config.train.seed, parts.batching
-    adapters = policies.check_policy(base, mesh, parts.adapter)
-    check_adapters(adapters, parts.lora, where=parts.adapter or base)
-    problems = read_problems(config, parts, policies.load_tokenizer(base))
-    policy, tokenizer, variables = policies.load_policy(
-        base, mesh, parts.adapter, **parts.execution
-    )
-    policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
-    optimizer = optimizers.for_rl(parts.optimizer, planned_steps)
-    state = initial_state(variables, optimizer, policy, mesh, average=False)
-    shardings = shardings_of(state)
-    prompts = batches.prompts(
-        parts.task,
-        tokenizer,
-        problems.train,
-        batch_size=batching.prompts,
-        buckets=parts.prompt_lengths,
-        seed=seed,
-        truncate=config.data.long_prompts == 'truncate_left',
-        local_prompts=batching.local_prompts(mesh),
-    )
-    programs = Programs(
-        policy=policy,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        collect=make_collect(policy, parts.task, tokenizer, parts.sampling, batching, seed, mesh),
-        update=make_update(policy, parts.objective, optimizer, batching, seed, shardings),
-        evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
-    )
-    return state, problems, programs
+    best = run.directory / 'best'
+    if not policies.is_policy(best):
+        raise FileNotFoundError(
+            f'{best} is gone, the policy that validated best so far; restore it, or use another '
+            '--workdir'
+        )
+
+    def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
+        check_record(record, run.directory / 'checkpoints')
+        sizes = parts.batching.rows, record['prompt_length'], parts.sampling.length
+        return state.replace(frozen={}), empty_rollout(*sizes, mesh)
+
+    saved, rollout = run.restore(saved_arrays)
+    return saved.replace(frozen=state.frozen), rollout
+
+
+def report(
+    config: ml_collections.ConfigDict,
+    parts: Parts,
+    run: Run,
+    programs: Programs,
+    best: Variables,
+    problems: list[Example],
+    base: Path,
+) -> None:
+    """Measures the best policy on problems that nothing has seen, and finishes the run."""
+    figures = programs.evaluator.report(best, problems)
+    completion = programs.evaluator.trace(best, problems[0])
+    if distributed.is_leader():
+        plots.curves(run.directory)
+        show_example(parts, programs.tokenizer, problems[0], completion)
+        result = summary(config.to_dict(), run, figures, base)
+        # This file comes last, because it says that the run is finished.
+        write_whole(run.directory / 'result.json', json.dumps(result, indent=1))
+    distributed.barrier('result')
 
 
 def show_example(
@@ -301,7 +248,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_config_flag()
+    define_config_flag()
     cli.define_distributed_flag()
     cli.define_path_flag(
         'workdir', '', "Where the run lives; '' is runs/TASK-OBJECTIVE-HASH.", saves=True

@@ -12,11 +12,12 @@ import pytest
 from absl import flags
 
 from spg_jax import random
-from spg_jax.assembly import PATHS, assemble
+from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.export import _refuse_links
+from spg_jax.limits import PATHS
 from spg_jax.planning.machines import find_machine
-from spg_jax.process import cli
+from spg_jax.process import cli, config_flag
 from tests.processes import REPOSITORY, finish, run, start_module, wait_until
 
 pytestmark = pytest.mark.fast
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.fast
 
 
 def parse(argument: str):
-    return cli._ConfigParser().parse(argument)
+    return config_flag._ConfigParser().parse(argument)
 
 
 @pytest.mark.parametrize(
@@ -64,14 +65,14 @@ HEAD = 'from spg_jax.config import default_config\ndef get_config():\n    c = de
 )
 def test_a_configuration_file_that_fails_is_one_line(tmp_path, text, message):
     (tmp_path / 'own.py').write_text(text)
-    with pytest.raises(cli.UnusableConfig, match=re.escape(message)) as error:
+    with pytest.raises(config_flag.UnusableConfig, match=re.escape(message)) as error:
         parse(f'{tmp_path}/own.py')
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name', ['countdwn', 'configs/nothing.py', 'gs://bucket/own.py', ''])
 def test_a_configuration_that_is_not_there_is_one_line(name):
-    with pytest.raises(cli.UnusableConfig) as error:
+    with pytest.raises(config_flag.UnusableConfig) as error:
         parse(name)
     assert '\n' not in str(error.value)
 
@@ -112,8 +113,9 @@ def test_settings_of_a_configuration_made_elsewhere_are_checked(change, message)
         ({'rl.group_size': 6 * 10**8}, 'rl.prompts x rl.group_size is 9600000000 rows'),
         ({'base.batch_size': 10**8}, 'base.batch_size is 100000000 rows'),
         ({'evaluation.batch': 10**8}, 'evaluation.batch is 100000000 rows'),
-        ({'model.width': 2**24}, 'model.layers, model.width and model.mlp_width make'),
-        ({'model.layers': 2**31}, 'model.layers, model.width and model.mlp_width make'),
+        ({'model.width': 2**24}, 'model.width is 16777216; use a positive integer up to'),
+        ({'model.layers': 2**31}, 'model.layers is 2147483648; use a positive integer up to'),
+        ({'model.width': 10**6}, 'model.layers, model.width and model.mlp_width make'),
         ({'train.seed': 10**20}, 'train.seed is 100000000000000000000; use integers below 2^32'),
         ({'train.seed': -1}, 'train.seed is -1; use a seed of at least 0'),
         ({'base.seed': 2**32}, 'base.seed is 4294967296; use integers below 2^32'),
@@ -156,7 +158,7 @@ def test_a_word_that_is_no_flag_is_told_what_was_probably_meant(monkeypatch, wor
     flags.DEFINE_string('config', '', '', flag_values=values)
     flags.DEFINE_string('verbosity', '', '', flag_values=values)
     monkeypatch.setattr(cli.flags, 'FLAGS', values)
-    assert f'{word!r} is no flag; use {meant}, or see --help' == cli._left_over(word)
+    assert f'{word!r} is no flag; use {meant}, or see --help' == config_flag.left_over(word)
 
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -288,8 +290,8 @@ def test_the_configurations_are_found_by_name_in_an_installed_package(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     program = (
-        'from spg_jax.process import cli; print(cli.CONFIGS, '
-        'cli._ConfigParser().parse("countdown:tiny").task.name)'
+        'from spg_jax.process import config_flag; print(config_flag.CONFIGS, '
+        'config_flag._ConfigParser().parse("countdown:tiny").task.name)'
     )
     ended = run(
         [sys.executable, '-c', program],

@@ -19,7 +19,7 @@ PACKAGE = 'spg_jax'
 LAYERS = (
     ('planning',),  # what a machine would need, asked of all the rest
     ('runs',),  # what a run leaves on disk
-    ('assembly', 'presets', 'config'),  # the door: settings become parts
+    ('assembly', 'limits', 'presets', 'config'),  # the door: settings become parts
     ('rl',),  # objectives, rollouts, updates
     ('data', 'diffusion', 'training'),
     ('models', 'tasks', 'process'),
@@ -37,8 +37,8 @@ FORBIDDEN = {
 }
 
 # Settings stop at the door: the rooms below it see typed values and never a configuration.
-SETTINGS = {'ml_collections', 'config', 'presets', 'assembly'}
-FLAGS = 'spg_jax.process.cli'  # It defines --config, and hands the configuration on unread.
+SETTINGS = {'ml_collections', 'config', 'presets', 'limits', 'assembly'}
+FLAGS = 'spg_jax.process.config_flag'  # It defines --config, and hands it on unread.
 BELOW_THE_DOOR = ('rl', 'diffusion', 'models', 'tasks', 'data', 'training', 'process')
 
 Modules = Mapping[str, Path]  # dotted name of a module: its file

@@ -11,10 +11,9 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Any
 
 from jax.sharding import Mesh
-from msgspec import Meta
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax.data.hf_tokenizer import HFTokenizer
@@ -22,54 +21,26 @@ from spg_jax.data.tokenizers import Tokenizer, WordTokenizer
 from spg_jax.models.attention import AUTO, resolve
 from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION, LoRA
-from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
 from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
-from spg_jax.process.json_files import check_json, read_json
 from spg_jax.runs.checkpoints import restored
+from spg_jax.runs.description import (
+    DESCRIPTION,
+    RESTORE,
+    TOKENIZER,
+    Description,
+    describe,
+    is_published,
+)
 from spg_jax.sharding import abstract_params
 from spg_jax.training.digests import digest_arrays, non_finite
 
-DESCRIPTION = 'policy.json'
 PARAMS = 'params'
 ADAPTER = 'adapter'
-TOKENIZER = 'tokenizer'
-
-
-_RESTORE = 'restore it or make the policy again'
-_Id = Annotated[int, Meta(ge=0)]
-
-
-class _Ids(TypedDict):
-    mask_id: _Id
-    eos_id: _Id
-    pad_id: _Id
-
-
-class _Contents(TypedDict):
-    """The contents of policy.json; a policy has either `words` or `hf_tokenizer`."""
-
-    model: dict[str, Any]  # fields of `TransformerConfig`
-    notes: dict[str, Any]
-    digest: str  # of the parameters or adapters
-    words: NotRequired[list[str]]
-    hf_tokenizer: NotRequired[_Ids]
-    base: NotRequired[str]
-
-
-class _Description(NamedTuple):
-    """The description of a policy, without its parameters."""
-
-    config: TransformerConfig
-    tokenizer: WordTokenizer | weights.SpecialIds  # special ids if the tokenizer has files
-    files: Path  # the directory of these files
-    base: Path | None  # the policy that it adapts; None if the directory holds all parameters
-    notes: dict[str, Any]  # how the policy was made
-    digest: str = ''  # of the parameters or adapters that the directory holds, see `digest_arrays`
 
 
 def make_policy(config: TransformerConfig, tokenizer: Tokenizer) -> Policy:
@@ -151,79 +122,20 @@ def _whole(directory: Path) -> Path:
 
 def policy_notes(directory: Path) -> dict[str, Any]:
     """How a policy was made, {} for a published checkpoint; raises what `load_policy` raises."""
-    return _describe(_whole(directory)).notes
-
-
-def _is_published(directory: Path) -> bool:
-    return not (directory / DESCRIPTION).is_file() and (directory / 'config.json').is_file()
-
-
-def _describe(directory: Path) -> _Description:
-    """The description of a policy directory or of a published checkpoint.
-
-    Raises:
-      FileNotFoundError, ValueError: if there is none, or it is damaged; the message names the file.
-    """
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f'{directory} does not exist; expected a policy directory or a published checkpoint'
-        )
-    if _is_published(directory):
-        config, ids, _ = weights.check_checkpoint(directory)
-        return _Description(config, ids, directory, None, {})
-    path = directory / DESCRIPTION
-    if not path.is_file() and (directory / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f'{directory} holds an adapter ({ADAPTER_CONFIG}), expected a policy directory or a '
-            'published checkpoint; give it as --adapter (in training --config.lora.adapter), and '
-            'here the checkpoint that it adapts'
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{directory} has no {DESCRIPTION} and no config.json; give a policy directory, such '
-            'as the best/ of a run, or a published checkpoint'
-        )
-    contents = read_json(path, _Contents, _RESTORE)
-    config = _read_model(contents['model'], path)
-    if 'hf_tokenizer' in contents:
-        ids = contents['hf_tokenizer']
-        largest = max(ids, key=lambda name: ids[name])
-        if ids[largest] >= config.vocab_size:
-            raise ValueError(
-                f'{path}: hf_tokenizer.{largest} is {ids[largest]}, expected less than '
-                f'model.vocab_size {config.vocab_size}; {_RESTORE}'
-            )
-        tokenizer = weights.SpecialIds(ids['mask_id'], ids['eos_id'], ids['pad_id'])
-    else:
-        try:
-            tokenizer = WordTokenizer(contents.get('words', ()))
-            tokenizer.allowed(config.vocab_size)  # Raises if the embedding is too small.
-        except ValueError as error:
-            raise ValueError(f'{path}: words: {error}; {_RESTORE}') from None
-    base = Path(contents['base']) if 'base' in contents else None
-    files, notes, saved_digest = directory / TOKENIZER, contents['notes'], contents['digest']
-    return _Description(config, tokenizer, files, base, notes, saved_digest)
-
-
-def _read_model(model: dict[str, Any], path: Path) -> TransformerConfig:
-    """The model that a policy.json describes; raises ValueError if it is impossible."""
-    surplus = model.keys() - {field.name for field in dataclasses.fields(TransformerConfig)}
-    if surplus:
-        raise ValueError(f'{path}: model.{min(surplus)} is no setting of a model; {_RESTORE}')
-    return check_json(model, TransformerConfig, f'{path}, model', _RESTORE)
+    return describe(_whole(directory)).notes
 
 
 def base_of(directory: Path) -> Path:
     """The policy that the one in `directory` adapts; `directory` if it holds all parameters."""
-    return _describe(_whole(directory)).base or directory
+    return describe(_whole(directory)).base or directory
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a policy; reads no parameters, and raises what `load_policy` raises."""
-    return _tokenizer(_describe(_whole(directory)))
+    return _tokenizer(describe(_whole(directory)))
 
 
-def _tokenizer(description: _Description) -> Tokenizer:
+def _tokenizer(description: Description) -> Tokenizer:
     if isinstance(description.tokenizer, WordTokenizer):
         return description.tokenizer
     tokenizer = HFTokenizer(description.files, *description.tokenizer)
@@ -240,16 +152,14 @@ def check_policy(directory: Path, mesh: Mesh, adapter: Path | None = None) -> Lo
       The size of the adapters that the policy would have; None if it would have none.
     """
     directory = _whole(directory)
-    description = _describe(directory)
+    description = describe(directory)
     check_heads(description.config, mesh)
     abstract_params(Transformer(description.config), mesh)
     adapter = _chosen_adapter(directory, description, adapter)
     return check_adapter(adapter, description.config)[0] if adapter else None
 
 
-def _chosen_adapter(
-    directory: Path, description: _Description, adapter: Path | None
-) -> Path | None:
+def _chosen_adapter(directory: Path, description: Description, adapter: Path | None) -> Path | None:
     """The adapter in the policy directory, or the one to add to the policy; None for none.
 
     Raises:
@@ -263,10 +173,10 @@ def _chosen_adapter(
             f'{directory} adapts the policy {description.base}, which does not exist; put it back, '
             f'or mend "base" in {directory / DESCRIPTION}'
         )
-    if description.base and _describe(_whole(description.base)).base:
+    if description.base and describe(_whole(description.base)).base:
         raise ValueError(
             f'{directory / DESCRIPTION}: base is {description.base}, which is itself adapted, '
-            f'expected a policy that holds all parameters; {_RESTORE}'
+            f'expected a policy that holds all parameters; {RESTORE}'
         )
     return directory / ADAPTER if description.base else adapter
 
@@ -291,7 +201,7 @@ def load_policy(
       ValueError: if a file is damaged or does not fit the others, or the mesh does not fit.
     """
     directory = _whole(directory)
-    description = _describe(directory)
+    description = describe(directory)
     tokenizer = _tokenizer(description)
     platform = mesh.devices.flat[0].platform
     attention = resolve(execution.get('attention', AUTO), platform, description.config.dtype)
@@ -303,7 +213,7 @@ def load_policy(
     if description.base:
         _check_arrays(directory / ADAPTER, adapters, description.digest)
         _, _, variables = load_policy(description.base, mesh, quantize=config.quantize)
-    elif _is_published(directory):
+    elif is_published(directory):
         variables = {PARAMS: weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
     else:
         model = Transformer(dataclasses.replace(config, quantize=''))
@@ -330,7 +240,7 @@ def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
       FileNotFoundError, ValueError: if the parameters or adapters do not exist or do not fit.
     """
     directory = _whole(directory)
-    digest = _describe(directory).digest
+    digest = describe(directory).digest
     if policy.config.lora:
         adapters = load_adapter(directory / ADAPTER, policy.config, mesh)[1]
         _check_arrays(directory / ADAPTER, adapters, digest)

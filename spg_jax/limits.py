@@ -1,0 +1,171 @@
+"""Which values settings may have, before parts are made of them."""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+
+from spg_jax.config import default_config
+from spg_jax.process.files import local_path
+from spg_jax.random import SEEDS
+from spg_jax.rl.batching import Batching
+
+# Numbers that no part checks: keys, the condition on their values, and the condition in words.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        (
+            'sampling.prompt_length',
+            'train.steps',
+            'train.max_skipped',
+            'base.batch_size',
+            'evaluation.every',
+            'evaluation.problems',
+            'evaluation.batch',
+            'evaluation.samples',
+            'checkpoint.every',
+            'checkpoint.keep',
+        ),
+        lambda x: x >= 1,
+        'a positive integer',
+    ),
+    (
+        ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
+        lambda x: 0 < x < math.inf,
+        'a positive number',
+    ),
+    (
+        ('base.weight_decay', 'optimizer.weight_decay'),
+        lambda x: 0 <= x < math.inf,
+        'a number of at least 0',
+    ),
+    (
+        ('base.ema', 'optimizer.b1', 'optimizer.b2'),
+        lambda x: 0 <= x < 1,
+        'a decay of at least 0 and below 1',
+    ),
+    (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
+    (('sampling.guidance',), math.isfinite, 'a finite number'),
+    (('base.seed', 'train.seed'), lambda x: 0 <= x < SEEDS, 'a seed of at least 0'),
+)
+
+# Settings that are paths, and whether checkpoints are saved under them.
+PATHS = {
+    'task.prompt_template': False,
+    'task.data_dir': False,
+    'base.checkpoint': False,
+    'base.cache': True,
+    'lora.adapter': False,
+}
+
+# The largest integer of a setting, and sizes that no machine can hold: tokens of one batch, and
+# parameters of a model made here.
+MOST, MOST_TOKENS, MOST_PARAMETERS = 2**32 - 1, 2**31, 2**40
+
+
+def setting(config: ml_collections.ConfigDict, key: str) -> Any:
+    """The value of a setting, which is named GROUP.KEY."""
+    group, leaf = key.split('.')
+    return config[group][leaf]
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Refuses settings that do not exist, are missing, or have a value of another kind or range.
+
+    Args:
+      config: the settings. Those that are PATHS are changed to the paths that they mean.
+
+    Raises:
+      ValueError: one line that names the setting.
+    """
+    _check_kinds(config)
+    for key, saves in PATHS.items():
+        group, leaf = key.split('.')
+        if path := config[group][leaf]:
+            try:
+                config[group][leaf] = str(local_path(path, saves))
+            except ValueError as error:
+                raise ValueError(f'{key}: {error}') from None
+    for keys, condition, words in RANGES:
+        for key in keys:
+            if not condition(setting(config, key)):  # NaN fulfils no condition
+                raise ValueError(f'{key} is {setting(config, key)}; use {words}')
+
+
+def _check_kinds(config: ml_collections.ConfigDict) -> None:
+    """Refuses settings that do not exist, are missing, or have a value of another kind.
+
+    `default_config` is locked, so these come from files that do not start with it or unlock it.
+
+    Raises:
+      ValueError: one line that names the setting.
+    """
+    defaults, settings = (
+        {
+            f'{group}.{key}': value
+            for group, keys in groups.items()
+            for key, value in (keys.items() if isinstance(keys, dict) else [('', keys)])
+        }
+        for groups in (default_config().to_dict(), config.to_dict())
+    )
+    for key in settings.keys() - defaults.keys():
+        nearest = difflib.get_close_matches(key, defaults, 1)
+        advice = f'use {nearest[0]}, or see' if nearest else 'see'
+        raise ValueError(f'no setting {key.strip(".")}; {advice} spg_jax/config.py')
+    for key, default in defaults.items():
+        if key not in settings:
+            raise ValueError(f'setting {key} is missing; start from default_config()')
+        if not _alike(settings[key], default):
+            raise ValueError(f'{key} is {settings[key]!r}; use a value like {default!r}')
+        if not _countable(settings[key]):
+            raise ValueError(f'{key} is {settings[key]!r}; use integers below 2^32')
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of the default: text, bool, number, or several of a kind."""
+    if isinstance(default, tuple | list):
+        kind = type(default[0]) if default else int
+        return isinstance(value, tuple | list) and (
+            kind in (tuple, list) or all(type(item) is kind for item in value)
+        )
+    return type(value) in ((float, int) if isinstance(default, float) else (type(default),))
+
+
+def _countable(value: Any) -> bool:
+    """Whether all integers in a value are at most MOST."""
+    if isinstance(value, tuple | list):
+        return all(map(_countable, value))
+    return not isinstance(value, int) or abs(value) <= MOST
+
+
+def check_sizes(config: ml_collections.ConfigDict, batching: Batching) -> None:
+    """Refuses batches and models that no machine can hold, before anything asks for the memory.
+
+    Raises:
+      ValueError: one line that names the settings.
+    """
+    prompt = config.sampling.prompt_length
+    for rows, row_names, length, length_name in (
+        (batching.rows, 'rl.prompts x rl.group_size', config.sampling.length, 'sampling.length'),
+        (config.base.batch_size, 'base.batch_size', config.sampling.length, 'sampling.length'),
+        (
+            config.evaluation.batch,
+            'evaluation.batch',
+            max(config.evaluation.lengths, default=0),
+            'evaluation.lengths',
+        ),
+    ):
+        tokens = rows * (prompt + length)
+        if tokens > MOST_TOKENS:
+            raise ValueError(
+                f'{row_names} is {rows} rows, {tokens} tokens with sampling.prompt_length and '
+                f'{length_name}; use at most {MOST_TOKENS} tokens'
+            )
+    model = config.model
+    parameters = model.layers * model.width * (4 * model.width + 3 * model.mlp_width)
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            f'model.layers, model.width and model.mlp_width make {parameters} parameters; use at '
+            f'most {MOST_PARAMETERS}'
+        )

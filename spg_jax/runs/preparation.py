@@ -1,0 +1,108 @@
+"""What a run of reinforcement learning is made of: problems, base policy and programs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import ml_collections
+from jax.sharding import Mesh
+
+from spg_jax.assembly import Parts
+from spg_jax.data import batches
+from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
+from spg_jax.process import distributed
+from spg_jax.random import check_range
+from spg_jax.rl.evaluator import Evaluator
+from spg_jax.rl.learner import make_update
+from spg_jax.rl.rollout import Rollout, make_collect
+from spg_jax.runs import policies
+from spg_jax.tasks.task import Example
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
+
+
+class ProblemSets(NamedTuple):
+    """The problems of a run, by what they are for."""
+
+    train: batches.Problems
+    validation: list[Example]
+    test: list[Example]
+
+
+def read_problems(
+    config: ml_collections.ConfigDict, parts: Parts, tokenizer: Tokenizer
+) -> ProblemSets:
+    """Finds or makes the problems, and measures every training prompt before any is used.
+
+    Raises:
+      ValueError: problems cannot be had, or prompts do not fit.
+    """
+    with distributed.leader_first('problems'):
+        source = parts.task.source('train', config.task.data_dir)
+    check_range(len(source), parts.batching.group_size)
+    validation = parts.task.source('validation', config.task.data_dir)
+    test = parts.task.source('test', config.task.data_dir)
+    train, message = batches.fit_prompts(
+        parts.task, tokenizer, source, config.sampling.prompt_length, config.data.long_prompts
+    )
+    if message:
+        print(message, flush=True)
+    return ProblemSets(train, validation[: config.evaluation.problems], list(test))
+
+
+class Programs(NamedTuple):
+    """What a run calls: the policy and the compiled functions around it."""
+
+    policy: Policy
+    tokenizer: Tokenizer
+    prompts: grain.DatasetIterator  # endless batches of training prompts
+    collect: Callable[[Variables, batches.PromptBatch, int], tuple[Rollout, list[str]]]
+    update: Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
+    evaluator: Evaluator
+
+
+def prepare(
+    config: ml_collections.ConfigDict, parts: Parts, base: Path, mesh: Mesh, planned_steps: int
+) -> tuple[TrainState, ProblemSets, Programs]:
+    """Reads problems and base policy, and makes the train state and the programs of a run.
+
+    The learning rate warms up for a share of `planned_steps`, the updates that were asked for when
+    the run began.
+
+    Weights may be large, so they are read after everything else was found to fit.
+
+    Raises:
+      ValueError, FileNotFoundError: base policy, adapters or problems cannot be used.
+    """
+    seed, batching = config.train.seed, parts.batching
+    adapters = policies.check_policy(base, mesh, parts.adapter)
+    check_adapters(adapters, parts.lora, where=parts.adapter or base)
+    problems = read_problems(config, parts, policies.load_tokenizer(base))
+    policy, tokenizer, variables = policies.load_policy(
+        base, mesh, parts.adapter, **parts.execution
+    )
+    policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
+    optimizer = optimizers.for_rl(parts.optimizer, planned_steps)
+    state = initial_state(variables, optimizer, policy, mesh, average=False)
+    shardings = shardings_of(state)
+    prompts = batches.prompts(
+        parts.task,
+        tokenizer,
+        problems.train,
+        batch_size=batching.prompts,
+        buckets=parts.prompt_lengths,
+        seed=seed,
+        truncate=config.data.long_prompts == 'truncate_left',
+        local_prompts=batching.local_prompts(mesh),
+    )
+    programs = Programs(
+        policy=policy,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        collect=make_collect(policy, parts.task, tokenizer, parts.sampling, batching, seed, mesh),
+        update=make_update(policy, parts.objective, optimizer, batching, seed, shardings),
+        evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
+    )
+    return state, problems, programs
