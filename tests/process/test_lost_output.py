@@ -6,10 +6,12 @@ Faults G00, G01, G08, G10 and G19 of `tests/reference/faults.jsonl`.
 import json
 import os
 import pty
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -113,11 +115,20 @@ def test_ctrl_c_on_a_pipeline_saves_though_the_reader_goes_first(shared, tmp_pat
     assert 'saved' not in (tmp_path / 'log').read_text(), 'the reader was still there'
 
 
+def show_until(closed: threading.Event, terminal: int) -> None:
+    """Reads what is printed, since a full terminal would hold the run up, and closes it at last."""
+    while not closed.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+
+
 def test_a_run_outlives_its_terminal_and_saves_at_a_later_sigterm(shared, tmp_path):
-    """The terminal is closed under a run that was started with nohup. SIGHUP stays ignored."""
+    """The terminal is closed under a run that ignores SIGHUP, as `nohup` and `disown` arrange it.
+    `nohup` itself would write to a file."""
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        ['nohup', *command(shared, tmp_path)],
+        ['bash', '-c', 'trap "" HUP; exec "$@"', '-', *command(shared, tmp_path)],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdin=end,
@@ -126,14 +137,19 @@ def test_a_run_outlives_its_terminal_and_saves_at_a_later_sigterm(shared, tmp_pa
         start_new_session=True,
     )
     os.close(end)
+    closed = threading.Event()
+    screen = threading.Thread(target=show_until, args=(closed, terminal))
+    screen.start()
     try:
         wait_for_updates(tmp_path, 2, process)
-        os.close(terminal)
+        closed.set()
+        screen.join()
         process.send_signal(signal.SIGHUP)
         wait_for_updates(tmp_path, 4, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(600) == 0
     finally:
+        closed.set()
         process.kill()
         process.wait()
     is_saved(tmp_path)
