@@ -5,10 +5,12 @@ a record of JSON values with digests of both. A checkpoint appears whole or not 
 believed only if its digests agree. Policies, which are for use, are in `spg_jax.runs.policies`.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ class RunCheckpoints:
         digest = digest_arrays(arrays)
         metadata = {'record': record, 'arrays': digest, 'digest': _digest_record(record)}
         try:
-            ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
+            with _silent_logs():
+                ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
             self.load(step, lambda _: abstract(arrays))
         except Exception as error:  # Orbax and TensorStore raise a dozen types.
             raise OSError(f'{path} could not be saved ({one_line(error)[:300]})') from error
@@ -153,12 +156,23 @@ def restored(path: Path, load: Callable[[Path], Any]) -> Any:
     """
     # Orbax and TensorStore raise a dozen types, with messages of many lines.
     try:
-        return load(path.absolute())
+        with _silent_logs():
+            return load(path.absolute())
     except Exception as error:
         raise ValueError(
             f'{path} cannot be read: it is damaged or of another configuration '
             f'({one_line(error)[:300]})'
         ) from error
+
+
+@contextlib.contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Keeps hundreds of lines off the screen, in which Orbax logs an error that it also raises."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _digest_record(record: Record) -> str:

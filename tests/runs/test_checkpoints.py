@@ -1,6 +1,7 @@
 """Checkpoints are believed only if they are whole: flipped bits and damage of every kind."""
 
 import itertools
+import logging
 import shutil
 
 import jax
@@ -190,3 +191,19 @@ def test_the_target_is_made_from_the_record(whole):
 
     RunCheckpoints(whole, keep=2).load(4, target_of)
     assert seen == [record_of(4)]
+
+
+def test_a_full_disk_loses_nothing_and_is_one_line(tmp_path, monkeypatch, caplog):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, arrays_of(1), record_of(1))
+
+    def full(*_, **__):
+        logging.getLogger('orbax').error('a traceback\nof many lines')
+        raise ValueError('RESOURCE_EXHAUSTED:\nNo space left on device')
+
+    monkeypatch.setattr('spg_jax.runs.checkpoints.ocp.save', full)
+    with pytest.raises(OSError, match='2 could not be saved .*No space left on device') as error:
+        checkpoints.save(2, arrays_of(2), record_of(2))
+    assert '\n' not in str(error.value) and not caplog.records
+    monkeypatch.undo()
+    check_loaded(tmp_path, 1)
