@@ -273,8 +273,8 @@ def test_pretraining_ignores_the_format_of_frozen_bases(tmp_path):
     config = countdown.get_config('tiny')
     config.base.cache = str(tmp_path)
     plain = base_directory(config)
-    config.model.quantize = 'int8'
+    config.model.quantize, config.lora.rank = 'int8', 2
     assert base_directory(config) == plain
-    policy, _, variables = _starting_point(config, assemble(config).task, mesh_of(), None)
+    policy, _, variables = _starting_point(config, assemble(config), mesh_of(), None)
     assert policy.config.quantize == ''
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {'float32'}
