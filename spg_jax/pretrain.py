@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, check_mesh, model_of
+from spg_jax.data.batches import check_room
 from spg_jax.data.demonstrations import Demonstrations, Lessons, Record, read_demonstrations
+from spg_jax.data.prompts import prompt_lengths
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.models.number_features import with_number_features
@@ -156,7 +158,6 @@ def _pretrain(
     """The training itself, in a directory that is claimed; arguments and result of `pretrain`."""
     policy, tokenizer, variables = _starting_point(config, parts, mesh, start_from)
     lessons = _lessons(config, parts, tokenizer, mesh, records)
-    lessons.check_fit()
     run = Run(training, keep=1)
     total = sum(stage.steps for stage in parts.stages)
     patience = min(config.train.max_skipped, total)
@@ -210,12 +211,19 @@ def _lessons(
     mesh: Mesh,
     records: list[Record] | None,
 ) -> Lessons:
-    """The records to imitate, or else the problems of the task, which are read now."""
+    """The records to imitate, or else the problems of the task, which are read now.
+
+    Raises:
+      ValueError: a prompt or an answer is too long; `data.long_prompts` does not apply here.
+    """
     problems: list[Example] = []
     if records is None:
         with distributed.leader_first('problems to imitate'):
-            problems = list(parts.task.source('train', config.task.data_dir))
-    return Lessons(
+            source = parts.task.source('train', config.task.data_dir)
+        longest = prompt_lengths(parts.task, tokenizer, source).max(initial=0)
+        check_room(int(longest), config.sampling.prompt_length)
+        problems = list(source)
+    lessons = Lessons(
         task=parts.task,
         tokenizer=tokenizer,
         problems=problems,
@@ -225,6 +233,9 @@ def _lessons(
         prompt_length=config.sampling.prompt_length,
         length=config.sampling.length,
     )
+    if records is not None:
+        lessons.encode(records)  # so that one that is too long shows before training
+    return lessons
 
 
 def _starting_point(

@@ -4,17 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
 
+from spg_jax.data.prompts import prompt_lengths, prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.process import distributed
 from spg_jax.tasks.task import Example, Task
 
 # One thread is enough to stay ahead of the training step, and leaves the cores to that step.
 READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
-READ_AT_ONCE = 1024  # problems that are in memory together while all prompts are measured
 
 LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
 
@@ -57,7 +55,7 @@ def fit_prompts(
       ValueError: if some prompts are too long and may be neither dropped nor cut, or if all are too
         long and may not be cut.
     """
-    lengths = _prompt_lengths(task, tokenizer, source)
+    lengths = prompt_lengths(task, tokenizer, source)
     all_places = np.arange(len(source))
     too_long, longest = int((lengths > length).sum()), lengths.max(initial=0)
     if not too_long:
@@ -77,18 +75,6 @@ def fit_prompts(
     return Problems(source, all_places[fits], lengths[fits]), f'{count}: dropped'
 
 
-def _prompt_lengths(task: Task, tokenizer: Tokenizer, source: Sequence[Example]) -> np.ndarray:
-    """The number of tokens of every prompt, [N] int32; each process measures a share of them."""
-    share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
-    lengths, is_local = np.zeros(len(source), np.int32), np.zeros(len(source), bool)
-    is_local[share] = True
-    for places in np.array_split(share, -(-len(share) // READ_AT_ONCE) or 1):
-        if places.size:
-            examples = source[places[0] : places[-1] + 1]
-            lengths[places] = [len(prompt_tokens(task, tokenizer, each)) for each in examples]
-    return distributed.merge(lengths, is_local)
-
-
 def padded_length(longest: int, buckets: Sequence[int]) -> int:
     """The length to pad prompts to: the smallest bucket with room for the longest prompt.
 
@@ -96,11 +82,6 @@ def padded_length(longest: int, buckets: Sequence[int]) -> int:
     """
     large_enough = [bucket for bucket in buckets if bucket >= longest]
     return min(large_enough) if large_enough else -(-longest // 64) * 64
-
-
-def prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[int]:
-    """The ids of a prompt and of the prefill, with which the answer is made to start."""
-    return tokenizer.encode_prompt(task.prompt(example), task.prefill)
 
 
 def encode_prompts(
@@ -115,6 +96,15 @@ def encode_prompts(
     prompt, prompt_mask = left_pad(tokens, length, tokenizer.pad_id, truncate)
     index = np.array([example['index'] for example in examples], np.uint32)
     return PromptBatch(prompt, prompt_mask, index, examples)
+
+
+def check_room(tokens: int, length: int) -> None:
+    """Raises ValueError if a prompt has more tokens than there is room for."""
+    if tokens > length:
+        raise ValueError(
+            f'a prompt has {tokens} tokens, more than sampling.prompt_length {length}; set it to '
+            f'at least {tokens}'
+        )
 
 
 def left_pad(
@@ -142,11 +132,7 @@ def left_pad(
         np.zeros((len(rows), length), bool),
     )
     for row, ids in enumerate(rows):
-        if len(ids) > length:
-            raise ValueError(
-                f'a prompt has {len(ids)} tokens, more than sampling.prompt_length {length}; '
-                f'set it to at least {len(ids)}'
-            )
+        check_room(len(ids), length)
         if ids:
             tokens[row, -len(ids) :], valid[row, -len(ids) :] = ids, True
     return tokens, valid

@@ -37,16 +37,9 @@ class Lessons:
     prompt_length: int  # P
     length: int  # C
 
-    def check_fit(self) -> None:
-        """Encodes every prompt, or every record, so that what is too long shows before training.
-
-        Raises:
-          ValueError: a prompt or an answer is too long; `data.long_prompts` does not apply here.
-        """
-        if self.records is not None:
-            encode_pairs(self.task, self.tokenizer, self.records, self.prompt_length, self.length)
-        else:
-            encode_prompts(self.task, self.tokenizer, self.problems, self.prompt_length)
+    def encode(self, pairs: Sequence[Record]) -> Demonstrations:
+        """Tokenises problems and answers; raises as `encode_pairs`."""
+        return encode_pairs(self.task, self.tokenizer, pairs, self.prompt_length, self.length)
 
     def batches(self, right_share: float, seed: int) -> grain.DatasetIterator:
         """Endless shuffled batches; the iterator has get_state and set_state.
@@ -60,10 +53,7 @@ class Lessons:
             return example, self.task.demonstration(example, rng, right_share)
 
         def encode(pairs: Sequence[Record]) -> Demonstrations:
-            local_pairs = [pairs[row] for row in self.local_rows]
-            return encode_pairs(
-                self.task, self.tokenizer, local_pairs, self.prompt_length, self.length
-            )
+            return self.encode([pairs[row] for row in self.local_rows])
 
         source = self.problems if self.records is None else self.records
         dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()

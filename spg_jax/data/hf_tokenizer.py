@@ -1,5 +1,6 @@
 """Published tokenizers with their chat templates, through `transformers` (extra 'hf')."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -133,12 +134,22 @@ class HFTokenizer:
         allowed[self.eos_id] = True  # EOS comes after PAD, because both may be the same id.
         return allowed
 
+    def identity(self) -> str:
+        """Returns a digest of the tokenizer files, the chat template among them."""
+        digest = hashlib.sha256(str(self._files()).encode())
+        for name in self._files():
+            digest.update((self._directory / name).read_bytes())
+        return digest.hexdigest()
+
+    def _files(self) -> list[str]:
+        names = {SETTINGS, *FILES, *self._hf.vocab_files_names.values()}
+        return sorted(name for name in names if (self._directory / name).is_file())
+
     def save(self, directory: Path) -> dict[str, Any]:
         """Copies the tokenizer files byte for byte into a new directory; returns the ids."""
         directory.mkdir()
-        for name in {SETTINGS, *FILES, *self._hf.vocab_files_names.values()}:
-            if (self._directory / name).is_file():
-                shutil.copyfile(self._directory / name, directory / name)
+        for name in self._files():
+            shutil.copyfile(self._directory / name, directory / name)
         ids = {'mask_id': self.mask_id, 'eos_id': self.eos_id, 'pad_id': self.pad_id}
         return {'hf_tokenizer': ids}
 

@@ -40,6 +40,9 @@ class Tokenizer(Protocol):
     def allowed(self, size: int) -> np.ndarray:
         """Returns [size] bool, True for the ids of a model with `size` ids that it may generate."""
 
+    def identity(self) -> str:
+        """Returns text that differs wherever the tokenizer may encode a prompt differently."""
+
     def save(self, directory: Path) -> dict[str, Any]:
         """Saves the tokenizer with a policy.
 
@@ -147,6 +150,10 @@ class WordTokenizer:
         allowed = np.arange(size) < self.size
         allowed[[self.mask_id, self.pad_id]] = False
         return allowed
+
+    def identity(self) -> str:
+        """Returns the words, one after the other."""
+        return ' '.join(self.words)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Returns the words for the policy's description; they need no file in `directory`."""

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spg_jax.data.batches import left_pad, padded_length, prompt_tokens
+from spg_jax.data.batches import left_pad, padded_length
+from spg_jax.data.prompts import prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables

@@ -55,7 +55,7 @@ class Source:
         """
         check_one_of('split', split, SPLITS)
         self._split = split
-        self._directory = data_dir / builder.name
+        self.directory = data_dir / builder.name
         # TFDS and its readers raise errors of any class, from KeyError to a RuntimeError out of
         # C++. All of them are caught here, so that none ends a run with a traceback.
         try:
@@ -73,7 +73,7 @@ class Source:
                         dataset = builder(data_dir=data_dir, file_format='array_record')
                         self._make(dataset, preparation)
                         _remember(dataset.data_path, given_files(data_dir))
-            self._records = dataset.as_data_source(split)
+            self._records, self._prepared = dataset.as_data_source(split), Path(dataset.data_path)
             count, expected_count = len(self._records), dataset.info.splits[split].num_examples
         except Unavailable:
             raise
@@ -93,11 +93,18 @@ class Source:
         if not dataset.data_path.exists():
             # Standard output belongs to results, so the line goes to standard error.
             print(
-                f'problems of {dataset.name}: {preparation}, once, under {self._directory}',
+                f'problems of {dataset.name}: {preparation}, once, under {self.directory}',
                 file=sys.stderr,
                 flush=True,
             )
         dataset.download_and_prepare()
+
+    def digest(self) -> str:
+        """Returns a digest of the contents of all prepared files, in hexadecimal digits."""
+        digest = hashlib.sha256(self._split.encode())
+        for file in sorted(self._prepared.glob('*')):
+            digest.update(file.name.encode() + b'\n' + file.read_bytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -127,8 +134,8 @@ class Source:
 
     def _unreadable(self, subject: str, cause: str) -> ValueError:
         return ValueError(
-            f'{self._directory}: {subject} cannot be read ({cause}); '
-            f'delete {self._directory} and run again'
+            f'{self.directory}: {subject} cannot be read ({cause}); '
+            f'delete {self.directory} and run again'
         )
 
 
