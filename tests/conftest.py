@@ -4,6 +4,7 @@ and no process outlives the test that started it."""
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Before jax starts: flags are read once. Those of the caller stay: `--xla_cpu_max_isa=AVX2` runs
@@ -40,6 +41,16 @@ def pytest_runtest_protocol(item):
         jax.config.update(_OPTIMIZATIONS_OFF, off)
         jax.clear_caches()  # which do not tell programs compiled one way from the other
     return (yield)
+
+
+def _end_with_children(*_) -> None:
+    processes.end_all()
+    os._exit(143)
+
+
+# A worker that is told to end, or whose pytest has ended, takes along what its tests have started.
+signal.signal(signal.SIGTERM, _end_with_children)
+atexit.register(processes.end_all)
 
 
 @pytest.fixture(autouse=True)
