@@ -13,11 +13,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from configs import countdown
 from spg_jax import pretrain, sharding
 from spg_jax.assembly import assemble
-from spg_jax.data.demonstrations import read_demonstrations
+from spg_jax.data.demonstrations import encode_pairs, read_demonstrations
+from spg_jax.diffusion.denoising import stratified_masks
 from spg_jax.models.number_features import PERIODS, with_number_features
 from spg_jax.process.interruption import Interruption
+from spg_jax.random import Purpose, example_keys, step_key
 from spg_jax.runs import policies
 from spg_jax.tasks.countdown import Countdown
+from spg_jax.training import optimizers
+from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 
 GOOD_LINE = json.dumps(
@@ -91,6 +95,32 @@ def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cu
         policies.load_policy(path, mesh_of())[2] for path in (tmp_path / 'cut', whole)
     )
     jax.tree.map(assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
+    """The loss that a step reports is that of a plain loop, in which masked tokens are MASK."""
+    parts, mesh = assemble(config), mesh_of()
+    policy, tokenizer, variables = pretrain._starting_point(config, parts, mesh, None)
+    optimizer = optimizers.for_pretraining(1e-3, 0.0, 1.0, 10)
+    state = initial_state(variables, optimizer, policy, mesh, average=True)
+    pairs = [(problem, parts.task.right_answer(problem)) for problem in PROBLEMS[:8]]
+    pairs = [(problem, f'<answer> {answer} </answer>') for problem, answer in pairs]
+    batch = encode_pairs(parts.task, tokenizer, pairs, 6, 12)
+    rows = example_keys(7, Purpose.CORRUPT, 0, batch.index)
+    masked = np.asarray(stratified_masks(step_key(7, Purpose.CORRUPT, 0), rows, 12))
+    total, (prompt, valid, completion, _) = 0.0, batch
+    for row in range(8):
+        noisy = [
+            policy.mask_id if m else t for m, t in zip(masked[row], completion[row], strict=True)
+        ]
+        logits = policy.completion_logits(
+            variables, prompt[row][None], valid[row][None], jnp.asarray(noisy)[None]
+        )[0]
+        logp = np.asarray(jax.nn.log_softmax(logits))[np.arange(12), completion[row]]
+        total -= logp[masked[row]].mean() / 8
+    step = pretrain.make_step(policy, optimizer, 7, 0.9, shardings_of(state))
+    _, metrics = step(state, batch)
+    assert_allclose(metrics['loss'][0], total, 1e-5)
 
 
 def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
