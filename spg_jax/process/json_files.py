@@ -8,6 +8,7 @@ uses the file. Types are strict: text is no number, 1.5 and `true` are no intege
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ def read_json(path: Path, shape: type[T], remedy: str) -> T:
         key in one object, or has another shape; the message is one line that names file and key.
     """
     with path.open('rb') as file:
-        content = file.read(MOST_BYTES + 1)
+        # Python allocates all bytes that it is asked for, so ask for no more than there are.
+        content = file.read(min(os.fstat(file.fileno()).st_size, MOST_BYTES) + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f'{path} has more than {MOST_BYTES:,} bytes; {remedy}')
     try:
