@@ -89,8 +89,10 @@ def train(
             run.samples.write(step, batch.examples, texts, rollout)
         state, metrics = programs.update(state, rollout)
         run.push(metrics)
-        stuck = run.skipped(patience)
         last, stop = run.step == config.train.steps, interruption.requested()
+        if last:
+            run.flush()  # no update comes after it that would read its metrics
+        stuck = run.skipped(patience)
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
             validation.look_at(state)
