@@ -84,5 +84,6 @@ def test_a_mesh_that_does_not_divide_the_model_or_the_rows_is_one_line(plan_of):
                 'mesh.fsdp': 4,
                 'rl.prompts': 5,
                 'rl.group_size': 6,
+                'rl.microbatch': 30,
             }
         )
