@@ -50,6 +50,8 @@ def _end_with_children(*_) -> None:
 
 # A worker that is told to end, or whose pytest has ended, takes along what its tests have started.
 signal.signal(signal.SIGTERM, _end_with_children)
+# Under nohup the programs that tests start would inherit that a hang-up is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 atexit.register(processes.end_all)
 
 
