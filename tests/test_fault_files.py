@@ -33,13 +33,13 @@ from spg_jax.runs import policies
 from spg_jax.runs.directory import run_config
 from spg_jax.runs.report import check_record, read_result
 from spg_jax.sharding import abstract_params
+from tests.processes import HANG_SECONDS
 from tests.published import END, MASK, OWN_TEMPLATE, TINY, save_tokenizer
 
 ROWS = [
     json.loads(line)
     for line in (Path(__file__).parent / 'reference' / 'faults.jsonl').read_text().splitlines()
 ]
-HANG_SECONDS = 60  # against hangs; every refusal needs a few seconds at most
 DEEP = ('[' * 100_000, '{"a":' * 100_000, '{"a": ' + '[' * 100 + ']' * 100 + '}')
 
 
