@@ -14,13 +14,14 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.pop('JAX_DISABLE_MOST_OPTIMIZATIONS', None)  # programs started here are a user's
-# One for this run of the tests, both workers and the processes they start: most of a test's time is
-# the compiler's, and many compile the same program.
+# For this run of the tests, both workers and the processes they start: most of a test's time is the
+# compiler's, and many compile the same program. Whole runs share their problems and base policies.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
-    compiled = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+    shared = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, shared, ignore_errors=True)
+    os.environ['SPG_JAX_SHARED_BY_TESTS'] = shared
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{shared}/compiled'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -50,8 +51,10 @@ def _end_with_children(*_) -> None:
 
 # A worker that is told to end, or whose pytest has ended, takes along what its tests have started.
 signal.signal(signal.SIGTERM, _end_with_children)
-# Under nohup the programs that tests start would inherit that a hang-up is ignored.
+# Under nohup, or in the background of a script, the programs that tests start would inherit that a
+# hang-up or Ctrl-C is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(processes.end_all)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+SHARED = Path(os.environ['SPG_JAX_SHARED_BY_TESTS'])  # see tests/conftest.py
 # The slowest process of the tests needs about 40 s, compilation included.
 HANG_SECONDS = 600
 # Of a processor, for work whose time grows no faster than its input; it needs a tenth at most, and
@@ -48,6 +49,27 @@ def start_module(*command: str, **variables: str) -> subprocess.Popen[str]:
         cwd=REPOSITORY,
         env=os.environ | {'PYTHONPATH': str(REPOSITORY)} | variables,
     )
+
+
+def tiny_run(workdir: Path, *arguments: str) -> list[str]:
+    """The module and arguments of a whole run of Countdown, which shares its problems and its base
+    policy with all others."""
+    return [
+        'spg_jax.train',
+        '--config=countdown:tiny',
+        f'--workdir={workdir}',
+        f'--config.task.data_dir={SHARED}/data',
+        f'--config.base.cache={SHARED}/runs/base',
+        *arguments,
+    ]
+
+
+def share_with_runs_in(directory: Path) -> None:
+    """Lets runs that name no folders, in a directory, share problems and base policies as well."""
+    for name in ('data', 'runs/base'):
+        (SHARED / name).mkdir(parents=True, exist_ok=True)
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).symlink_to(SHARED / name)
 
 
 def start_pair(*command: str, **variables: str) -> list[subprocess.Popen[str]]:

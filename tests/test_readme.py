@@ -67,6 +67,7 @@ def test_every_command_is_run_here_or_elsewhere():
 
 def test_the_commands_work_in_the_order_of_the_page(tmp_path):
     (tmp_path / 'configs').symlink_to(REPOSITORY / 'configs')
+    processes.share_with_runs_in(tmp_path)
     (tmp_path / 'countdown_test.jsonl').write_text(json.dumps(PROBLEM) + '\n')
     (tmp_path / 'generations.jsonl').write_text(json.dumps(GENERATION) + '\n')
     workdir, printed = '', {}

@@ -151,7 +151,8 @@ def compile_cache() -> None:
     cache = user_cache()
     if cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update('jax_compilation_cache_dir', str(cache / 'spg_jax' / 'compiled'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    # Hundreds of small programs take seconds together.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY, finish, start, wait_until
+from tests.processes import HANG_SECONDS, REPOSITORY, finish, start, tiny_run, wait_until
 
 pytestmark = pytest.mark.compiled_as_users_do
 
@@ -31,28 +31,14 @@ HOSTILE = {
 }
 
 
-@pytest.fixture(scope='module')
-def shared(tmp_path_factory):
-    """Problems and base policy, made once for all runs of this file."""
-    return tmp_path_factory.mktemp('shared')
-
-
-def command(shared: Path, workdir: Path) -> list[str]:
+def command(workdir: Path) -> list[str]:
     """A run that is cut long before its end and its first checkpoint."""
-    return [
-        *(sys.executable, '-m', 'spg_jax.train', '--config=countdown:tiny'),
-        f'--workdir={workdir}',
-        f'--config.task.data_dir={shared}/data',
-        f'--config.base.cache={shared}/base',
-        '--config.model.scan_unroll=1',
-        *('--config.evaluation.samples=2', '--config.evaluation.batch=32'),
-        *('--config.train.steps=100000', '--config.checkpoint.every=100000'),
-        '--config.evaluation.every=100000',
-    ]
+    settings = ('train.steps', 'checkpoint.every', 'evaluation.every')
+    words = tiny_run(workdir, *(f'--config.{name}=100000' for name in settings))
+    return [sys.executable, '-m', *words]
 
 
-# One device compiles faster than eight, and signals do not know devices.
-ENVIRONMENT = os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': ''}
+ENVIRONMENT = os.environ | {'PYTHONPATH': str(REPOSITORY)}
 
 
 def begin(words: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -78,41 +64,32 @@ def is_saved(workdir: Path) -> None:
     assert steps and max(steps) >= max(updates(workdir))
 
 
-def cut(shared: Path, workdir: Path, number: int, **variables: str) -> str:
-    """Runs until some updates are done, sends a signal and returns standard error."""
-    process = begin(command(shared, workdir), variables)
-    wait_for_updates(workdir, 4, process)
-    process.send_signal(number)
+def test_hangup_saves(tmp_path):
+    process = begin(command(tmp_path))
+    wait_for_updates(tmp_path, 1, process)
+    process.send_signal(signal.SIGHUP)
     code, out, error = finish(process)
     assert code == 0, error
-    assert f'{signal.Signals(number).name}: saving' in out and 'saved; run the same' in out
-    is_saved(workdir)
-    return error
+    assert 'SIGHUP: saving' in out and 'saved; run the same' in out
+    is_saved(tmp_path)
 
 
-def test_hangup_and_usr1_save_and_the_environment_changes_no_number(shared, tmp_path):
-    """One run begins in a plain environment, another in one that asks for other numbers."""
-    cut(shared, tmp_path / 'plain', signal.SIGHUP)
-    error = cut(shared, tmp_path / 'hostile', signal.SIGUSR1, **HOSTILE)
-    for name in list(HOSTILE)[:4]:
-        assert f'{name}={HOSTILE[name]} is ignored' in error
-    plain, hostile = updates(tmp_path / 'plain'), updates(tmp_path / 'hostile')
-    common = sorted(plain.keys() & hostile.keys())
-    assert len(common) >= 3
-    for step in common:
-        for row in (plain[step], hostile[step]):
-            row.pop('seconds')
-        assert plain[step] == hostile[step]
-
-
-def test_ctrl_c_on_a_pipeline_saves_though_the_reader_goes_first(shared, tmp_path):
-    words = shlex.join(command(shared, tmp_path / 'run'))
-    pipeline = begin(['bash', '-c', f'{words} 2>&1 | tee {tmp_path}/log'])
-    wait_for_updates(tmp_path / 'run', 4, pipeline)
+@pytest.fixture(scope='module')
+def cut_with_its_reader(tmp_path_factory):
+    """Updates of a run in a hostile environment, and what its reader got before Ctrl-C."""
+    root = tmp_path_factory.mktemp('pipeline')
+    words = shlex.join(command(root / 'run'))
+    pipeline = begin(['bash', '-c', f'{words} 2>&1 | tee {root}/log'], HOSTILE)
+    wait_for_updates(root / 'run', 4, pipeline)
     os.killpg(pipeline.pid, signal.SIGINT)
     finish(pipeline)
-    is_saved(tmp_path / 'run')
-    assert 'saved' not in (tmp_path / 'log').read_text(), 'the reader was still there'
+    is_saved(root / 'run')
+    return updates(root / 'run'), (root / 'log').read_text()
+
+
+def test_ctrl_c_on_a_pipeline_saves_though_the_reader_goes_first(cut_with_its_reader):
+    _, log = cut_with_its_reader
+    assert 'saved' not in log, 'the reader was still there'
 
 
 def show_until(closed: threading.Event, terminal: int) -> None:
@@ -123,12 +100,17 @@ def show_until(closed: threading.Event, terminal: int) -> None:
     os.close(terminal)
 
 
-def test_a_run_outlives_its_terminal_and_saves_at_a_later_sigterm(shared, tmp_path):
-    """The terminal is closed under a run that ignores SIGHUP, as `nohup` and `disown` arrange it.
-    `nohup` itself would write to a file."""
+@pytest.fixture(scope='module')
+def outlived_its_terminal(tmp_path_factory):
+    """Updates of a run in a plain environment that is saved by a SIGTERM.
+
+    The terminal is closed under a run that ignores SIGHUP, as `nohup` and `disown` arrange it.
+    `nohup` itself would write to a file.
+    """
+    workdir = tmp_path_factory.mktemp('terminal')
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        ['bash', '-c', 'trap "" HUP; exec "$@"', '-', *command(shared, tmp_path)],
+        ['bash', '-c', 'trap "" HUP; exec "$@"', '-', *command(workdir)],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdin=end,
@@ -141,15 +123,32 @@ def test_a_run_outlives_its_terminal_and_saves_at_a_later_sigterm(shared, tmp_pa
     screen = threading.Thread(target=show_until, args=(closed, terminal))
     screen.start()
     try:
-        wait_for_updates(tmp_path, 2, process)
+        wait_for_updates(workdir, 2, process)
         closed.set()
         screen.join()
         process.send_signal(signal.SIGHUP)
-        wait_for_updates(tmp_path, 4, process)
+        wait_for_updates(workdir, 4, process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(600) == 0
+        assert process.wait(HANG_SECONDS) == 0
     finally:
         closed.set()
         process.kill()
         process.wait()
-    is_saved(tmp_path)
+    is_saved(workdir)
+    return updates(workdir)
+
+
+def test_a_run_outlives_its_terminal_and_saves_at_a_later_sigterm(outlived_its_terminal):
+    assert len(outlived_its_terminal) >= 6
+
+
+def test_the_environment_changes_no_number(cut_with_its_reader, outlived_its_terminal):
+    (hostile, log), plain = cut_with_its_reader, outlived_its_terminal
+    for name in list(HOSTILE)[:4]:
+        assert f'{name}={HOSTILE[name]} is ignored' in log
+    common = sorted(plain.keys() & hostile.keys())
+    assert len(common) >= 3
+    for step in common:
+        for row in (plain[step], hostile[step]):
+            row.pop('seconds')
+        assert plain[step] == hostile[step]
