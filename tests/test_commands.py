@@ -14,8 +14,9 @@ from absl import flags
 from spg_jax import random
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
-from spg_jax.export import _refuse_links
+from spg_jax.export import _refuse_links, export
 from spg_jax.limits import PATHS
+from spg_jax.models.llada import weights
 from spg_jax.planning.machines import find_machine
 from spg_jax.process import cli, config_flag
 from tests.processes import REPOSITORY, finish, run, start_module, wait_until
@@ -215,28 +216,50 @@ def test_every_path_flag_is_read_as_a_path():
         assert not paths.intersection(plain)
 
 
+def linked(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    return path
+
+
 def test_export_copies_no_targets_of_links(tmp_path):
     (tmp_path / 'secret').write_text('secret')
     policy = tmp_path / 'policy'
-    policy.mkdir()
-    (policy / 'config.json').write_text('{}')
-    (policy / 'again.json').symlink_to('config.json')
-    _refuse_links(policy)
-    (policy / 'notes').symlink_to(tmp_path / 'secret')
-    with pytest.raises(ValueError, match=f'{policy}/notes is a link to {tmp_path}/secret, outside'):
-        _refuse_links(policy)
+    (policy / 'adapter').mkdir(parents=True)
+    (policy / 'adapter' / 'weights').write_text('')
+    again = linked(policy / 'adapter' / 'again', 'weights')
+    _refuse_links(policy, [again])
+    notes = linked(policy / 'adapter' / 'notes', tmp_path / 'secret')
+    with pytest.raises(ValueError, match=f'{notes} is a link to {tmp_path}/secret, outside'):
+        export(policy, tmp_path, tmp_path / 'out', whole=False)
+    notes.unlink()
+    (policy / 'adapter').rename(tmp_path / 'elsewhere')
+    linked(policy / 'adapter', tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match=f'{policy}/adapter is a link to'):
+        export(policy, tmp_path, tmp_path / 'out', whole=False)
+
+
+def test_export_looks_only_at_links_that_it_would_copy(tmp_path):
+    (tmp_path / 'blob').write_text('{}')
+    source = tmp_path / 'published'
+    linked(source / 'model-1-of-1.safetensors', tmp_path / 'blob')
+    linked(source / 'model.safetensors.index.json', tmp_path / 'blob')
+    _refuse_links(source, weights.copied_files(source))
+    linked(source / 'notes', tmp_path / 'blob')
+    with pytest.raises(ValueError, match=f'{source}/notes is a link to'):
+        _refuse_links(source, weights.copied_files(source))
 
 
 def test_the_links_of_a_hugging_face_cache_are_its_own(tmp_path):
     snapshot, blob = tmp_path / 'models--a' / 'snapshots' / 'f00', tmp_path / 'models--a' / 'blobs'
-    snapshot.mkdir(parents=True)
-    blob.mkdir()
+    blob.mkdir(parents=True)
     (blob / '1').write_text('{}')
-    (snapshot / 'config.json').symlink_to('../../blobs/1')
-    _refuse_links(snapshot)
-    (snapshot / 'notes').symlink_to(tmp_path)
+    linked(snapshot / 'config.json', '../../blobs/1')
+    _refuse_links(snapshot, weights.copied_files(snapshot))
+    (tmp_path / 'secret').write_text('secret')
+    linked(snapshot / 'notes', tmp_path / 'secret')
     with pytest.raises(ValueError, match='is a link'):
-        _refuse_links(snapshot)
+        _refuse_links(snapshot, weights.copied_files(snapshot))
 
 
 # --- the environment ------------------------------------------------------------------------------
