@@ -279,12 +279,28 @@ def test_a_key_is_that_of_the_default_generator_whatever_the_environment_asks(se
 
 def test_the_options_that_change_numbers_have_the_defaults_of_jax():
     """The main job, which sets no variable, computes what it computed before."""
-    names = ', '.join(f'jax.config.{option}' for option in cli.NUMBERS)
+    names = ', '.join(f'jax.config.values[{option!r}]' for option in cli.NUMBERS)
     program = f'import jax; print(repr([{names}]))'
     clean = {name: value for name, value in os.environ.items() if not name.startswith('JAX_')}
     printed = run([sys.executable, '-c', program], env=clean | {'JAX_PLATFORMS': 'cpu'}).stdout
     printed = re.sub(r'<[^>]*: (\S+)>', r'\1', printed)  # an enumeration, by its value
     assert printed.strip() == repr(list(cli.NUMBERS.values()))
+
+
+def test_options_that_change_numbers_are_put_back(capsys):
+    """Those of the environment that turn the compiler off, or most of it."""
+    before = jax.config.values
+    options = ('jax_disable_jit', 'jax_disable_most_optimizations')
+    try:
+        for option in options:
+            jax.config.update(option, True)
+        cli.fix_numbers()
+        assert not any(jax.config.values[option] for option in options)
+        error = capsys.readouterr().err
+        assert all(f'{option.upper()}= is ignored' in error for option in options)
+    finally:
+        for option in (*options, *cli.GUARDS):
+            jax.config.update(option, before[option])
 
 
 def test_ctrl_c_during_imports_is_one_line(tmp_path):
