@@ -1,5 +1,6 @@
 """What people type: names of configurations, words, paths and numbers that work or are refused."""
 
+import math
 import os
 import re
 import shutil
@@ -121,6 +122,15 @@ def test_settings_of_a_configuration_made_elsewhere_are_checked(change, message)
         ({'train.seed': -1}, 'train.seed is -1; use a seed of at least 0'),
         ({'base.seed': 2**32}, 'base.seed is 4294967296; use integers below 2^32'),
         ({'train.steps': 2**63}, 'train.steps is 9223372036854775808; use integers'),
+        ({'corruption.draws': 4 * 10**9}, 'rl.prompts x rl.group_size x corruption.draws is 38400'),
+        ({'evaluation.samples': 4 * 10**9}, 'evaluation.batch x evaluation.samples is 256000000'),
+        ({'lora.rank': 4 * 10**9}, 'lora.rank is 4000000000, wider than the model that it adapts'),
+        ({'lora.rank': 193}, 'wider than the model that it adapts; use at most 192'),
+        ({'lora.rank': 20_000, 'base.checkpoint': 'c'}, 'lora.rank is 20000, wider than'),
+        ({'lora.alpha': math.inf}, 'lora.alpha is inf; use finite numbers'),
+        ({'sampling.temperature': math.inf}, 'sampling.temperature is inf; use finite numbers'),
+        ({'rl.beta': math.inf}, 'rl.beta is inf; use finite numbers'),
+        ({'base.learning_rate': math.nan}, 'base.learning_rate is nan; use finite numbers'),
         ({'evaluation.lengths': (2**40,), 'evaluation.steps': (1,)}, 'evaluation.lengths is ('),
     ],
 )
