@@ -1,18 +1,20 @@
 """What people type: names of configurations, words, paths and numbers that work or are refused."""
 
+import json
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
 
-from spg_jax import random
+from spg_jax import random, score, train
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.export import _refuse_links, export
@@ -70,6 +72,12 @@ def test_a_configuration_file_that_fails_is_one_line(tmp_path, text, message):
     with pytest.raises(config_flag.UnusableConfig, match=re.escape(message)) as error:
         parse(f'{tmp_path}/own.py')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['gs://bucket/own.py', 's3://bucket/own.py:tiny'])
+def test_a_configuration_in_a_store_is_told_to_mount_it(name):
+    with pytest.raises(config_flag.UnusableConfig, match='launch/README.md'):
+        parse(name)
 
 
 @pytest.mark.parametrize('name', ['countdwn', 'configs/nothing.py', 'gs://bucket/own.py', ''])
@@ -219,11 +227,50 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
 
 
 def test_every_path_flag_is_read_as_a_path():
-    """A flag whose name or help says that it is a file or a folder must not be plain text."""
-    for path in (REPOSITORY / 'spg_jax').glob('*.py'):
-        plain = re.findall(r"DEFINE_string\(\s*'(\w+)'", path.read_text())
-        paths = {'workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations'}
-        assert not paths.intersection(plain)
+    """A flag whose name or help says that it is a file or a folder must not be plain text.
+    `--verify` of spg_jax.score is, and has a test of its own."""
+    names = ('workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations', 'faults', 'move')
+    for folder in ('spg_jax', 'benchmarks'):
+        for path in (REPOSITORY / folder).glob('*.py'):
+            plain = re.findall(r'DEFINE_string\(\s*(\S+),', path.read_text())
+            assert not {*map(repr, names), 'task'}.intersection(plain), path
+
+
+@pytest.mark.parametrize('words', [['--task=countdown', '{}'], ['--verify={}']])
+def test_score_reads_its_files_as_paths(tmp_path, monkeypatch, capsys, words):
+    record = {'task': 'countdown', 'question': 'q', 'ground_truth': [[2, 3], 5]}
+    record |= {'completion': r'\boxed{2+3}', 'score': True}
+    (tmp_path / 'f.jsonl').write_text(json.dumps(record))
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    def run_score(path):
+        values = flags.FlagValues()
+        for name in ('task', 'verify'):
+            flags.DEFINE_string(name, None, '', flag_values=values)
+        for name, default in (('judge', 'published'), ('rules', 'released'), ('fields', '')):
+            flags.DEFINE_string(name, default, '', flag_values=values)
+        monkeypatch.setattr(score, 'flags', types.SimpleNamespace(FLAGS=values))
+        score.main(values(['score', *(word.format(path) for word in words)]))
+
+    run_score('~/f.jsonl')
+    assert str(tmp_path / 'f.jsonl') in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_score('gs://bucket/f.jsonl')
+    error = capsys.readouterr().err
+    assert 'launch/README.md' in error and error.count('\n') == 1
+
+
+def test_the_default_workdir_is_checked_before_any_work(tmp_path, monkeypatch):
+    """Its parent is the working directory, under whatever name that has."""
+    (tmp_path / '[here]').mkdir()
+    monkeypatch.chdir(tmp_path / '[here]')
+    config = default_config()
+    config.base.cache = str(tmp_path / 'base')
+    monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(config=config, workdir=''))
+    monkeypatch.setattr(train, 'claimed', None)
+    with pytest.raises(ValueError, match=r"under a name with '\['"):
+        train.main([])
+    assert not list((tmp_path / '[here]').iterdir())
 
 
 def linked(path, target):
