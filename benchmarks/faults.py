@@ -175,6 +175,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', 'runs/faults', 'Where the runs live.')
+    cli.define_path_flag('workdir', 'runs/faults', 'Where the runs live.', saves=True)
     flags.DEFINE_integer('seed', 0, 'Of the random moments and bits.')
     cli.run(main)

@@ -171,6 +171,6 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('checkpoint', '', "A published checkpoint; '' makes a random one.")
-    flags.DEFINE_string('move', '', 'The checkpoint to import and export in the measured process.')
+    cli.define_path_flag('checkpoint', '', "A published checkpoint; '' makes a random one.")
+    cli.define_path_flag('move', '', 'The checkpoint to import and export in the measured process.')
     cli.run(main)

@@ -274,8 +274,8 @@ def pretraining_pace(base: Path) -> float:
 
 if __name__ == '__main__':
     for task in TASKS:
-        flags.DEFINE_string(task, None, 'The published test file of the task.')
+        cli.define_path_flag(task, None, 'The published test file of the task.')
     flags.DEFINE_integer('jobs', 2, 'Runs that go on at the same time.', lower_bound=1)
-    flags.DEFINE_string('workdir', 'runs/learning', 'The folder of the runs.')
+    cli.define_path_flag('workdir', 'runs/learning', 'The folder of the runs.', saves=True)
     flags.mark_flags_as_required(TASKS)
     cli.run(main)

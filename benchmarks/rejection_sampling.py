@@ -55,9 +55,9 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'A run of spg_jax.train.')
+    cli.define_path_flag('workdir', None, 'A run of spg_jax.train.')
     flags.DEFINE_float('seconds', None, 'Seconds to sample for.', lower_bound=0.0)
-    flags.DEFINE_string(
+    cli.define_path_flag(
         'out', None, 'The file to write: JSON lines for spg_jax.pretrain --demonstrations.'
     )
     flags.mark_flags_as_required(['workdir', 'seconds', 'out'])

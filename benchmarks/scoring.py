@@ -6,22 +6,34 @@ python -m benchmarks.scoring --faults=FILE          # those of another file
 It needs the extra 'math'.
 
 A case is judged by the released rules, by the mended rules, and by math-verify where that knows the
-task. Countdown counts as right by the released rules if either its reward or its score does. The
-last column says whether the answer is right.
+task. Countdown and Sudoku count as right by the released rules if either the reward or the score
+does. The last column says whether the answer is right.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from spg_jax import tasks
+from spg_jax.process import cli
 from spg_jax.tasks import judge
 from spg_jax.tasks.task import RULES
 
 FAULTS = Path(__file__).parents[1] / 'tests' / 'reference' / 'faults.jsonl'
 WORDS = {True: 'right', False: 'wrong', None: '–'}
+# The file tells this fault in words only. The digits between the words fill every empty cell as in
+# the solution and change every clue.
+OWN_CASES = {
+    'F51': {
+        'task': 'sudoku',
+        'question': '0040423100030104',
+        'ground_truth': '1342423124133124',
+        'completion': '<answer>1st: 312. Then 1112, then 2411 and 3221</answer>',
+        'right': False,
+    }
+}
 
 
 def verdicts(case: dict[str, Any]) -> tuple[bool | None, ...]:
@@ -31,8 +43,8 @@ def verdicts(case: dict[str, Any]) -> tuple[bool | None, ...]:
     results: list[bool | None] = [
         task.score(case['completion'], example).solved for task in (released, mended)
     ]
-    if case['task'] == 'countdown':
-        # The published score reads a box or the whole text; the reward reads the tag.
+    if case['task'] in ('countdown', 'sudoku'):
+        # The published score reads another part of the completion than the reward.
         results[0] = bool(results[0]) or released.reward(case['completion'], example) == 1
         return (*results, None)
     return *results, judge.judged(released).score(case['completion'], example).solved
@@ -48,7 +60,7 @@ def table(path: Path) -> str:
     cases: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding='utf-8').splitlines():
         row = json.loads(line)
-        case = row.get('case', {}).get('verdict')
+        case = row.get('case', {}).get('verdict') or OWN_CASES.get(row['id'])
         if case:
             key = json.dumps([case[name] for name in ('task', 'ground_truth', 'completion')])
             names.setdefault(key, []).append(row['id'])
@@ -79,5 +91,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('faults', str(FAULTS), 'File with reported cases.')
-    app.run(main)
+    cli.define_path_flag('faults', str(FAULTS), 'File with reported cases.')
+    cli.run(main)

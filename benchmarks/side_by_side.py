@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', 'runs/side_by_side', 'The folder of the runs.')
+    cli.define_path_flag('workdir', 'runs/side_by_side', 'The folder of the runs.', saves=True)
     flags.DEFINE_integer('updates', 100, 'Updates of each run.', lower_bound=1)
     flags.DEFINE_integer('jobs', 2, 'Runs that go on at the same time.', lower_bound=1)
     cli.run(main)

@@ -11,6 +11,7 @@ that --merge reads.
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -35,21 +36,22 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
       whole: whether adapters are merged into a whole checkpoint or written alone.
 
     Raises:
-      ValueError, FileNotFoundError: if `out` exists, or the policy or checkpoint cannot be read.
+      ValueError, FileNotFoundError: if `out` exists, the policy or checkpoint cannot be read, or a
+        file to copy is a link to another place.
     """
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
     # Every process has to see that `out` does not exist before another process creates it.
     distributed.barrier(f'room for {out}')
     adapter = directory / policies.ADAPTER
-    _refuse_links(directory)
-    _refuse_links(source)
     if adapter.is_dir() and not whole:
+        _refuse_links(directory, [adapter, *adapter.rglob('*')])
         if distributed.is_leader():
             shutil.copytree(adapter, out)
         distributed.barrier(f'exported {out}')
         return
     weights.read_config(source / 'config.json')  # Fails early if the checkpoint cannot be used.
+    _refuse_links(source, weights.copied_files(source))
     mesh = sharding.make_mesh({'fsdp': -1})
     policy, _, variables = policies.load_policy(directory, mesh)
     weights.save_checkpoint(
@@ -61,8 +63,10 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     )
 
 
-def _refuse_links(directory: Path) -> None:
-    """Refuses a directory with links that lead out of it, because export would copy their targets.
+def _refuse_links(directory: Path, copied: Iterable[Path]) -> None:
+    """Refuses links among the files to copy that lead out of their directory.
+
+    The contents of any file of this machine would be in what is published otherwise.
 
     The cache of Hugging Face holds a checkpoint as links from `snapshots/` to `blobs/` beside it;
     these lead nowhere else.
@@ -73,7 +77,7 @@ def _refuse_links(directory: Path) -> None:
     inside = directory.resolve()
     if inside.parent.name == 'snapshots':
         inside = inside.parent.parent
-    for path in directory.rglob('*'):
+    for path in copied:
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise ValueError(
                 f'{path} is a link to {path.readlink()}, outside {inside}, whose contents would be '

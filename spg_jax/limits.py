@@ -32,12 +32,12 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (
         ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
-        lambda x: 0 < x < math.inf,
+        lambda x: x > 0,
         'a positive number',
     ),
     (
         ('base.weight_decay', 'optimizer.weight_decay'),
-        lambda x: 0 <= x < math.inf,
+        lambda x: x >= 0,
         'a number of at least 0',
     ),
     (
@@ -46,7 +46,6 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         'a decay of at least 0 and below 1',
     ),
     (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
-    (('sampling.guidance',), math.isfinite, 'a finite number'),
     (('base.seed', 'train.seed'), lambda x: 0 <= x < SEEDS, 'a seed of at least 0'),
 )
 
@@ -62,6 +61,9 @@ PATHS = {
 # The largest integer of a setting, and sizes that no machine can hold: tokens of one batch, and
 # parameters of a model made here.
 MOST, MOST_TOKENS, MOST_PARAMETERS = 2**32 - 1, 2**31, 2**40
+# The rank of adapters on a checkpoint. A rank above the width adds nothing but memory, and no model
+# that is published is wider.
+MOST_RANK = 2**14
 
 
 def setting(config: ml_collections.ConfigDict, key: str) -> Any:
@@ -89,7 +91,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
                 raise ValueError(f'{key}: {error}') from None
     for keys, condition, words in RANGES:
         for key in keys:
-            if not condition(setting(config, key)):  # NaN fulfils no condition
+            if not condition(setting(config, key)):
                 raise ValueError(f'{key} is {setting(config, key)}; use {words}')
 
 
@@ -120,6 +122,8 @@ def _check_kinds(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {settings[key]!r}; use a value like {default!r}')
         if not _countable(settings[key]):
             raise ValueError(f'{key} is {settings[key]!r}; use integers below 2^32')
+        if not _finite(settings[key]):
+            raise ValueError(f'{key} is {settings[key]!r}; use finite numbers')
 
 
 def _alike(value: Any, default: Any) -> bool:
@@ -139,24 +143,34 @@ def _countable(value: Any) -> bool:
     return not isinstance(value, int) or abs(value) <= MOST
 
 
+def _finite(value: Any) -> bool:
+    """Whether no number in a value is NaN or infinite, which JSON and so config.json cannot say."""
+    if isinstance(value, tuple | list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def check_sizes(config: ml_collections.ConfigDict, batching: Batching) -> None:
     """Refuses batches and models that no machine can hold, before anything asks for the memory.
 
     Raises:
       ValueError: one line that names the settings.
     """
-    prompt = config.sampling.prompt_length
-    for rows, row_names, length, length_name in (
-        (batching.rows, 'rl.prompts x rl.group_size', config.sampling.length, 'sampling.length'),
-        (config.base.batch_size, 'base.batch_size', config.sampling.length, 'sampling.length'),
+    trained = config.sampling.length, 'sampling.length'
+    evaluated = max(config.evaluation.lengths, default=0), 'evaluation.lengths'
+    rollout, evaluation = 'rl.prompts x rl.group_size', config.evaluation
+    for rows, row_names, (length, length_name) in (
+        (batching.rows, rollout, trained),
+        (batching.rows * config.corruption.draws, f'{rollout} x corruption.draws', trained),
+        (config.base.batch_size, 'base.batch_size', trained),
+        (evaluation.batch, 'evaluation.batch', evaluated),
         (
-            config.evaluation.batch,
-            'evaluation.batch',
-            max(config.evaluation.lengths, default=0),
-            'evaluation.lengths',
+            evaluation.batch * evaluation.samples,
+            'evaluation.batch x evaluation.samples',
+            evaluated,
         ),
     ):
-        tokens = rows * (prompt + length)
+        tokens = rows * (config.sampling.prompt_length + length)
         if tokens > MOST_TOKENS:
             raise ValueError(
                 f'{row_names} is {rows} rows, {tokens} tokens with sampling.prompt_length and '
@@ -168,4 +182,10 @@ def check_sizes(config: ml_collections.ConfigDict, batching: Batching) -> None:
         raise ValueError(
             f'model.layers, model.width and model.mlp_width make {parameters} parameters; use at '
             f'most {MOST_PARAMETERS}'
+        )
+    most_rank = MOST_RANK if config.base.checkpoint else max(model.width, model.mlp_width)
+    if config.lora.rank > most_rank:
+        raise ValueError(
+            f'lora.rank is {config.lora.rank}, wider than the model that it adapts; use at most '
+            f'{most_rank}'
         )

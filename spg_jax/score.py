@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from spg_jax import tasks
+from spg_jax.process.files import with_home
 from spg_jax.tasks import judge as math_verify
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import RULES, Example, Score, Task
@@ -190,10 +191,11 @@ def main(argv: Sequence[str]) -> None:
             name, equals, _ = word.partition('=')
             if equals and name in ('task', 'verify', *scoring) and not Path(word).exists():
                 raise ValueError(f'{word}: no such file; did you mean --{word}?')
+        paths = [with_home(path) for path in paths]
         if values.verify and not (
             values.task or paths or any(values[name].present for name in scoring)
         ):
-            result = verify(values.verify)
+            result = verify(with_home(values.verify))
         elif values.task and paths and not values.verify:
             result = score(values.task, paths, values.judge, values.rules, values.fields)
         else:

@@ -27,7 +27,7 @@ from spg_jax.planning.duration import cpu_seconds
 from spg_jax.pretrain import base_directory, find_or_make_base
 from spg_jax.process import cli, distributed
 from spg_jax.process.config_flag import define_config_flag
-from spg_jax.process.files import write_whole
+from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
@@ -235,7 +235,7 @@ def main(_: list[str]) -> None:
     parts = assemble(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
-    workdir = Path(FLAGS.workdir) if FLAGS.workdir else default_workdir(config)
+    workdir = local_path(FLAGS.workdir or str(default_workdir(config)), saves=True)
     print(f'{opening_line(config, parts, mesh)}\nworkdir {workdir}', flush=True)
     if config.train.wandb:
         check_wandb(config.train.wandb)

@@ -1,21 +1,25 @@
 """What people type: names of configurations, words, paths and numbers that work or are refused."""
 
+import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
 
-from spg_jax import random
+from spg_jax import random, score, train
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
-from spg_jax.export import _refuse_links
+from spg_jax.export import _refuse_links, export
 from spg_jax.limits import PATHS
+from spg_jax.models.llada import weights
 from spg_jax.planning.machines import find_machine
 from spg_jax.process import cli, config_flag
 from tests.processes import REPOSITORY, finish, run, start_module, wait_until
@@ -70,6 +74,12 @@ def test_a_configuration_file_that_fails_is_one_line(tmp_path, text, message):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('name', ['gs://bucket/own.py', 's3://bucket/own.py:tiny'])
+def test_a_configuration_in_a_store_is_told_to_mount_it(name):
+    with pytest.raises(config_flag.UnusableConfig, match='launch/README.md'):
+        parse(name)
+
+
 @pytest.mark.parametrize('name', ['countdwn', 'configs/nothing.py', 'gs://bucket/own.py', ''])
 def test_a_configuration_that_is_not_there_is_one_line(name):
     with pytest.raises(config_flag.UnusableConfig) as error:
@@ -120,6 +130,15 @@ def test_settings_of_a_configuration_made_elsewhere_are_checked(change, message)
         ({'train.seed': -1}, 'train.seed is -1; use a seed of at least 0'),
         ({'base.seed': 2**32}, 'base.seed is 4294967296; use integers below 2^32'),
         ({'train.steps': 2**63}, 'train.steps is 9223372036854775808; use integers'),
+        ({'corruption.draws': 4 * 10**9}, 'rl.prompts x rl.group_size x corruption.draws is 38400'),
+        ({'evaluation.samples': 4 * 10**9}, 'evaluation.batch x evaluation.samples is 256000000'),
+        ({'lora.rank': 4 * 10**9}, 'lora.rank is 4000000000, wider than the model that it adapts'),
+        ({'lora.rank': 193}, 'wider than the model that it adapts; use at most 192'),
+        ({'lora.rank': 20_000, 'base.checkpoint': 'c'}, 'lora.rank is 20000, wider than'),
+        ({'lora.alpha': math.inf}, 'lora.alpha is inf; use finite numbers'),
+        ({'sampling.temperature': math.inf}, 'sampling.temperature is inf; use finite numbers'),
+        ({'rl.beta': math.inf}, 'rl.beta is inf; use finite numbers'),
+        ({'base.learning_rate': math.nan}, 'base.learning_rate is nan; use finite numbers'),
         ({'evaluation.lengths': (2**40,), 'evaluation.steps': (1,)}, 'evaluation.lengths is ('),
     ],
 )
@@ -208,35 +227,96 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
 
 
 def test_every_path_flag_is_read_as_a_path():
-    """A flag whose name or help says that it is a file or a folder must not be plain text."""
-    for path in (REPOSITORY / 'spg_jax').glob('*.py'):
-        plain = re.findall(r"DEFINE_string\(\s*'(\w+)'", path.read_text())
-        paths = {'workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations'}
-        assert not paths.intersection(plain)
+    """A flag whose name or help says that it is a file or a folder must not be plain text.
+    `--verify` of spg_jax.score is, and has a test of its own."""
+    names = ('workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations', 'faults', 'move')
+    for folder in ('spg_jax', 'benchmarks'):
+        for path in (REPOSITORY / folder).glob('*.py'):
+            plain = re.findall(r'DEFINE_string\(\s*(\S+),', path.read_text())
+            assert not {*map(repr, names), 'task'}.intersection(plain), path
+
+
+@pytest.mark.parametrize('words', [['--task=countdown', '{}'], ['--verify={}']])
+def test_score_reads_its_files_as_paths(tmp_path, monkeypatch, capsys, words):
+    record = {'task': 'countdown', 'question': 'q', 'ground_truth': [[2, 3], 5]}
+    record |= {'completion': r'\boxed{2+3}', 'score': True}
+    (tmp_path / 'f.jsonl').write_text(json.dumps(record))
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    def run_score(path):
+        values = flags.FlagValues()
+        for name in ('task', 'verify'):
+            flags.DEFINE_string(name, None, '', flag_values=values)
+        for name, default in (('judge', 'published'), ('rules', 'released'), ('fields', '')):
+            flags.DEFINE_string(name, default, '', flag_values=values)
+        monkeypatch.setattr(score, 'flags', types.SimpleNamespace(FLAGS=values))
+        score.main(values(['score', *(word.format(path) for word in words)]))
+
+    run_score('~/f.jsonl')
+    assert str(tmp_path / 'f.jsonl') in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_score('gs://bucket/f.jsonl')
+    error = capsys.readouterr().err
+    assert 'launch/README.md' in error and error.count('\n') == 1
+
+
+def test_the_default_workdir_is_checked_before_any_work(tmp_path, monkeypatch):
+    """Its parent is the working directory, under whatever name that has."""
+    (tmp_path / '[here]').mkdir()
+    monkeypatch.chdir(tmp_path / '[here]')
+    config = default_config()
+    config.base.cache = str(tmp_path / 'base')
+    monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(config=config, workdir=''))
+    monkeypatch.setattr(train, 'claimed', None)
+    with pytest.raises(ValueError, match=r"under a name with '\['"):
+        train.main([])
+    assert not list((tmp_path / '[here]').iterdir())
+
+
+def linked(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    return path
 
 
 def test_export_copies_no_targets_of_links(tmp_path):
     (tmp_path / 'secret').write_text('secret')
     policy = tmp_path / 'policy'
-    policy.mkdir()
-    (policy / 'config.json').write_text('{}')
-    (policy / 'again.json').symlink_to('config.json')
-    _refuse_links(policy)
-    (policy / 'notes').symlink_to(tmp_path / 'secret')
-    with pytest.raises(ValueError, match=f'{policy}/notes is a link to {tmp_path}/secret, outside'):
-        _refuse_links(policy)
+    (policy / 'adapter').mkdir(parents=True)
+    (policy / 'adapter' / 'weights').write_text('')
+    again = linked(policy / 'adapter' / 'again', 'weights')
+    _refuse_links(policy, [again])
+    notes = linked(policy / 'adapter' / 'notes', tmp_path / 'secret')
+    with pytest.raises(ValueError, match=f'{notes} is a link to {tmp_path}/secret, outside'):
+        export(policy, tmp_path, tmp_path / 'out', whole=False)
+    notes.unlink()
+    (policy / 'adapter').rename(tmp_path / 'elsewhere')
+    linked(policy / 'adapter', tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match=f'{policy}/adapter is a link to'):
+        export(policy, tmp_path, tmp_path / 'out', whole=False)
+
+
+def test_export_looks_only_at_links_that_it_would_copy(tmp_path):
+    (tmp_path / 'blob').write_text('{}')
+    source = tmp_path / 'published'
+    linked(source / 'model-1-of-1.safetensors', tmp_path / 'blob')
+    linked(source / 'model.safetensors.index.json', tmp_path / 'blob')
+    _refuse_links(source, weights.copied_files(source))
+    linked(source / 'notes', tmp_path / 'blob')
+    with pytest.raises(ValueError, match=f'{source}/notes is a link to'):
+        _refuse_links(source, weights.copied_files(source))
 
 
 def test_the_links_of_a_hugging_face_cache_are_its_own(tmp_path):
     snapshot, blob = tmp_path / 'models--a' / 'snapshots' / 'f00', tmp_path / 'models--a' / 'blobs'
-    snapshot.mkdir(parents=True)
-    blob.mkdir()
+    blob.mkdir(parents=True)
     (blob / '1').write_text('{}')
-    (snapshot / 'config.json').symlink_to('../../blobs/1')
-    _refuse_links(snapshot)
-    (snapshot / 'notes').symlink_to(tmp_path)
+    linked(snapshot / 'config.json', '../../blobs/1')
+    _refuse_links(snapshot, weights.copied_files(snapshot))
+    (tmp_path / 'secret').write_text('secret')
+    linked(snapshot / 'notes', tmp_path / 'secret')
     with pytest.raises(ValueError, match='is a link'):
-        _refuse_links(snapshot)
+        _refuse_links(snapshot, weights.copied_files(snapshot))
 
 
 # --- the environment ------------------------------------------------------------------------------
@@ -256,12 +336,28 @@ def test_a_key_is_that_of_the_default_generator_whatever_the_environment_asks(se
 
 def test_the_options_that_change_numbers_have_the_defaults_of_jax():
     """The main job, which sets no variable, computes what it computed before."""
-    names = ', '.join(f'jax.config.{option}' for option in cli.NUMBERS)
+    names = ', '.join(f'jax.config.values[{option!r}]' for option in cli.NUMBERS)
     program = f'import jax; print(repr([{names}]))'
     clean = {name: value for name, value in os.environ.items() if not name.startswith('JAX_')}
     printed = run([sys.executable, '-c', program], env=clean | {'JAX_PLATFORMS': 'cpu'}).stdout
     printed = re.sub(r'<[^>]*: (\S+)>', r'\1', printed)  # an enumeration, by its value
     assert printed.strip() == repr(list(cli.NUMBERS.values()))
+
+
+def test_options_that_change_numbers_are_put_back(capsys):
+    """Those of the environment that turn the compiler off, or most of it."""
+    before = jax.config.values
+    options = ('jax_disable_jit', 'jax_disable_most_optimizations')
+    try:
+        for option in options:
+            jax.config.update(option, True)
+        cli.fix_numbers()
+        assert not any(jax.config.values[option] for option in options)
+        error = capsys.readouterr().err
+        assert all(f'{option.upper()}= is ignored' in error for option in options)
+    finally:
+        for option in (*options, *cli.GUARDS):
+            jax.config.update(option, before[option])
 
 
 def test_ctrl_c_during_imports_is_one_line(tmp_path):

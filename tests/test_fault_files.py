@@ -605,9 +605,10 @@ def test_an_adapter_saved_otherwise_is_told_how_to_save_it(tmp_path):
         ("{{ 'x' * 10**10 }}", 'memory'),
         ("{{ 'x'.center(10**10) }}", 'memory'),
         ("{{ '%9000000000d' % 1 }}", ''),
-        ('{{ 10 ** (10 ** 9) }}', '3 s of a processor'),
+        ('{{ 10 ** (10 ** 9) }}', 'memory'),
         ('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}', '3 s'),
-        ("{{ 'x' * 10**6 }}", 'characters for one short turn'),
+        ('{% for a in range(60000) %}xx{% endfor %}', 'writes 120000 characters for one turn'),
+        ("{{ messages[0].content.replace(' ', messages[0].content) }}", 'characters for one turn'),
         ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', 'RecursionError'),
         ("{% if messages[0].content %}{{ 'x' * 10**10 }}{% endif %}", 'memory'),
         ("{{ strftime_now('%d %b') }}", "'strftime_now' is undefined"),
@@ -621,6 +622,17 @@ def test_a_template_that_would_not_end_or_change_is_refused(good, template, part
     file = good('tokenizer_config.json')
     set_key(file.path, 'chat_template', template)
     refusal(file, str(file.path), 'chat_template', part)
+
+
+def test_a_template_that_fails_for_another_prompt_is_one_line(good):
+    file = good('tokenizer_config.json')
+    template = "{% if '#' in messages[0].content %}{{ raise_exception('no\nturn') }}{% endif %}x"
+    set_key(file.path, 'chat_template', template)
+    tokenizer = file.read()
+    assert tokenizer.encode_prompt('a')
+    with pytest.raises(ValueError, match='the chat_template cannot be used .*no turn') as error:
+        tokenizer.encode_prompt('#')
+    assert str(file.path) in str(error.value) and '\n' not in str(error.value)
 
 
 def test_a_template_is_rendered_without_its_byte_order_mark_and_without_the_date(tmp_path):

@@ -15,7 +15,9 @@ from typing import Any
 MOST_SECONDS = 3  # of a processor; a real template needs a thousandth
 MOST_BYTES = 2**30  # of memory, the interpreter included
 MOST_CHARACTERS = 100_000  # more than any context has room for
-PROBES = ('', 'Use 3, 44 and 7.\nReach 26.')  # what the user says when a template is tried
+# What the user says when a template is tried. The last text is as long as long prompts, so that a
+# turn which grows faster than its prompt shows.
+PROBES = ('', 'Use 3, 44 and 7.\nReach 26.', 'Use 3, 44 and 7.\nReach 26. ' * 200)
 
 
 class ChatTemplate:
@@ -59,7 +61,6 @@ def _environment() -> Any:
     """The environment in which `transformers` 5.24 renders templates, without `strftime_now`."""
     import jinja2  # It comes with the extra 'hf'.
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(Extension):
@@ -105,7 +106,7 @@ def _environment() -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = _bounded_sandbox()(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters['tojson'] = tojson
@@ -115,6 +116,43 @@ def _environment() -> Any:
         'dict': Dict(),
     }
     return environment
+
+
+def _bounded_sandbox() -> type:
+    """jinja2's sandbox, which refuses sums, products and powers that could fill the memory.
+
+    They may be small for PROBES and large for another prompt.
+    """
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class BoundedSandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(('+', '*', '**'))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if _most_size(operator, left, right) > MOST_CHARACTERS:
+                raise SecurityError(
+                    f'a {operator} needs the memory of more than {MOST_CHARACTERS} characters'
+                )
+            return super().call_binop(context, operator, left, right)
+
+    return BoundedSandbox
+
+
+def _most_size(operator: str, left: Any, right: Any) -> int:
+    """The characters, elements or bits of a sum, product or power, or more."""
+    if operator == '**':
+        integers = isinstance(left, int) and isinstance(right, int)
+        return left.bit_length() * right if integers else 1
+    if operator == '*':
+        for text, times in ((left, right), (right, left)):
+            if hasattr(text, '__len__') and isinstance(times, int):
+                return len(text) * times
+    return sum(
+        value.bit_length() if isinstance(value, int) else len(value)
+        for value in (left, right)
+        if isinstance(value, int) or hasattr(value, '__len__')
+    )
 
 
 def try_out(text: str, specials: Mapping[str, Any]) -> list[str]:
@@ -171,7 +209,7 @@ def _child() -> None:
         turns = [template.render(content) for content in PROBES]
         longest = max(map(len, turns))
         if longest > MOST_CHARACTERS:
-            raise ValueError(f'it writes {longest} characters for one short turn')
+            raise ValueError(f'it writes {longest} characters for one turn')
         outcome = {'turns': turns}
     except MemoryError:
         outcome = {'error': f'it needs more than {MOST_BYTES >> 20} MiB of memory'}

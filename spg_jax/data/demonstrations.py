@@ -9,6 +9,7 @@ import numpy as np
 
 from spg_jax.data.batches import READING, encode_prompts
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.random import SEEDS
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
@@ -46,7 +47,7 @@ class Lessons:
 
         Args:
           right_share: the share of right answers that the demonstrator gives, anew in each epoch.
-          seed: determines the order, and the demonstrator's answers.
+          seed: determines the order, and the demonstrator's answers. It counts modulo 2^32.
         """
 
         def demonstrate(example: Example, rng: np.random.Generator) -> Record:
@@ -56,7 +57,8 @@ class Lessons:
             return self.encode([pairs[row] for row in self.local_rows])
 
         source = self.problems if self.records is None else self.records
-        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        # grain takes no seed above, and later stages count on from the one of the configuration.
+        dataset = grain.MapDataset.source(source).seed(seed % SEEDS).shuffle().repeat()
         if self.records is None:
             dataset = dataset.random_map(demonstrate)
         return iter(dataset.batch(self.batch_size, batch_fn=encode).to_iter_dataset(READING))

@@ -84,14 +84,18 @@ class HFTokenizer:
 
     def encode_prompt(self, text: str, prefill: str = '') -> list[int]:
         """Returns the ids of one user turn of the chat template, the opening of the answer, and
-        `prefill`; raises what `encode` raises.
+        `prefill`; raises what `encode` raises, and ValueError if the template fails for `text`.
 
         Args:
           text: what the user says.
           prefill: the start of the answer.
         """
         # The template writes the start token itself, so `encode` must not add another one.
-        return self.encode(self._template.render(text) + prefill)
+        try:
+            turn = self._template.render(text)
+        except Exception as error:  # A template is a program, which can raise any exception.
+            raise self._unusable_template(one_line(error)) from error
+        return self.encode(turn + prefill)
 
     def decode(self, ids: Sequence[int], keep_specials: bool = False) -> str:
         """Returns the text of `ids`.
@@ -191,11 +195,7 @@ class HFTokenizer:
             template = self._hf.get_chat_template()
             turns = try_out(template, self._hf.special_tokens_map)
         except ValueError as error:
-            raise ValueError(
-                f'{self._settings}: the chat_template cannot be used '
-                f'({" ".join(str(error).split())[:200]}); '
-                'use the tokenizer files that came with the weights'
-            ) from error
+            raise self._unusable_template(' '.join(str(error).split())) from error
         for marker in _MARKER.findall(turns[0]):
             if marker not in self._ids:
                 raise ValueError(
@@ -203,6 +203,12 @@ class HFTokenizer:
                     'the tokenizer; use the tokenizer files that came with the weights'
                 )
         return ChatTemplate(template, self._hf.special_tokens_map)
+
+    def _unusable_template(self, cause: str) -> ValueError:
+        return ValueError(
+            f'{self._settings}: the chat_template cannot be used ({cause[:200]}); '
+            'use the tokenizer files that came with the weights'
+        )
 
 
 def _read(directory: Path) -> Any:

@@ -26,7 +26,7 @@ from spg_jax.process.files import local_path, user_cache
 MENDABLE = (ValueError, OSError, FloatingPointError)
 
 # Options of JAX that change numbers. The environment sets them, so a run could go on with other
-# numbers than it began with.
+# numbers than it began with. XLA_FLAGS stays, because it also says how many devices there are.
 NUMBERS = {
     'jax_enable_x64': False,
     'jax_threefry_partitionable': True,
@@ -36,6 +36,8 @@ NUMBERS = {
     'jax_default_matmul_precision': None,
     'jax_numpy_dtype_promotion': 'standard',
     'jax_softmax_custom_jvp': False,
+    'jax_disable_jit': False,
+    'jax_disable_most_optimizations': False,
 }
 # Options of JAX that forbid what the programs here do.
 GUARDS = (
@@ -132,8 +134,9 @@ def fix_numbers() -> None:
 
     One line on standard error names each variable of the environment that is ignored for it.
     """
+    current = jax.config.values
     for option, value in NUMBERS.items():
-        if getattr(jax.config, option) != value:
+        if current[option] != value:
             jax.config.update(option, value)
             variable = option.upper()
             print(

@@ -38,7 +38,8 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         """Runs the file and locks what its `get_config` returns."""
-        name, *preset = argument.split(':', 1)
+        # The colon in an address such as gs://bucket/own.py does not part a preset from a name.
+        name, *preset = re.split(':(?!//)', argument, maxsplit=1)
         path = config_file(name)
         loader = SourceFileLoader('config', str(path))
         module = importlib.util.module_from_spec(

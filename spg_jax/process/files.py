@@ -18,8 +18,27 @@ _PATTERN = re.compile(r'[][*?\\]')
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def local_path(path: str, saves: bool = False) -> Path:
+def with_home(path: str) -> str:
     """The path that a user wrote, with ~ as the home directory.
+
+    Raises:
+      ValueError: one line that says why there is no such file or folder here.
+    """
+    if _STORE.match(path):
+        raise ValueError(
+            f'{path!r} is the address of a store, not a folder; mount the store and give the '
+            'folder, as launch/README.md does under "A file system for all workers"'
+        )
+    try:
+        return str(Path(path).expanduser()) if path.startswith('~') else path
+    except RuntimeError:
+        raise ValueError(
+            f'{path!r} names a home directory that is not known here; give the path without ~'
+        ) from None
+
+
+def local_path(path: str, saves: bool = False) -> Path:
+    """The path of a file or a folder, as `with_home`, if its name is one that libraries can use.
 
     Args:
       path: a path from a flag or a setting.
@@ -29,29 +48,20 @@ def local_path(path: str, saves: bool = False) -> Path:
     Raises:
       ValueError: one line that says why the path cannot be used.
     """
-    if _STORE.match(path):
-        raise ValueError(
-            f'{path!r} is the address of a store, not a folder; mount the store and give the '
-            'folder, as launch/README.md does under "A file system for all workers"'
-        )
+    expanded = Path(with_home(path))
+    absolute = str(expanded.absolute())
     try:
-        expanded = Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f'{path!r} names a home directory that is not known here; give the path without ~'
-        ) from None
-    try:
-        path.encode()
+        absolute.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f'{path!r} has characters that the locale of this process cannot express; set '
+            f'{absolute!r} has characters that the locale of this process cannot express; set '
             'LC_ALL=C.UTF-8'
         ) from None
-    found = _CONTROL.search(path) or (saves and _PATTERN.search(str(expanded.absolute())))
-    if found:
+    character = _CONTROL.search(path) or (saves and _PATTERN.search(absolute))
+    if character:
         raise ValueError(
-            f'{path!r} is under a name with {found[0]!r}, from which nothing saved could be read '
-            'back; use a path without brackets, *, ?, backslashes and control characters'
+            f'{path!r} is under a name with {character[0]!r}, from which nothing saved could be '
+            'read back; use a path without brackets, *, ?, backslashes and control characters'
         )
     return expanded
 

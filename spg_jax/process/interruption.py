@@ -43,12 +43,17 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Gives the signals their usual meaning again, for when nothing is left to save."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def release(self) -> None:
+        """Lets SIGINT and SIGTERM end the process again, for when nothing is left to save.
+
+        WARNINGS are ignored until the context is left. They ask to save, and by themselves they
+        would end the process in the middle of its last work.
+        """
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if number in WARNINGS else handler)
 
     def requested(self) -> bool:
         """Whether to save and stop now. Every process has to call it once after each update."""

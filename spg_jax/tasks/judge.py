@@ -1,9 +1,9 @@
 """MATH500 and GSM8K judged by math-verify, which knows some mathematics.
 
 Published figures never use it. The judge runs in a process of its own: text that a model wrote must
-never hang a scorer, and no alarm can interrupt Python while it computes a power of powers.
-math-verify has slips of its own, and `_settled` and `_numerically_equal` keep it from those that
-were reported (huggingface/Math-Verify#14, #21; open-compass/opencompass#2647).
+never hang a scorer or fill its memory, and no alarm can interrupt Python while it computes a power
+of powers. math-verify has slips of its own, and `_settled` and `_numerically_equal` keep it from
+those that were reported (huggingface/Math-Verify#14, #21; open-compass/opencompass#2647).
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from spg_jax.tasks import extraction, mended
@@ -29,6 +31,7 @@ TIMEOUT = 4.0  # seconds for one verdict, so that with all around it 5 are never
 START_TIMEOUT = 120.0  # seconds until the process has imported the package on a busy machine
 LONGEST = 20_000  # characters read from the end of a completion, where its answer stands
 LONGEST_BOX = 2_000  # characters of an answer; a longer one is wrong
+MOST_BYTES = 2**30  # of memory that the answers may need, beside that of the package
 
 _CLOSE = 1e-5  # the relative difference up to which a rounded decimal is the number
 _EXACT = 1e-12  # the same for two numbers of which neither is a decimal
@@ -175,6 +178,7 @@ def _serve(pipe: Connection) -> None:
         if not copy:
             status = 1
             try:
+                _limit_memory()
                 pipe.send(os.getpid())
                 _judge_all(pipe)
                 status = 0
@@ -182,6 +186,14 @@ def _serve(pipe: Connection) -> None:
                 os._exit(status)
         if os.waitpid(copy, 0)[1] == 0:
             return
+
+
+def _limit_memory() -> None:
+    """Lets this process use MOST_BYTES more than it has now, where that is known, as on Linux."""
+    with contextlib.suppress(OSError, ValueError):  # a lower limit may hold already
+        pages = int(Path('/proc/self/statm').read_text().split()[0])
+        limit = pages * resource.getpagesize() + MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _judge_all(pipe: Connection) -> None:

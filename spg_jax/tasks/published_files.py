@@ -75,7 +75,7 @@ class PublishedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 split: self.read_published(path, self.columns) for split, path in files.items()
             }
         except ValueError as error:
-            raise Unavailable(f'{error}; mend that file, or delete it') from error
+            raise Unavailable(f'{error}; mend that file, or move it away') from error
         splits = cut(examples['train'], examples['test'])
         if not splits['validation']:
             raise Unavailable(

@@ -15,6 +15,7 @@ from absl import logging
 
 from spg_jax.errors import check_one_of, one_line
 from spg_jax.process.files import locked, write_whole
+from spg_jax.process.json_files import read_json
 
 Example = dict[str, Any]  # a problem; each task has its own keys, and all have 'index'
 
@@ -32,7 +33,7 @@ class Source:
 
     The data is made on first use, and one line on standard error says so. Making it may need files
     that only a person can bring; then a ValueError names them. Any failure to read the data is a
-    ValueError that names the directory to delete, since everything in it can be made again.
+    ValueError that names the directory to move away, since everything in it can be made again.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Source:
                     data_dir.mkdir(parents=True, exist_ok=True)
                     # One process makes the data, and the others wait for it.
                     with locked(data_dir / 'lock'):
+                        # Another process may have fetched files while this one waited.
+                        files = given_files(data_dir)
                         if _is_stale(dataset.data_path, files):
                             shutil.rmtree(dataset.data_path)
                         dataset = builder(data_dir=data_dir, file_format='array_record')
@@ -135,25 +138,35 @@ class Source:
     def _unreadable(self, subject: str, cause: str) -> ValueError:
         return ValueError(
             f'{self.directory}: {subject} cannot be read ({cause}); '
-            f'delete {self.directory} and run again'
+            f'move {self.directory} away and run again'
         )
 
 
 def _is_stale(prepared: Path, files: list[Path]) -> bool:
-    """Whether problems were made of other contents than those of the files that are given now.
+    """Whether problems may have been made of other contents than those of the given files.
+
+    Nobody knows what problems without a file of digests were made of.
 
     Raises:
-      Unavailable: the files that they were made of are gone.
+      Unavailable: a split that they were made of has no file any more, or the file of digests is
+        damaged.
     """
     origin = prepared.with_name(prepared.name + ORIGIN)
-    if not prepared.exists() or not origin.is_file():
+    if not prepared.exists():
         return False
-    old, new = json.loads(origin.read_text()), _digests(files)
-    missing = sorted(set(old) - set(new))
-    if missing and not new:
+    if not origin.is_file():
+        return bool(files)
+    try:
+        old = read_json(origin, dict[str, str], 'move it away and run again')
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
+    new = _digests(files)
+    splits = {Path(name).stem for name in new}
+    missing = [name for name in sorted(old) if Path(name).stem not in splits]
+    if missing:
         raise Unavailable(
             f'{missing[0]}, which the problems in {prepared} were made of, is gone; put it back, '
-            f'or delete {prepared.parent} to have it fetched'
+            f'or move {prepared.parent} away to have it fetched'
         )
     return old != new
 

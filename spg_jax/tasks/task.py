@@ -188,10 +188,16 @@ def read_template(
       optional: further names that it may hold in braces.
 
     Raises:
-      ValueError: the file cannot be read, or its placeholders are not those of the task.
+      ValueError: the path is a pipe, the file cannot be read, or its placeholders are not those of
+        the task.
     """
     required = ' and '.join(f'{{{name}}}' for name in placeholders)
     try:
+        if Path(path).is_fifo():
+            raise ValueError(
+                f'task.prompt_template: {path} is a pipe, and the wording is read several times; '
+                'save it in a file'
+            )
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 
 from spg_jax import tasks
 from spg_jax.data import batches
-from spg_jax.data.demonstrations import encode_pairs
+from spg_jax.data.demonstrations import Lessons, encode_pairs
 from spg_jax.data.tokenizers import WordTokenizer
 
 pytestmark = pytest.mark.fast
@@ -119,3 +119,19 @@ def test_records_that_do_not_fit_are_refused_before_training(task, tokenizer):
         encode_pairs(task, tokenizer, [fits, (EXAMPLES[1], '')], 6, 4)
     with pytest.raises(ValueError, match='more than sampling.length 3; set it to at least 4'):
         encode_pairs(task, tokenizer, [fits], 6, 3)
+
+
+def test_the_stage_after_the_largest_seed_has_a_seed(task, tokenizer):
+    """The second stage of a base policy has the seed after that of the first."""
+    lessons = Lessons(
+        task=task,
+        tokenizer=tokenizer,
+        problems=[],
+        records=[(example, '<answer> 1 </answer>') for example in EXAMPLES],
+        batch_size=4,
+        local_rows=np.arange(4),
+        prompt_length=9,
+        length=4,
+    )
+    orders = [next(lessons.batches(1.0, seed)).index.tolist() for seed in (2**32, 0, 2**32 - 1)]
+    assert orders[0] == orders[1] and sorted(orders[2]) == [0, 1, 2, 3]

@@ -79,3 +79,19 @@ def test_data_that_is_there_is_read_without_a_lock(tmp_path):
     finally:
         for folder in folders:
             folder.chmod(0o755)
+
+
+def test_a_path_that_the_locale_cannot_express_is_refused(tmp_path, monkeypatch):
+    """Fault F89. Under LC_ALL=C Python has a path with a letter such as ü as these characters,
+    which no library takes. The path may be that of the working directory, or a part of it."""
+    folder = os.path.join(os.fsencode(tmp_path), b'th \xff')
+    os.mkdir(folder)
+    for path in (os.fsdecode(folder), f'{os.fsdecode(folder)}/run', '~/run', 'run'):
+        if path == '~/run':
+            monkeypatch.setenv('HOME', os.fsdecode(folder))
+        if path == 'run':
+            monkeypatch.chdir(os.fsdecode(folder))
+        with pytest.raises(ValueError, match=r'th .udcff.* set LC_ALL=C.UTF-8') as error:
+            files.local_path(path, saves=True)
+        assert '\n' not in str(error.value)
+    assert files.with_home('~/run') == f'{os.fsdecode(folder)}/run'  # an ordinary file can be read

@@ -50,6 +50,22 @@ def test_a_request_counts_though_nothing_can_be_printed(monkeypatch, no_death, r
         assert guard.requested()
 
 
+@pytest.mark.parametrize('number', interruption.WARNINGS)
+def test_a_warning_does_not_end_the_last_work(number):
+    """The report of a run comes after `release`."""
+    handled = []
+    previous = signal.signal(number, lambda number, frame: handled.append(number))
+    try:
+        with Interruption() as guard:
+            guard.release()
+            signal.raise_signal(number)
+            assert not guard.requested() and not handled
+        signal.raise_signal(number)
+        assert handled == [number]
+    finally:
+        signal.signal(number, previous)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_a_request_and_a_later_one_acts_as_usual(monkeypatch, number):
     handled = []

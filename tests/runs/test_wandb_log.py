@@ -1,5 +1,6 @@
 """Weights & Biases is asked before any work, and a new training has an id of its own."""
 
+import os
 import sys
 import types
 
@@ -22,7 +23,14 @@ def wandb(monkeypatch):
     module = types.ModuleType('wandb')
     module.api = types.SimpleNamespace(api_key=None)
     module.errors = types.SimpleNamespace(CommError=Unreachable, UsageError=Unreachable)
-    module.started = []
+    module.started, module.mode, module.saved_key = [], 'online', None
+    module.setup = lambda: types.SimpleNamespace(
+        settings=types.SimpleNamespace(
+            mode=os.environ.get('WANDB_MODE', module.mode),
+            api_key=module.saved_key,
+            base_url='https://api.wandb.ai',
+        )
+    )
 
     def init(**options):
         module.started.append(options)
@@ -32,7 +40,8 @@ def wandb(monkeypatch):
 
     module.init = init
     monkeypatch.setitem(sys.modules, 'wandb', module)
-    monkeypatch.delenv('WANDB_MODE', raising=False)
+    for name in ('WANDB_MODE', 'WANDB_API_KEY', 'WANDB_IDENTITY_TOKEN_FILE'):
+        monkeypatch.delenv(name, raising=False)
     return module
 
 
@@ -43,6 +52,39 @@ def test_no_key_is_one_line(wandb, monkeypatch):
     assert '\n' not in str(error.value)
     monkeypatch.setenv('WANDB_MODE', 'offline')
     check_wandb('proj')
+
+
+def test_what_wandb_has_been_told_before_counts(wandb):
+    """`wandb offline` and `wandb disabled` write a file of settings."""
+    for wandb.mode in ('offline', 'disabled'):
+        check_wandb('proj')
+
+
+def test_only_the_process_that_logs_needs_a_key(wandb, monkeypatch):
+    monkeypatch.setattr('spg_jax.process.distributed.is_leader', lambda: False)
+    check_wandb('proj')
+
+
+@pytest.mark.parametrize('place', ['environment', 'settings', '.netrc', 'nowhere', 'bad .netrc'])
+def test_a_key_is_found_without_what_wandb_deprecates(wandb, monkeypatch, place):
+    def read_netrc_auth(host):
+        assert host == 'https://api.wandb.ai'
+        if place == 'bad .netrc':
+            raise Unreachable('too\nshort')
+        return 'key' if place == '.netrc' else None
+
+    del wandb.api
+    newer = types.SimpleNamespace(read_netrc_auth=read_netrc_auth)
+    monkeypatch.setitem(sys.modules, 'wandb.sdk.lib.wbauth', newer)
+    if place == 'environment':
+        monkeypatch.setenv('WANDB_API_KEY', 'key')
+    wandb.saved_key = 'key' if place == 'settings' else None
+    if place in ('environment', 'settings', '.netrc'):
+        check_wandb('proj')
+        return
+    with pytest.raises(ValueError, match='`wandb login') as error:
+        check_wandb('proj')
+    assert '\n' not in str(error.value)
 
 
 def test_without_a_network_a_line_says_that_it_is_offline(wandb, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """math-verify as a judge: kept from its slips, in time, and for GSM8K too."""
 
+import re
+import resource
 import time
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +108,12 @@ def test_no_completion_takes_more_than_five_seconds(judged):
         started = time.monotonic()
         assert judged('math500', '5', rf'\boxed{{{box}}}') == (box == '5')
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif(not Path('/proc/self/limits').exists(), reason='the system tells no limits')
+def test_the_memory_of_the_judging_process_is_bounded(judged):
+    assert judged('math500', '2', r'\boxed{2}')
+    process = Path(f'/proc/{judge._judge()._copy}')
+    (limit,) = re.findall(r'Max address space +(\S+)', (process / 'limits').read_text())
+    in_use = int((process / 'statm').read_text().split()[0]) * resource.getpagesize()
+    assert in_use < int(limit) < in_use + 2 * judge.MOST_BYTES

@@ -7,7 +7,7 @@ import pytest
 
 from spg_jax import tasks
 from spg_jax.tasks import published_files
-from spg_jax.tasks.source import SPLITS
+from spg_jax.tasks.source import ORIGIN, SPLITS
 
 NAMES = ('gsm8k', 'math500')
 
@@ -151,7 +151,7 @@ def test_files_of_other_forms_with_own_keys(tmp_path, no_network, suffix):
     assert first['test'] == set(range(40, 45)) and len(first['train']) == 36
     assert learnt('question:q,answer:other')['test'] == set(range(140, 145))
     assert learnt('question:q,answer:label') == first
-    with pytest.raises(ValueError, match=rf'gsm8k_train\{suffix}:?.*mend that file, or delete it'):
+    with pytest.raises(ValueError, match=rf'gsm8k_train\{suffix}:?.*mend that file, or move it'):
         learnt('')
 
 
@@ -178,3 +178,42 @@ def test_problems_whose_files_are_gone_are_refused(tmp_path, no_network):
     with pytest.raises(ValueError, match='gsm8k_test.jsonl.* is gone; put it back, or') as error:
         sources('gsm8k', tmp_path)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_problems_of_which_one_file_is_gone_are_refused_and_stay(tmp_path, no_network, split):
+    """Otherwise they would be made of one file of the user and one that is downloaded."""
+    write(tmp_path, 'gsm8k')
+    expected = sources('gsm8k', tmp_path)
+    file = tmp_path / f'gsm8k_{split}.jsonl'
+    content = file.read_text()
+    file.unlink()
+    with pytest.raises(ValueError, match=f'gsm8k_{split}.jsonl, which .* is gone; put it back, or'):
+        sources('gsm8k', tmp_path)
+    # The split may have a file of another form.
+    file.with_suffix('.json').write_text(json.dumps([json.loads(x) for x in content.splitlines()]))
+    assert sources('gsm8k', tmp_path) == expected
+
+
+def test_problems_that_nobody_knows_the_files_of_are_made_anew(tmp_path, no_network):
+    """Problems from before there were files of digests."""
+    write(tmp_path, 'gsm8k')
+    sources('gsm8k', tmp_path)
+    (origin,) = tmp_path.glob(f'gsm8k/*{ORIGIN}')
+    origin.unlink()
+    write(tmp_path, 'gsm8k', test=range(140, 145))
+    assert answers(sources('gsm8k', tmp_path)['test']) == set(range(140, 145))
+    assert origin.is_file()
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"gsm8k_test.jsonl": 5}'])
+def test_a_damaged_file_of_digests_is_named(tmp_path, no_network, text):
+    write(tmp_path, 'gsm8k')
+    sources('gsm8k', tmp_path)
+    (origin,) = tmp_path.glob(f'gsm8k/*{ORIGIN}')
+    origin.write_text(text)
+    with pytest.raises(ValueError, match='move it away and run again') as error:
+        sources('gsm8k', tmp_path)
+    assert str(error.value).startswith(str(origin)) and '\n' not in str(error.value)
+    origin.unlink()
+    assert len(sources('gsm8k', tmp_path)['test']) == 5

@@ -1,5 +1,6 @@
 """The interface of every task: names, formats, prompt files, vocabularies, figures."""
 
+import os
 import sys
 
 import numpy as np
@@ -80,6 +81,18 @@ def test_wrong_prompt_template(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         tasks.get('countdown', prompt_template=str(path))
     assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_prompt_template_in_a_pipe_is_refused():
+    """A shell gives such a path for `<(command)`; a run would read nothing the second time."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{numbers} {target}')
+    os.close(writer)
+    try:
+        with pytest.raises(ValueError, match=f'/dev/fd/{reader} is a pipe, .*; save it in a file'):
+            tasks.get('countdown', prompt_template=f'/dev/fd/{reader}')
+    finally:
+        os.close(reader)
 
 
 def test_worked_examples(tmp_path):

@@ -105,15 +105,24 @@ def save_checkpoint(
     """
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if path.is_file() and not path.name.startswith('model.safetensors'):
-                if path.suffix != '.safetensors':
-                    shutil.copy(path, directory)
+        for path in copied_files(source):
+            shutil.copy(path, directory)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         tensors |= published_tensors(_source(path), leaf, _factors(path, adapters), lora)
     write_checkpoint(directory, tensors, shard_bytes)
     multihost_utils.sync_global_devices('checkpoint written')
+
+
+def copied_files(source: Path) -> list[Path]:
+    """The files of a checkpoint that `save_checkpoint` copies: all but the weights."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and not path.name.startswith('model.safetensors')
+        and path.suffix != '.safetensors'
+    ]
 
 
 def check_checkpoint(
