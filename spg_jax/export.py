@@ -35,7 +35,8 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
       whole: whether adapters are merged into a whole checkpoint or written alone.
 
     Raises:
-      ValueError, FileNotFoundError: if `out` exists, or the policy or checkpoint cannot be read.
+      ValueError, FileNotFoundError: if `out` exists, or the policy or checkpoint is damaged or
+        cannot be read.
     """
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
@@ -45,6 +46,7 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     _refuse_links(directory)
     _refuse_links(source)
     if adapter.is_dir() and not whole:
+        policies.check_saved_adapters(directory)
         if distributed.is_leader():
             shutil.copytree(adapter, out)
         distributed.barrier(f'exported {out}')
