@@ -181,9 +181,7 @@ def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path,
     )
     config.base.stages, config.train.max_skipped = ((3, 1.0),), 3
     for _ in range(2):
-        with pytest.raises(
-            FloatingPointError, match='3 non-finite updates in a row'
-        ):
+        with pytest.raises(FloatingPointError, match='3 non-finite updates in a row'):
             run(config, tmp_path / 'base')
         assert not policies.is_policy(tmp_path / 'base')
     checkpoints = (tmp_path / 'base.training' / 'checkpoints').iterdir()
