@@ -36,8 +36,8 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
       whole: whether adapters are merged into a whole checkpoint or written alone.
 
     Raises:
-      ValueError, FileNotFoundError: if `out` exists, the policy or checkpoint cannot be read, or a
-        file to copy is a link to another place.
+      ValueError, FileNotFoundError: if `out` exists, the policy or checkpoint is damaged or cannot
+        be read, or a file to copy is a link to another place.
     """
     if out.exists():
         raise ValueError(f'{out} exists; give a new directory as --out')
@@ -46,6 +46,7 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     adapter = directory / policies.ADAPTER
     if adapter.is_dir() and not whole:
         _refuse_links(directory, [adapter, *adapter.rglob('*')])
+        policies.check_saved_adapters(directory)
         if distributed.is_leader():
             shutil.copytree(adapter, out)
         distributed.barrier(f'exported {out}')

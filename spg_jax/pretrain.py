@@ -31,6 +31,7 @@ from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.models.transformer import EXECUTION
 from spg_jax.process import cli, distributed
 from spg_jax.process.config_flag import define_config_flag
 from spg_jax.process.interruption import Interruption
@@ -38,7 +39,8 @@ from spg_jax.process.json_files import check_json
 from spg_jax.process.progress import track
 from spg_jax.random import Purpose, example_keys, root_key, step_key
 from spg_jax.runs import policies
-from spg_jax.runs.directory import Settings, claimed, digest, policy_of_run
+from spg_jax.runs.claim import claimed
+from spg_jax.runs.directory import Settings, digest, policy_of_run
 from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Example, Task
 from spg_jax.training import optimizers
@@ -51,6 +53,7 @@ from spg_jax.training.train_state import (
 )
 
 CHECKPOINT_EVERY = 1000  # steps
+STUCK = 'lower base.learning_rate (with --workdir, in another one)'
 FLAGS = flags.FLAGS
 
 
@@ -58,7 +61,7 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
     """Everything that makes the base policy of a configuration, wording of the prompt included."""
     return {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
-        'model': {name: x for name, x in config.model.items() if name != 'quantize'},
+        'model': {name: x for name, x in config.model.items() if name not in EXECUTION},
         'base': {
             name: value
             for name, value in config.base.to_dict().items()
@@ -71,7 +74,19 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
 def base_directory(config: ml_collections.ConfigDict) -> Path:
     """Where the base policy of a configuration is or will be: named by everything that makes it."""
     settings = made_of(config, assemble(config).task)
-    return Path(config.base.cache) / f'{config.task.name}-{digest(settings)}'
+    # The names once depended on how a policy was computed as well.
+    model = {name: x for name, x in config.model.items() if name != 'quantize'}
+    directory, older = (
+        Path(config.base.cache) / f'{config.task.name}-{digest(identity)}'
+        for identity in (settings, settings | {'model': model})
+    )
+    begun = [policies.is_policy(d) or _training_of(d).is_dir() for d in (directory, older)]
+    return older if begun == [False, True] else directory
+
+
+def _training_of(directory: Path) -> Path:
+    """Where a training that makes a policy keeps what it goes on from."""
+    return directory.with_name(directory.name + '.training')
 
 
 def find_or_make_base(
@@ -115,20 +130,30 @@ def pretrain(
       interruption: looked at after every step.
       start_from: a policy to fine-tune; None starts from random parameters.
       records: (problem, answer) pairs to imitate in every stage instead of the demonstrator.
+      wait: whether to wait for another process that is making the policy.
 
     Returns:
       Whether it finished. If not, it was interrupted and everything is saved.
 
     Raises:
       FloatingPointError: `train.max_skipped` steps in a row were not finite; the state is saved.
-      ValueError, BlockingIOError: the directory is another training's, or one is at work in it.
+      ValueError, BlockingIOError: the directory is another training's or no policy's, or a training
+        is at work in it.
     """
     parts = assemble(config)
-    training = directory.with_name(directory.name + '.training')
+    training = _training_of(directory)
     imitated = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
     settings = made_of(config, parts.task) | {'given': imitated}
+    is_taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     finished = policies.is_policy(directory)
-    with claimed(training, settings, finished, wait):
+    if is_taken and not finished:
+        raise ValueError(
+            f'{directory} is no policy and would be replaced by one, expected a policy, an empty '
+            'directory or none; use another --workdir, or move it away'
+        )
+    with claimed(training, settings, finished, interruption if wait else None) as is_free:
+        if not is_free:
+            return False
         if policies.is_policy(directory):  # perhaps only since another process has made it
             return True
         return _pretrain(
@@ -158,7 +183,7 @@ def _pretrain(
     """The training itself, in a directory that is claimed; arguments and result of `pretrain`."""
     policy, tokenizer, variables = _starting_point(config, parts, mesh, start_from)
     lessons = _lessons(config, parts, tokenizer, mesh, records)
-    run = Run(training, keep=1)
+    run = Run(training, keep=2)  # If the newest is damaged, the other is there to go on from.
     total = sum(stage.steps for stage in parts.stages)
     patience = min(config.train.max_skipped, total)
     base = config.base
@@ -174,6 +199,7 @@ def _pretrain(
             return state
 
         state = run.restore(saved_state)
+        run.check_progress(patience, STUCK)
     first_step = 0
     for number, stage in enumerate(parts.stages):
         demonstrations = lessons.batches(stage.right_share, base.seed + number)
@@ -190,10 +216,7 @@ def _pretrain(
             if stuck or stop or run.step % CHECKPOINT_EVERY == 0:
                 run.save(state, stage=number, iterator=demonstrations.get_state())
             if stuck:
-                raise FloatingPointError(
-                    f'{training}: {patience} non-finite steps in a row, saved at '
-                    f'step {run.step}; lower base.learning_rate in another --workdir'
-                )
+                run.check_progress(patience, STUCK)
             if stop:
                 print(f'stopped at step {run.step} of {total}, saved; the same command goes on')
                 return False

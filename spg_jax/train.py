@@ -33,11 +33,14 @@ from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
 from spg_jax.rl.rollout import Rollout, empty_rollout
 from spg_jax.runs import plots, policies
-from spg_jax.runs.directory import claimed, default_workdir, identity
-from spg_jax.runs.preparation import Programs, prepare
+from spg_jax.runs.claim import claimed
+from spg_jax.runs.directory import default_workdir, identity
+from spg_jax.runs.preparation import Programs, check_origins, origins_of, prepare
 from spg_jax.runs.report import (
+    RESULT,
     check_record,
     closing_lines,
+    is_finished,
     quality,
     read_result,
     summary,
@@ -49,6 +52,7 @@ from spg_jax.tasks.task import Example
 from spg_jax.training.train_state import TrainState
 
 FLAGS = flags.FLAGS
+STUCK = 'lower optimizer.learning_rate in a new --workdir'
 
 
 def train(
@@ -69,10 +73,14 @@ def train(
     planned = run.record.get('planned_steps', config.train.steps)
     state, problems, programs = prepare(config, parts, base, mesh, planned)
     validation = Validation(config, run, programs, problems.validation, base)
+    origins = origins_of(parts, problems, base)
+    patience = min(config.train.max_skipped, config.train.steps)
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        state, rollout = restore(run, state, parts, mesh)
+        state, rollout = restore(run, state, parts, programs, mesh)
+        check_origins(workdir, run.record.get('origins', {}), origins)
+        run.check_progress(patience, STUCK)
         programs.prompts.set_state(run.record['prompts'])
     else:
         print('evaluating the base policy', flush=True)
@@ -81,7 +89,6 @@ def train(
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
-    patience = min(config.train.max_skipped, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
         if step % parts.batching.inner_updates == 0:  # otherwise the checkpoint had the rollout
             batch = next(programs.prompts)
@@ -102,12 +109,10 @@ def train(
                 prompts=programs.prompts.get_state(),
                 prompt_length=rollout.prompt.shape[1],
                 planned_steps=planned,
+                origins=origins,
             )
         if stuck:
-            raise FloatingPointError(
-                f'{workdir}: {patience} non-finite updates in a row, saved '
-                f'at step {run.step}; lower optimizer.learning_rate in a new --workdir'
-            )
+            run.check_progress(patience, STUCK)
         if stop:
             print(f'stopped after update {run.step}, saved; run the same command to go on')
             return False
@@ -151,12 +156,14 @@ class Validation:
         )
 
 
-def restore(run: Run, state: TrainState, parts: Parts, mesh: Mesh) -> tuple[TrainState, Rollout]:
+def restore(
+    run: Run, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh
+) -> tuple[TrainState, Rollout]:
     """The train state and the rollout of the newest checkpoint, on the devices of this start.
 
     Raises:
       FileNotFoundError: the best policy of the run is gone, which its report would need.
-      ValueError: no checkpoint is whole.
+      ValueError: no checkpoint is whole, or the best policy is damaged.
     """
     best = run.directory / 'best'
     if not policies.is_policy(best):
@@ -164,6 +171,7 @@ def restore(run: Run, state: TrainState, parts: Parts, mesh: Mesh) -> tuple[Trai
             f'{best} is gone, the policy that validated best so far; restore it, or use another '
             '--workdir'
         )
+    policies.load_trained(best, programs.policy, mesh)  # Fail early: the report reads it again.
 
     def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
         check_record(record, run.directory / 'checkpoints')
@@ -191,7 +199,7 @@ def report(
         show_example(parts, programs.tokenizer, problems[0], completion)
         result = summary(config.to_dict(), run, figures, base)
         # This file comes last, because it says that the run is finished.
-        write_whole(run.directory / 'result.json', json.dumps(result, indent=1))
+        write_whole(run.directory / RESULT, json.dumps(result, indent=1))
     distributed.barrier('result')
 
 
@@ -240,13 +248,13 @@ def main(_: list[str]) -> None:
     if config.train.wandb:
         check_wandb(config.train.wandb)
     cli.compile_cache()
-    result = workdir / 'result.json'
-    with claimed(workdir, identity(config), result.is_file()), jax.set_mesh(mesh):
-        if not result.is_file() or read_result(result)['steps'] < config.train.steps:
+    finished = is_finished(workdir, config.train.steps)
+    with claimed(workdir, identity(config), finished), jax.set_mesh(mesh):
+        if not finished:
             with Interruption() as interruption:
                 if not train(config, workdir, mesh, interruption):
                     return
-    print(closing_lines(read_result(result), workdir))
+    print(closing_lines(read_result(workdir / RESULT), workdir))
 
 
 if __name__ == '__main__':

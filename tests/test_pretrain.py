@@ -16,9 +16,11 @@ from spg_jax.assembly import assemble
 from spg_jax.data.demonstrations import encode_pairs, read_demonstrations
 from spg_jax.diffusion.denoising import stratified_masks
 from spg_jax.models.number_features import PERIODS, with_number_features
+from spg_jax.process.files import locked
 from spg_jax.process.interruption import Interruption
 from spg_jax.random import Purpose, example_keys, step_key
 from spg_jax.runs import policies
+from spg_jax.runs.directory import digest
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
@@ -170,12 +172,39 @@ def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
         run(config, whole)
 
 
-def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path):
-    config.base.learning_rate, config.train.max_skipped = 1e38, 3
-    with pytest.raises(FloatingPointError, match='3 non-finite steps in a row'):
-        run(config, tmp_path / 'base')
-    assert not policies.is_policy(tmp_path / 'base')
-    assert any((tmp_path / 'base.training' / 'checkpoints').iterdir())
+def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path, monkeypatch):
+    """At its second start as well, when it has no step left."""
+    monkeypatch.setattr(pretrain, 'CHECKPOINT_EVERY', 1)
+    make = sharding.init_params
+    monkeypatch.setattr(
+        sharding, 'init_params', lambda *args: jax.tree.map(lambda x: x * jnp.nan, make(*args))
+    )
+    config.base.stages, config.train.max_skipped = ((3, 1.0),), 3
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match='3 non-finite updates in a row'):
+            run(config, tmp_path / 'base')
+        assert not policies.is_policy(tmp_path / 'base')
+    checkpoints = (tmp_path / 'base.training' / 'checkpoints').iterdir()
+    assert {path.name for path in checkpoints} == {'2', '3'}  # an older one to fall back to
+
+
+def test_what_is_no_policy_is_not_replaced_by_one(config, tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='is no policy and would be replaced by one') as error:
+        run(config, tmp_path)
+    assert '\n' not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+    assert not tmp_path.with_name(tmp_path.name + '.training').exists()
+
+
+def test_who_waits_for_a_base_policy_leaves_when_asked_to(config, tmp_path):
+    class Asked(Interruption):
+        def requested(self):
+            return True
+
+    (tmp_path / 'base.training').mkdir()
+    with locked(tmp_path / 'base.training' / 'lock'):
+        assert not pretrain.pretrain(config, tmp_path / 'base', mesh_of(), Asked(), wait=True)
 
 
 def test_base_policies_are_named_by_what_makes_them(config, tmp_path):
@@ -193,6 +222,21 @@ def test_base_policies_are_named_by_what_makes_them(config, tmp_path):
     assert pretrain.base_directory(same) == pretrain.base_directory(config)
     wording.write_text('= {target} {numbers} :')
     assert pretrain.base_directory(same) != pretrain.base_directory(config)
+
+
+def test_how_a_base_policy_is_computed_does_not_name_it(config, tmp_path):
+    """A policy from when it did is still found."""
+    config.base.cache = str(tmp_path)
+    directory = pretrain.base_directory(config)
+    config.model.update(remat=True, scan_unroll=3, attention='einsum')
+    assert pretrain.base_directory(config) == directory
+    parts = pretrain.made_of(config, assemble(config).task)
+    older = parts | {'model': {k: x for k, x in config.model.items() if k != 'quantize'}}
+    older = tmp_path / f'countdown-{digest(older)}'
+    (tmp_path / f'{older.name}.training').mkdir()
+    assert pretrain.base_directory(config) == older
+    directory.with_name(directory.name + '.training').mkdir()
+    assert pretrain.base_directory(config) == directory
 
 
 def test_number_words_start_as_waves_of_their_value():

@@ -5,24 +5,22 @@ a record of JSON values with digests of both. A checkpoint appears whole or not 
 believed only if its digests agree. Policies, which are for use, are in `spg_jax.runs.policies`.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
-from spg_jax.errors import one_line
 from spg_jax.process import distributed
+from spg_jax.runs.arrays import abstract, restored, saving
 from spg_jax.training.digests import digest_arrays
 
 Record = dict[str, Any]  # JSON values
 DAMAGED = '.damaged'  # ends the name of a checkpoint that could not be read
+T = TypeVar('T')
 
 
 class RunCheckpoints:
@@ -61,12 +59,9 @@ class RunCheckpoints:
         path = self.directory / str(step)
         digest = digest_arrays(arrays)
         metadata = {'record': record, 'arrays': digest, 'digest': _digest_record(record)}
-        try:
-            with _silent_logs():
-                ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
+        with saving(path):
+            ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
             self.load(step, lambda _: abstract(arrays))
-        except Exception as error:  # Orbax and TensorStore raise a dozen types.
-            raise OSError(f'{path} could not be saved ({one_line(error)[:300]})') from error
         if distributed.is_leader():
             for old in self.steps()[: -self._keep]:
                 shutil.rmtree(self.directory / str(old), ignore_errors=True)
@@ -102,16 +97,19 @@ class RunCheckpoints:
     def load_newest(self, target_of: Callable[[Record], Any]) -> tuple[int, Any, Record]:
         """Step, arrays and record of the newest checkpoint that is whole.
 
-        A newer one that is not whole is set aside under another name, and the reason is printed;
-        nothing is ever deleted because it could not be read.
+        A newer one that some process cannot read is set aside under another name, and the reason is
+        printed; nothing is ever deleted because it could not be read.
 
         Raises:
           ValueError: no checkpoint is whole; the message names the newest and says what is wrong.
         """
         failures: dict[int, ValueError] = {}
         for step in reversed(self.steps()):
+            path = self.directory / str(step)
             try:
-                arrays, record = self.load(step, target_of)
+                # Orbax waits for all processes, so none of them may begin to load alone.
+                _agreed(path, lambda step=step: self.record(step))
+                arrays, record = _agreed(path, lambda step=step: self.load(step, target_of))
             except ValueError as error:
                 failures[step] = error
                 continue
@@ -121,7 +119,8 @@ class RunCheckpoints:
             return step, arrays, record
         newest = next(iter(failures.values()))
         raise ValueError(
-            f'{newest}; no older checkpoint is whole either: restore one, or use another --workdir'
+            f'{newest}; no older checkpoint is whole either: restore one, or move '
+            f'{self.directory.parent} away to begin anew'
         )
 
     def _set_aside(self, step: int) -> Path:
@@ -143,36 +142,20 @@ class RunCheckpoints:
         return metadata
 
 
-def abstract(tree: Any) -> Any:
-    """The shapes, types and shardings of a tree of arrays, as a target to restore into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def restored(path: Path, load: Callable[[Path], Any]) -> Any:
-    """The result of `load` for a path.
+def _agreed(path: Path, read: Callable[[], T]) -> T:
+    """The result of `read` for a path, which counts only if every process has one.
 
     Raises:
-      ValueError: `load` fails; the message has one line and names the path.
+      ValueError: `read` fails in this process or in another one.
     """
-    # Orbax and TensorStore raise a dozen types, with messages of many lines.
+    result, failure = None, None
     try:
-        with _silent_logs():
-            return load(path.absolute())
-    except Exception as error:
-        raise ValueError(
-            f'{path} cannot be read: it is damaged or of another configuration '
-            f'({one_line(error)[:300]})'
-        ) from error
-
-
-@contextlib.contextmanager
-def _silent_logs() -> Iterator[None]:
-    """Keeps hundreds of lines off the screen, in which Orbax logs an error that it also raises."""
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+        result = read()
+    except ValueError as error:
+        failure = error
+    if distributed.largest(int(failure is not None)):
+        raise failure or ValueError(f'{path} cannot be read by another process')
+    return result
 
 
 def _digest_record(record: Record) -> str:

@@ -1,10 +1,7 @@
-"""The directory of a training: its name, its configuration, its policy, and who may work in it."""
+"""The directory of a training: its name, its configuration and its policy."""
 
-import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,11 @@ import ml_collections
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
-from spg_jax.process import distributed
-from spg_jax.process.files import locked, write_whole
 from spg_jax.process.json_files import check_json, read_json
 from spg_jax.runs import policies
-from spg_jax.runs.identity import FILES, Settings, changed_settings, digest_files
+from spg_jax.runs.identity import FILES, Settings, digest_files
 
 CONFIG = 'config.json'
-WAIT_SECONDS = 1.0  # between two looks whether another process has ended
 RESTORE = 'restore the file, or use another --workdir'
 
 
@@ -56,7 +50,7 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
         raise FileNotFoundError(
             f'{path} does not exist; give the --workdir of a spg_jax.train run, or a base policy'
         )
-    return _saved_config(_read_object(path), path)
+    return _saved_config(read_json(path, dict[str, Any], RESTORE), path)
 
 
 def _saved_config(saved: Any, path: Path) -> ml_collections.ConfigDict:
@@ -146,76 +140,3 @@ def policy_of_run(workdir: Path) -> Path:
     if (workdir / 'checkpoints').is_dir():
         raise FileNotFoundError(f'{best} does not exist yet; wait for the first validation')
     return workdir
-
-
-@contextlib.contextmanager
-def claimed(
-    workdir: Path, settings: Settings, finished: bool = False, wait: bool = False
-) -> Iterator[None]:
-    """Claims a directory for a training with these settings; no other training can enter it.
-
-    The settings of a training that never saved a checkpoint are overwritten, so that a mistake in
-    them can be corrected in the same directory. Settings that do not change what is learned may
-    differ from those of an earlier start, and a line says which do.
-
-    Args:
-      workdir: the directory, which is created if it does not exist.
-      settings: the settings of the training.
-      finished: whether the result of the training exists. Its settings are then kept, even without
-        a checkpoint.
-      wait: whether to wait for another process that is training in the directory.
-
-    Raises:
-      ValueError: if the directory holds a training with other settings; the message names the first
-        setting that differs.
-      BlockingIOError: if another process is training in the directory, unless `wait` is set.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / CONFIG
-    settings = json.loads(json.dumps(settings))  # As they will be read: tuples become lists.
-    if not distributed.is_leader():  # The leader holds the lock for all processes of the training.
-        distributed.barrier(f'claimed {workdir}')
-        yield
-        return
-    with contextlib.ExitStack() as held:
-        _hold_lock(held, workdir, wait)
-        if path.is_file() and (finished or _has_checkpoint(workdir)):
-            changes = changed_settings(workdir, _read(path), settings, CONFIG)
-            if changes:
-                print(f'{workdir}: going on with {", ".join(changes)}', flush=True)
-                write_whole(path, json.dumps(settings, indent=1))
-        else:
-            write_whole(path, json.dumps(settings, indent=1))
-        distributed.barrier(f'claimed {workdir}')
-        yield
-
-
-def _hold_lock(held: contextlib.ExitStack, workdir: Path, wait: bool) -> None:
-    """Locks a directory until `held` is left; raises as `claimed`."""
-    waiting = False
-    while True:
-        try:
-            held.enter_context(locked(workdir / 'lock', wait=False))
-            return
-        except BlockingIOError:
-            if not wait:
-                raise BlockingIOError(
-                    f'another process is training in {workdir}; wait for it, or use another '
-                    'directory'
-                ) from None
-            if not waiting:
-                print(f'waiting for another process that is training {workdir}', flush=True)
-                waiting = True
-            time.sleep(WAIT_SECONDS)  # Waiting in the lock itself would not notice a Ctrl-C.
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    return any(path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
-
-
-def _read(path: Path) -> Settings:
-    return check_json(_read_object(path), Settings, path, RESTORE)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any], RESTORE)

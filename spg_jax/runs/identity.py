@@ -1,6 +1,7 @@
 """What makes two trainings the same: settings that change what is learned, and files they name."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from spg_jax.assembly import assemble
+from spg_jax.config import default_config
 from spg_jax.runs import policies
 
 Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
@@ -35,18 +37,26 @@ def changed_settings(
 ) -> list[str]:
     """The settings in which a training differs from its saved ones, in words.
 
+    A setting that did not exist when the others were saved has its default. The path of a file or
+    directory may differ, if the contents are the same.
+
     Raises:
       ValueError: a setting differs that changes what is learned; the message names the first.
     """
     changes = []
+    defaults = json.loads(default_config().to_json())
+    saved_files, wanted_files = saved.get(FILES, {}), wanted.get(FILES, {})
     for group in wanted:
         if group == FILES and group not in saved:
             continue
         for name, value in wanted[group].items():
-            key, old = f'{group}.{name}', saved.get(group, {}).get(name)
+            key = f'{group}.{name}'
+            old = saved.get(group, {}).get(name, defaults.get(group, {}).get(name))
             if old == value or (group == FILES and old is None):  # fetched since the start
                 continue
-            if key not in FREE and not (key in GROWING and old is not None and value > old):
+            has_moved = bool(saved_files.get(key)) and saved_files[key] == wanted_files.get(key)
+            grows = key in GROWING and old is not None and value > old
+            if key not in FREE and not has_moved and not grows:
                 what = f'another {name}' if group == FILES else f'{key} {old!r}'
                 asked = '' if group == FILES else f', asked for {value!r}'
                 raise ValueError(

@@ -20,6 +20,7 @@ from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import own_values
 
 SAMPLES = 4  # completions of each rollout that are written to a file for people to read
+MOST_STEPS = 2**32  # more than any training has; a row of a later step is damaged
 
 
 def read(metrics: Mapping[str, tuple[Array, Array]]) -> dict[str, float]:
@@ -166,7 +167,8 @@ def _sorted_rows(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and type(row.get('step')) is int:
+        step = row.get('step') if isinstance(row, dict) else None
+        if type(step) is int and 0 <= step <= MOST_STEPS:
             rows.append(row)
         else:
             damaged.append(line)

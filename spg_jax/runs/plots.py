@@ -4,6 +4,7 @@ from pathlib import Path
 
 from spg_jax.runs.metrics import read_rows
 
+LARGEST = 1e100  # Matplotlib calculates with numbers below this one.
 # Title of each panel, and the metrics that it shows.
 PANELS = (
     ('reward', ('reward', 'reward_max_of_group')),
@@ -25,7 +26,7 @@ def curves(workdir: Path) -> Path:
     axes = figure.subplots(2, 3)
     for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
         for name in names:
-            points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+            points = [(row['step'], row[name]) for row in rows if _is_drawable(row.get(name))]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name.replace('_', ' '), lw=1.2)
         axis.set(title=title, xlabel='updates')
@@ -34,3 +35,8 @@ def curves(workdir: Path) -> Path:
     path = workdir / 'curves.png'
     figure.savefig(path, dpi=110)
     return path
+
+
+def _is_drawable(value: object) -> bool:
+    """Whether a value of a row is a number; a damaged row that is JSON may hold anything."""
+    return type(value) in (int, float) and abs(value) < LARGEST

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -27,7 +28,7 @@ from spg_jax.models.quantized import quantize_params
 from spg_jax.models.transformer import EXECUTION, Transformer, TransformerConfig, check_heads
 from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
-from spg_jax.runs.checkpoints import restored
+from spg_jax.runs.arrays import abstract, check_digest, check_finite, restored, saving
 from spg_jax.runs.description import (
     DESCRIPTION,
     RESTORE,
@@ -37,7 +38,7 @@ from spg_jax.runs.description import (
     is_published,
 )
 from spg_jax.sharding import abstract_params
-from spg_jax.training.digests import digest_arrays, non_finite
+from spg_jax.training.digests import digest_arrays
 
 PARAMS = 'params'
 ADAPTER = 'adapter'
@@ -56,7 +57,7 @@ def save_policy(
     notes: dict[str, Any],
     base: Path | None = None,
 ) -> None:
-    """Writes a policy directory. An older one is replaced only when the new one is whole.
+    """Writes a policy directory. An older one is replaced only when the new one was read back.
 
     Every process that holds a part of the parameters has to call this function.
 
@@ -68,6 +69,9 @@ def save_policy(
       notes: JSON values that say how the policy was made.
       base: the policy or published checkpoint that the adapters adapt, which has to stay where it
         is; None without adapters.
+
+    Raises:
+      OSError: it could not be written, or what was read back is not what was written.
     """
     old, new = _aside(directory), directory.with_name(directory.name + '.new')
     if distributed.is_leader():
@@ -81,27 +85,39 @@ def save_policy(
         del model[name]
     saved = variables[COLLECTION if config.lora else PARAMS]
     description = {'model': model, 'notes': notes, 'digest': digest_arrays(saved)}
-    if config.lora:
-        description['base'] = str(base.absolute())
-        save_adapter(new / ADAPTER, saved, config.lora, str(base.absolute()))
-    else:
-        ocp.save((new / PARAMS).absolute(), saved)
+    with saving(directory):
+        if config.lora:
+            description['base'] = str(base.absolute())
+            save_adapter(new / ADAPTER, saved, config.lora, str(base.absolute()))
+        else:
+            ocp.save((new / PARAMS).absolute(), saved)
+        _check_saved(new, saved, config, description['digest'])
+        if distributed.is_leader():
+            description |= tokenizer.save(new / TOKENIZER)
+            write_whole(new / DESCRIPTION, json.dumps(description, indent=1))
     if distributed.is_leader():
-        description |= tokenizer.save(new / TOKENIZER)
-        _replace(directory, new, description)
+        _replace(directory, new)
     distributed.barrier(f'saved {directory}')
 
 
-def _replace(directory: Path, new: Path, description: dict[str, Any]) -> None:
-    """Completes a new policy with its description, and moves it to the place of an older one."""
+def _replace(directory: Path, new: Path) -> None:
+    """Moves a new policy to the place of an older one."""
     old = _aside(directory)
-    write_whole(new / DESCRIPTION, json.dumps(description, indent=1))
     # At every moment the old or the new policy is whole under a name that readers look for.
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_saved(new: Path, saved: Any, config: TransformerConfig, digest: str) -> None:
+    """Reads back the arrays of a new policy; raises ValueError unless they are those saved."""
+    if config.lora:
+        mesh = getattr(getattr(jax.tree.leaves(saved)[0], 'sharding', None), 'mesh', None)
+        _restore_adapter(new / ADAPTER, config, mesh, digest)
+    else:
+        _restore_params(new, abstract(saved), digest)
 
 
 def _aside(directory: Path) -> Path:
@@ -128,6 +144,11 @@ def policy_notes(directory: Path) -> dict[str, Any]:
 def base_of(directory: Path) -> Path:
     """The policy that the one in `directory` adapts; `directory` if it holds all parameters."""
     return describe(_whole(directory)).base or directory
+
+
+def digest_of(directory: Path) -> str:
+    """The digest of what a policy holds, '' for a published checkpoint; raises as `load_policy`."""
+    return describe(_whole(directory)).digest
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -209,9 +230,10 @@ def load_policy(
     check_heads(config, mesh)
     adapter = _chosen_adapter(directory, description, adapter)
     # The adapter comes before the base, which is large, so that its errors show early.
-    lora, adapters = load_adapter(adapter, config, mesh) if adapter else (None, None)
+    if adapter:
+        digest = description.digest if description.base else ''
+        lora, adapters = _restore_adapter(adapter, config, mesh, digest)
     if description.base:
-        _check_arrays(directory / ADAPTER, adapters, description.digest)
         _, _, variables = load_policy(description.base, mesh, quantize=config.quantize)
     elif is_published(directory):
         variables = {PARAMS: weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
@@ -221,11 +243,19 @@ def load_policy(
         if config.quantize:
             params = quantize_params(params, abstract_params(Transformer(config), mesh))
         variables = {PARAMS: params}
+    if not description.base:
+        check_finite(directory, variables)
     if adapter:
         variables[COLLECTION] = adapters
         config = dataclasses.replace(config, lora=lora)
-    _check_finite(directory, variables)
     return make_policy(config, tokenizer), tokenizer, variables
+
+
+def check_saved_adapters(directory: Path) -> None:
+    """Raises ValueError unless the adapters of a policy are finite and those that were saved."""
+    directory = _whole(directory)
+    description, adapter = describe(directory), directory / ADAPTER
+    _restore_adapter(adapter, description.config, None, description.digest)
 
 
 def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
@@ -242,32 +272,22 @@ def load_trained(directory: Path, policy: Policy, mesh: Mesh) -> Variables:
     directory = _whole(directory)
     digest = describe(directory).digest
     if policy.config.lora:
-        adapters = load_adapter(directory / ADAPTER, policy.config, mesh)[1]
-        _check_arrays(directory / ADAPTER, adapters, digest)
-        return {COLLECTION: adapters}
+        return {COLLECTION: _restore_adapter(directory / ADAPTER, policy.config, mesh, digest)[1]}
     return {PARAMS: _restore_params(directory, abstract_params(policy.model, mesh), digest)}
+
+
+def _restore_adapter(
+    adapter: Path, config: TransformerConfig, mesh: Mesh | None, digest: str
+) -> tuple[LoRA, dict[str, Any]]:
+    """Adapters that are finite and, unless the digest is '', those that were saved."""
+    lora, adapters = load_adapter(adapter, config, mesh)
+    if digest:
+        check_digest(adapter, adapters, digest)
+    check_finite(adapter, {COLLECTION: adapters})
+    return lora, adapters
 
 
 def _restore_params(directory: Path, target: Any, digest: str) -> Any:
     params = restored(directory / PARAMS, lambda path: ocp.load(path, target))
-    _check_arrays(directory / PARAMS, params, digest)
+    check_digest(directory / PARAMS, params, digest)
     return params
-
-
-def _check_arrays(path: Path, arrays: Any, digest: str) -> None:
-    """Raises ValueError unless the arrays read from a path are, bit for bit, those saved there."""
-    if digest_arrays(arrays) != digest:
-        raise ValueError(
-            f'{path}: the arrays are not those that were saved, by the digest in '
-            f'{path.parent / DESCRIPTION}; use another copy of the policy, or make it anew'
-        )
-
-
-def _check_finite(directory: Path, variables: Variables) -> None:
-    """Raises ValueError if a parameter is NaN or infinite; the message names the array."""
-    name = non_finite(variables)
-    if name:
-        raise ValueError(
-            f'{directory}: {name} holds numbers that are not finite; use another policy, for this '
-            'one can answer nothing'
-        )

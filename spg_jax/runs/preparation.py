@@ -18,9 +18,16 @@ from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, make_collect
 from spg_jax.runs import policies
+from spg_jax.tasks.source import Source
 from spg_jax.tasks.task import Example
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
+
+# What changes what a run learns though no setting names it, in words.
+ORIGINS = {
+    'problems': 'set of problems in task.data_dir',
+    'base_policy': 'base policy in base.cache',
+}
 
 
 class ProblemSets(NamedTuple):
@@ -29,6 +36,7 @@ class ProblemSets(NamedTuple):
     train: batches.Problems
     validation: list[Example]
     test: list[Example]
+    digest: str  # of all of them, as they lie on disk; '' if they are only in memory
 
 
 def read_problems(
@@ -49,7 +57,8 @@ def read_problems(
     )
     if message:
         print(message, flush=True)
-    return ProblemSets(train, validation[: config.evaluation.problems], list(test))
+    digest = source.digest() if isinstance(source, Source) else ''
+    return ProblemSets(train, validation[: config.evaluation.problems], list(test), digest)
 
 
 class Programs(NamedTuple):
@@ -106,3 +115,30 @@ def prepare(
         evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
     )
     return state, problems, programs
+
+
+def origins_of(parts: Parts, problems: ProblemSets, base: Path) -> dict[str, str]:
+    """Digests of what a run is made of that its settings do not name, by the keys of ORIGINS.
+
+    A published base policy is a file that the settings name, and a run that trains every parameter
+    reads its base policy only once.
+    """
+    base_digest = policies.digest_of(base) if parts.lora else ''
+    digests = {'problems': problems.digest, 'base_policy': base_digest}
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def check_origins(workdir: Path, saved: dict[str, str], origins: dict[str, str]) -> None:
+    """Raises ValueError if a run began with other problems or another base policy.
+
+    Args:
+      workdir: of the run.
+      saved: what `origins_of` returned when the run began, {} if that was not written down.
+      origins: what it returns now.
+    """
+    for name, digest in origins.items():
+        if saved.get(name, digest) != digest:
+            raise ValueError(
+                f'{workdir} began with another {ORIGINS[name]}; put that one back, or use another '
+                '--workdir'
+            )

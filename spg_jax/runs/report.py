@@ -8,8 +8,11 @@ from msgspec import Meta
 from spg_jax.process.json_files import check_json, read_json
 from spg_jax.rl.evaluator import Figures
 from spg_jax.runs import policies
-from spg_jax.runs.directory import Settings
+from spg_jax.runs.claim import has_checkpoint
+from spg_jax.runs.identity import Settings
 from spg_jax.runs.run import Run
+
+RESULT = 'result.json'
 
 
 class _Figures(TypedDict):
@@ -30,6 +33,7 @@ class _Record(TypedDict):
     best: _Best
     seconds: float
     last_row: dict[str, Any]
+    origins: NotRequired[dict[str, str]]  # Older records have none.
 
 
 def check_record(record: dict[str, Any], checkpoint: Path) -> None:
@@ -104,6 +108,25 @@ def read_result(path: Path) -> Result:
       OSError, ValueError: if the file cannot be read or is damaged; the message names it.
     """
     return read_json(path, Result, 'restore it, or move it away and run the same command again')
+
+
+def is_finished(workdir: Path, steps: int) -> bool:
+    """Whether the run in a directory has its result, of as many updates as are asked for.
+
+    Raises:
+      FileNotFoundError: the run is to be made longer and has no checkpoint to go on from.
+      OSError, ValueError: as `read_result`.
+    """
+    path = workdir / RESULT
+    if not path.is_file():
+        return False
+    steps_done = read_result(path)['steps']
+    if steps_done < steps and not has_checkpoint(workdir):
+        raise FileNotFoundError(
+            f'{workdir} holds the result of {steps_done} updates and no checkpoint, from which it '
+            f'could go on to {steps}; restore checkpoints/, or use another --workdir'
+        )
+    return steps_done >= steps
 
 
 def closing_lines(result: Result, workdir: Path) -> str:

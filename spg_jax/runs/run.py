@@ -11,7 +11,8 @@ from typing import Any
 from jax import Array
 
 from spg_jax.process import distributed
-from spg_jax.runs.checkpoints import Record, RunCheckpoints, abstract
+from spg_jax.runs.arrays import abstract
+from spg_jax.runs.checkpoints import Record, RunCheckpoints
 from spg_jax.runs.metrics import MetricsWriter, SampleWriter
 from spg_jax.runs.wandb_log import open_wandb
 
@@ -102,6 +103,22 @@ class Run:
     def skipped(self, limit: int) -> bool:
         """Whether the newest `limit` updates in a row had no finite loss or gradient."""
         return self.last_row.get('skipped_in_a_row', 0) >= limit
+
+    def check_progress(self, limit: int, remedy: str) -> None:
+        """Refuses to go on with a training that only skips updates.
+
+        Args:
+          limit: as in `skipped`.
+          remedy: what to do about it; it ends the message.
+
+        Raises:
+          FloatingPointError: the newest `limit` updates were skipped.
+        """
+        if self.skipped(limit):
+            raise FloatingPointError(
+                f'{self.directory}: {limit} non-finite updates in a row, saved at step '
+                f'{self.step}; {remedy}'
+            )
 
     def save(self, arrays: Any, **record: Any) -> None:
         """Writes a checkpoint and returns when it is on disk.

@@ -10,7 +10,7 @@ import pytest
 
 from spg_jax import tasks
 from spg_jax.process import files
-from spg_jax.runs.directory import claimed
+from spg_jax.runs.claim import claimed
 
 pytestmark = pytest.mark.fast
 

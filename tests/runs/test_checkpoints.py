@@ -1,8 +1,11 @@
 """Checkpoints are believed only if they are whole: flipped bits and damage of every kind."""
 
+import gc
 import itertools
 import logging
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,10 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from spg_jax import sharding
-from spg_jax.runs.checkpoints import RunCheckpoints, abstract
+from spg_jax.runs.arrays import _ignore_abandoned_reads, abstract
+from spg_jax.runs.checkpoints import RunCheckpoints
 from tests.meshes import mesh_of
+from tests.runs.disks import full_disk
 
 
 def arrays_of(step, mesh=None):
@@ -207,3 +212,53 @@ def test_a_full_disk_loses_nothing_and_is_one_line(tmp_path, monkeypatch, caplog
     assert '\n' not in str(error.value) and not caplog.records
     monkeypatch.undo()
     check_loaded(tmp_path, 1)
+
+
+def test_a_disk_that_is_really_full_loses_nothing_and_is_one_line(copied, caplog):
+    checkpoints = RunCheckpoints(copied, keep=2)
+    with full_disk(500), pytest.raises(OSError, match='9 could not be saved') as error:
+        checkpoints.save(9, arrays_of(9), record_of(9))
+    assert '\n' not in str(error.value) and not caplog.records
+    check_loaded(copied, 8)
+
+
+@pytest.mark.parametrize('failing', ['record', 'arrays'])
+def test_processes_fall_back_together(copied, monkeypatch, failing):
+    """Another process cannot read the newest checkpoint; this one can."""
+    answers = itertools.chain([1] if failing == 'record' else [0, 1], itertools.repeat(0))
+    monkeypatch.setattr(
+        'spg_jax.runs.checkpoints.distributed.largest', lambda value: max(value, next(answers))
+    )
+    check_loaded(copied, 4)
+    assert (copied / '8.damaged').is_dir()
+
+
+def test_a_name_that_cannot_be_read_from_is_no_damage(copied, tmp_path):
+    shutil.copytree(copied / '8', tmp_path / 'br[1]' / '8')
+    with pytest.raises(ValueError, match='use a path without brackets') as error:
+        RunCheckpoints(tmp_path / 'br[1]', keep=2).record(8)
+    assert 'damaged' not in str(error.value) and '\n' not in str(error.value)
+
+
+def test_reads_that_are_abandoned_say_nothing_later(tmp_path, monkeypatch, caplog):
+    """One array cannot be read, and Orbax gives up those of the others."""
+    rng, reported = np.random.default_rng(0), []
+    arrays = {str(i): jnp.asarray(rng.normal(size=(8, 64))) for i in range(2)}
+    RunCheckpoints(tmp_path, keep=1).save(1, arrays, {})
+    largest_file(tmp_path / '1' / 'state').write_bytes(b'x' * 999)
+    monkeypatch.setattr(sys, 'unraisablehook', reported.append)
+    _ignore_abandoned_reads.cache_clear()
+    with pytest.raises(ValueError, match='cannot be read'):
+        RunCheckpoints(tmp_path, keep=1).load(1, lambda _: abstract(arrays))
+    gc.collect()
+    for logger in ('asyncio', 'orbax'):
+        logging.getLogger(logger).error('Task exception was never retrieved')
+    assert [record.name for record in caplog.records] == ['orbax']
+    closed, other = (
+        SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ('Event loop is closed', 'something else')
+    )
+    reported.clear()
+    sys.unraisablehook(closed)
+    sys.unraisablehook(other)
+    assert reported == [other]

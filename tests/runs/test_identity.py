@@ -5,7 +5,8 @@ import json
 import pytest
 
 from configs import countdown
-from spg_jax.runs.directory import claimed, identity
+from spg_jax.runs.claim import claimed
+from spg_jax.runs.directory import identity
 from spg_jax.runs.identity import FREE, GROWING, changed_settings, digest_path
 
 pytestmark = pytest.mark.fast
@@ -112,3 +113,35 @@ def test_a_config_of_before_there_were_digests_of_files_goes_on():
     config = countdown.get_config('tiny')
     old = {group: settings for group, settings in saved(config).items() if group != 'files'}
     assert changed_settings('DIR', old, saved(config), 'config.json') == []
+
+
+def test_a_setting_that_is_newer_than_the_training_has_its_default():
+    config = countdown.get_config('tiny')
+    old = saved(config)
+    del old['task']['fields']
+    assert changed_settings('DIR', old, saved(config), 'config.json') == []
+    config.task.fields = 'target:goal'
+    with pytest.raises(ValueError, match="task.fields '', asked for 'target:goal'"):
+        changed_settings('DIR', old, saved(config), 'config.json')
+
+
+def test_a_file_that_has_moved_is_the_same_file(tmp_path):
+    """Of a prompt template, a base and adapters the contents count, and not the path."""
+    config = countdown.get_config('tiny')
+    for name in ('a', 'b'):
+        (tmp_path / name).write_text('{numbers} = {target} :')
+    config.task.prompt_template = str(tmp_path / 'a')
+    started(tmp_path / 'run', config)
+    config.task.prompt_template = str(tmp_path / 'b')
+    with claimed(tmp_path / 'run', identity(config)):
+        pass
+    (tmp_path / 'b').write_text('= {target} {numbers} :')
+    with pytest.raises(ValueError, match='holds a training with another task.prompt_template;'):
+        with claimed(tmp_path / 'run', identity(config)):
+            pass
+
+
+def test_two_paths_at_which_nothing_is_are_two_settings():
+    old, new = ({'lora': {'adapter': name}, 'files': {'lora.adapter': ''}} for name in 'ab')
+    with pytest.raises(ValueError, match="lora.adapter 'a', asked for 'b'"):
+        changed_settings('DIR', old, new, 'config.json')

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from spg_jax.runs import plots
 from spg_jax.runs.metrics import MetricsWriter, SampleWriter, read, read_rows
 
 pytestmark = pytest.mark.fast
@@ -59,7 +60,11 @@ def test_a_file_cut_short_reads_as_far_as_it_goes(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    'line', ['{"step": 3, "lo#s": ', '{"a": 1}', '5', '[' * 100_000, '\xff\xfe']
+    'line',
+    [
+        *('{"step": 3, "lo#s": ', '{"a": 1}', '5', '[' * 100_000, '\xff\xfe'),
+        *('{"step": -1}', '{"step": 1' + '0' * 400 + '}'),
+    ],
 )
 def test_damaged_rows_are_set_aside_and_the_others_stay(tmp_path, capsys, line):
     """F02 to F05."""
@@ -97,3 +102,10 @@ def test_events_are_on_disk_when_a_checkpoint_is(tmp_path):
     writer.flush_events()
     assert events.stat().st_size > before
     writer.close()
+
+
+def test_curves_leave_out_what_is_no_number(tmp_path):
+    values = ('0.5', '"x"', '[1.0]', '{}', 'Infinity', 'NaN', '1' + '0' * 400, '1e300')
+    rows = [f'{{"step": {step}, "reward": {value}}}' for step, value in enumerate(values)]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(rows))
+    assert plots.curves(tmp_path).stat().st_size > 0

@@ -8,32 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from safetensors.numpy import load_file, save_file
 
 from spg_jax import sharding
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.export import export
 from spg_jax.models.llada import weights
 from spg_jax.models.lora import LoRA
+from spg_jax.models.peft import WEIGHTS
 from spg_jax.models.policy import with_adapters
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.runs import policies
 from tests.meshes import mesh_of
 from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
+from tests.runs.disks import full_disk
 
 QUESTION = 'Reach 26 with 3, 44 and 7.'
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope='module')
+def originals(tmp_path_factory):
+    """A folder with policy/ and adapted/, which adapts it, and the parameters of the first."""
+    root = tmp_path_factory.mktemp('originals')
     tokenizer = WordTokenizer(['1', '2', '+', ':', 'x'])
     config = TransformerConfig(
         vocab_size=tokenizer.size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
     )
     policy = policies.make_policy(config, tokenizer)
     variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh_of())}
-    directory = tmp_path / 'policy'
-    policies.save_policy(directory, variables, config, tokenizer, {'made': 'here'})
-    return directory, variables
+    policies.save_policy(root / 'policy', variables, config, tokenizer, {'made': 'here'})
+    lora = LoRA(rank=4, alpha=8.0)
+    adapted, every = with_adapters(policy, variables, lora, 0, mesh_of())
+    policies.save_policy(root / 'adapted', every, adapted.config, tokenizer, {}, root / 'policy')
+    return root, variables
+
+
+@pytest.fixture
+def saved(originals, tmp_path):
+    """A copy of the policy, which a test may damage, and its parameters."""
+    root, variables = originals
+    return shutil.copytree(root / 'policy', tmp_path / 'policy'), variables
 
 
 @pytest.fixture(scope='module')
@@ -90,13 +105,12 @@ def test_what_is_no_policy_says_so(saved, tmp_path):
 
 
 @pytest.fixture
-def adapter(saved):
-    """An adapter of the policy `saved`, in the layout of PEFT."""
-    directory, variables = saved
-    policy, tokenizer, _ = policies.load_policy(directory, mesh_of())
-    policy, variables = with_adapters(policy, variables, LoRA(rank=4, alpha=8.0), 0, mesh_of())
-    adapted = directory.with_name('adapted')
-    policies.save_policy(adapted, variables, policy.config, tokenizer, {}, directory)
+def adapter(originals, saved):
+    """A copy of an adapter of the policy `saved`, in the layout of PEFT."""
+    adapted = shutil.copytree(originals[0] / 'adapted', saved[0].with_name('adapted'))
+    description = json.loads((adapted / 'policy.json').read_text())
+    description['base'] = str(saved[0])
+    (adapted / 'policy.json').write_text(json.dumps(description))
     return adapted / 'adapter'
 
 
@@ -235,3 +249,88 @@ def test_a_policy_with_numbers_that_are_not_finite_is_refused(saved, tmp_path):
     policies.save_policy(tmp_path / 'damaged', damaged, policy.config, tokenizer, {})
     with pytest.raises(ValueError, match='damaged: params/embedding holds numbers that are not'):
         policies.load_policy(tmp_path / 'damaged', mesh_of())
+
+
+def array_files(directory):
+    """The files of a policy that hold the values of its arrays."""
+    files = sorted((directory / 'params').rglob('d/*')) + [directory / 'adapter' / WEIGHTS]
+    return [file for file in files if file.is_file()]
+
+
+@pytest.mark.parametrize('trained', ['every parameter', 'adapters'])
+def test_every_flipped_bit_of_the_arrays_is_noticed(saved, adapter, trained):
+    """F00, forty bits in all. The policy is refused, or what comes back is right to the last bit,
+    as it is where the bit belongs to nothing that is read."""
+    directory = saved[0] if trained == 'every parameter' else adapter.parent
+    policy, _, variables = policies.load_policy(directory, mesh_of())
+    rng, files, refused = np.random.default_rng(0), array_files(directory), 0
+    for trial in range(20):
+        file = files[trial % len(files)]
+        good = file.read_bytes()
+        content = bytearray(good)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        try:
+            loaded = policies.load_trained(directory, policy, mesh_of())
+        except ValueError as error:
+            assert '\n' not in str(error)
+            refused += 1
+        else:
+            for name, arrays in loaded.items():
+                jax.tree.map(assert_array_equal, arrays, variables[name])
+        file.write_bytes(good)
+    assert refused >= (12 if trained == 'every parameter' else 20)
+
+
+@pytest.mark.parametrize('trained', ['every parameter', 'adapters'])
+def test_a_full_disk_keeps_the_older_policy_and_is_one_line(saved, adapter, trained, caplog):
+    directory = saved[0] if trained == 'every parameter' else adapter.parent
+    policy, tokenizer, variables = policies.load_policy(directory, mesh_of())
+    doubled = jax.tree.map(lambda x: 2 * x, variables)
+    with full_disk(500), pytest.raises(OSError, match='could not be saved') as error:
+        policies.save_policy(directory, doubled, policy.config, tokenizer, {}, saved[0])
+    message = str(error.value)
+    assert '\n' not in message and message.startswith(str(directory)) and not caplog.records
+    _, _, loaded = policies.load_policy(directory, mesh_of())
+    jax.tree.map(assert_array_equal, loaded, variables)
+
+
+@pytest.mark.parametrize('trained', ['every parameter', 'adapters'])
+def test_a_policy_that_cannot_be_read_back_replaces_none(saved, adapter, trained, monkeypatch):
+    directory = saved[0] if trained == 'every parameter' else adapter.parent
+    policy, tokenizer, variables = policies.load_policy(directory, mesh_of())
+    doubled = jax.tree.map(lambda x: 2 * x, variables)
+    monkeypatch.setattr('spg_jax.runs.arrays.digest_arrays', lambda arrays: 'another')
+    with pytest.raises(OSError, match='could not be saved .*not those that were saved'):
+        policies.save_policy(directory, doubled, policy.config, tokenizer, {}, saved[0])
+    monkeypatch.undo()
+    _, _, loaded = policies.load_policy(directory, mesh_of())
+    jax.tree.map(assert_array_equal, loaded, variables)
+
+
+def spoil(adapter, value):
+    """Sets one number of an adapter."""
+    tensors = load_file(adapter / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = value
+    save_file(tensors, adapter / WEIGHTS, {'format': 'pt'})
+
+
+def test_adapters_that_are_not_finite_are_named_and_not_their_base(saved, adapter):
+    spoil(adapter, np.nan)
+    with pytest.raises(ValueError, match=f'^{adapter}: lora/.* holds numbers that are not finite'):
+        policies.load_policy(saved[0], mesh_of(), adapter)
+
+
+@pytest.mark.parametrize('value', [1.0, np.nan])
+def test_damaged_adapters_are_not_exported(saved, adapter, tmp_path, value):
+    spoil(adapter, value)
+    with pytest.raises(ValueError, match='adapter: the arrays are not those that were saved'):
+        export(adapter.parent, saved[0], tmp_path / 'out', whole=False)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_policy_under_a_name_that_cannot_be_read_from_is_not_called_damaged(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / 'br[1]')
+    with pytest.raises(ValueError, match='use a path without brackets') as error:
+        policies.load_policy(tmp_path / 'br[1]', mesh_of())
+    assert 'damaged' not in str(error.value) and '\n' not in str(error.value)
