@@ -54,7 +54,7 @@ PATHS = {
     'task.prompt_template': False,
     'task.data_dir': False,
     'base.checkpoint': False,
-    'base.cache': True,
+    'base.cache': False,
     'lora.adapter': False,
 }
 

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from orbax.checkpoint import v1 as ocp
 
 from spg_jax.errors import one_line
 from spg_jax.process.files import local_path
 from spg_jax.training.digests import digest_arrays, non_finite
+
+
+# Each device that holds a copy of an array writes a share of it, for which JAX compiles a program.
+# That takes longer than writing a small array.
+_LARGE_SHARES = ocp.options.ArrayOptions(
+    saving=ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=2**20)
+)
 
 
 def abstract(tree: Any) -> Any:
@@ -58,7 +66,7 @@ def saving(path: Path) -> Iterator[None]:
       OSError: the block fails; the message has one line and names the path.
     """
     try:
-        with _silent_logs():
+        with _silent_logs(), ocp.Context(array_options=_LARGE_SHARES):
             yield
     except Exception as error:
         raise OSError(f'{path} could not be saved ({one_line(error)[:300]})') from error

@@ -24,7 +24,7 @@ def digest_arrays(tree: Any) -> str:
       tree: arrays whose elements have at most 32 bits, on any devices of any processes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_weighted_sums([leaf for _, leaf in leaves]))
+    sums = jax.device_get([_weighted_sums(leaf) for _, leaf in leaves])
     text = hashlib.sha256()
     for (path, leaf), pair in zip(leaves, sums, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -37,19 +37,18 @@ def non_finite(tree: Any) -> str:
     """Names the first array of a pytree that holds NaN or an infinity; '' if there is none."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf[1].dtype, jnp.floating)]
-    finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
+    finite = jax.device_get([_is_finite(leaf) for _, leaf in leaves])
     for (path, _), is_finite in zip(leaves, finite, strict=True):
         if not is_finite:
             return jax.tree_util.keystr(path, simple=True, separator='/')
     return ''
 
 
+# One program for each shape, since arrays of a tree have few shapes.
 @jax.jit
-def _weighted_sums(leaves: list[Array]) -> list[Array]:
-    """Two sums [2] uint32 for each array."""
-    return [
-        jnp.stack([_weighted_sum(x, salt) for salt in (0x9E3779B9, 0x85EBCA6B)]) for x in leaves
-    ]
+def _weighted_sums(x: Array) -> Array:
+    """Two sums, [2] uint32."""
+    return jnp.stack([_weighted_sum(x, salt) for salt in (0x9E3779B9, 0x85EBCA6B)])
 
 
 def _weighted_sum(x: Array, salt: int) -> Array:
@@ -76,5 +75,5 @@ def _bits(x: Array) -> Array:
 
 
 @jax.jit
-def _finite(leaves: list[Array]) -> list[Array]:
-    return [jnp.all(jnp.isfinite(x)) for x in leaves]
+def _is_finite(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x))
