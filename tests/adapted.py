@@ -25,7 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
     config = countdown.get_config('tiny')
     config.model.scan_unroll = 1  # compiles and traces one layer, not two
     config.task.format = 'published_train'
-    config.lora.update(rank=4, alpha=8.0, dropout=0.1)
+    # One kernel of each layout: the masks of all seven are most of what compiling would cost.
+    config.lora.update(rank=4, alpha=8.0, dropout=0.1, targets=('query', 'down'))
     config.sampling.update(prompt_length=40, length=6, steps=6, block_length=3)
     config.evaluation.update(lengths=(6,), steps=(6,), block_length=3, samples=1, batch=8)
     config.rl.update(prompts=2, group_size=4, microbatch=8)
@@ -44,6 +45,17 @@ def prepare(root: Path) -> dict[str, str]:
         'base.checkpoint': str(root / 'published'),
         'task.prompt_template': str(root / 'wording.txt'),
     }
+
+
+def command(workdir: Path, settings: dict[str, str]) -> list[str]:
+    """The module and arguments of one of several processes that train together."""
+    return [
+        'tests.adapted',
+        '--distributed',
+        f'--config={__file__}',
+        f'--workdir={workdir}',
+        *(f'--config.{name}={value}' for name, value in settings.items()),
+    ]
 
 
 def simplify(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from spg_jax.export import export
 from spg_jax.models.llada import weights
+from spg_jax.models.lora import TARGETS
 from spg_jax.pretrain import pretrain
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.compiled_as_users_do
 
 def config_in(root):
     config = adapted.get_config()
+    config.lora.targets = TARGETS
     config.update_from_flattened_dict(adapted.prepare(root))
     return config
 
