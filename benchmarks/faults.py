@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import runs
-from benchmarks.damage import DAMAGE, OLDER_ARRAYS, flip_bit, largest_file
+from benchmarks.damage import DAMAGE, OLDER_ARRAYS, flip_bit
 from benchmarks.kills import KILLS, Outcome, Processes, bits_of, newest_checkpoint
 from spg_jax import sharding
 from spg_jax.assembly import assemble
@@ -46,7 +46,7 @@ from spg_jax.runs.preparation import prepare
 FLAGS = flags.FLAGS
 FLIPS = 20  # of the checkpoint, and as many of the policy
 # These damages are tried on whole processes as well.
-ON_PROCESSES = ('the metadata is gone', OLDER_ARRAYS)
+ON_PROCESSES = ('the largest file is noise', 'the metadata is gone', OLDER_ARRAYS)
 Trial = Callable[[], Outcome]
 
 
@@ -150,17 +150,8 @@ def trials_of_processes(processes: Processes, seed: int) -> list[tuple[str, Tria
         for _ in range(kill.times):
             folder, rng = f'kill{len(trials)}', np.random.default_rng((seed, len(trials)))
             trials.append((name, functools.partial(processes.killed, kill, folder, rng)))
-    rng = np.random.default_rng((seed, len(trials)))
-
-    def flip_bits(checkpoint: Path) -> None:
-        for _ in range(8):
-            flip_bit(largest_file(checkpoint / 'state'), rng)
-
-    damages = {'eight bits of its arrays': flip_bits} | {
-        name: DAMAGE[name] for name in ON_PROCESSES
-    }
-    for name, damage in damages.items():
-        damaged = functools.partial(processes.damaged, damage, f'damage{len(trials)}')
+    for name in ON_PROCESSES:
+        damaged = functools.partial(processes.damaged, DAMAGE[name], f'damage{len(trials)}')
         trials.append((f'newest checkpoint, a process: {name}', damaged))
     return trials
 
