@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from benchmarks.damage import DAMAGE, OLDER_ARRAYS, flip_bit
 from spg_jax import sharding
 from spg_jax.runs.arrays import _ignore_abandoned_reads, abstract
 from spg_jax.runs.checkpoints import RunCheckpoints
@@ -81,9 +82,7 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
         copy = tmp_path / str(trial)
         shutil.copytree(whole / '8', copy / '8')
         file = copy / '8' / files[trial % len(files)].relative_to(whole / '8')
-        content = bytearray(file.read_bytes())
-        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
-        file.write_bytes(content)
+        flip_bit(file, rng)
         try:
             arrays, record = RunCheckpoints(copy, keep=2).load(8, target)
         except ValueError as error:
@@ -93,60 +92,6 @@ def test_every_flipped_bit_is_noticed(whole, tmp_path):
         assert record == record_of(8)
         jax.tree.map(assert_array_equal, arrays, arrays_of(8))
     assert refused >= 15
-
-
-def largest_file(path):
-    files = [file for file in path.rglob('*') if file.is_file()]
-    return max(files, key=lambda file: file.stat().st_size)
-
-
-def cut(path):
-    largest_file(path).write_bytes(largest_file(path).read_bytes()[:100])
-
-
-def empty_files(path):
-    for file in path.rglob('*'):
-        if file.is_file():
-            file.write_bytes(b'')
-
-
-def empty_directory(path):
-    shutil.rmtree(path)
-    path.mkdir()
-
-
-def other_arrays(path):
-    """The arrays of another step under the metadata of this one: all files are whole."""
-    shutil.rmtree(path / 'state')
-    shutil.copytree(path.parent / '4' / 'state', path / 'state')
-
-
-def no_digests(path):
-    metadata = path / '_CHECKPOINT_METADATA'
-    metadata.write_text(metadata.read_text().replace('"digest"', '"other"'))
-
-
-def other_record(path):
-    metadata = path / '_CHECKPOINT_METADATA'
-    assert '12.0' in metadata.read_text()
-    metadata.write_text(metadata.read_text().replace('12.0', '13.0'))
-
-
-DAMAGE = {
-    'a file is cut': cut,
-    'files are empty': empty_files,
-    'the directory is empty': empty_directory,
-    'the metadata is gone': lambda path: (path / '_CHECKPOINT_METADATA').unlink(),
-    'the metadata is no JSON': lambda path: (path / '_CHECKPOINT_METADATA').write_text('{'),
-    'the metadata is a list': lambda path: (path / '_CHECKPOINT_METADATA').write_text('[]'),
-    'the state is gone': lambda path: shutil.rmtree(path / 'state'),
-    'the description of the tree is gone': lambda path: (path / 'state' / '_METADATA').unlink(),
-    'the largest file is gone': lambda path: largest_file(path / 'state').unlink(),
-    'the largest file is noise': lambda path: largest_file(path / 'state').write_bytes(b'x' * 999),
-    'the arrays are those of another step': other_arrays,
-    'the record is another one': other_record,
-    'there are no digests': no_digests,
-}
 
 
 @pytest.mark.parametrize('damage', DAMAGE)
@@ -160,9 +105,7 @@ def test_a_damaged_newest_falls_back_and_is_set_aside(copied, capsys, damage):
     # Another one of the same step goes to another place, and saving deletes neither.
     checkpoints = RunCheckpoints(copied, keep=1)
     checkpoints.save(8, arrays_of(8), record_of(8))
-    DAMAGE[damage if damage != 'the arrays are those of another step' else 'a file is cut'](
-        copied / '8'
-    )
+    DAMAGE[damage if damage != OLDER_ARRAYS else 'a file is cut'](copied / '8')
     with pytest.raises(ValueError, match='no older checkpoint is whole either') as error:
         checkpoints.load_newest(target)
     assert '\n' not in str(error.value)
