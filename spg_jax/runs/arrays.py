@@ -18,7 +18,6 @@ from spg_jax.errors import one_line
 from spg_jax.process.files import local_path
 from spg_jax.training.digests import digest_arrays, non_finite
 
-
 # Each device that holds a copy of an array writes a share of it, for which JAX compiles a program.
 # That takes longer than writing a small array.
 _LARGE_SHARES = ocp.options.ArrayOptions(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from spg_jax import sharding
 from spg_jax.models.layers import RMSNorm, rotary_table
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merged_kernel
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Block, TransformerConfig
 from tests.meshes import mesh_of
+from tests.parameters import random_params
 
 pytestmark = pytest.mark.numerical
 
@@ -25,7 +25,7 @@ def adapted(lora=SIZES, mesh=None):
     """A policy without adapters, the same with new adapters, and the collections of the latter."""
     mesh = mesh or mesh_of()
     plain = Policy(CONFIG, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
-    variables = {'params': sharding.init_params(plain.model, jax.random.key(0), mesh)}
+    variables = {'params': random_params(plain.model, mesh=mesh)}
     return plain, *with_adapters(plain, variables, lora, 1, mesh)
 
 

@@ -2,7 +2,6 @@
 tests/test_going_on.py."""
 
 import fcntl
-from pathlib import Path
 
 import numpy as np
 import pytest

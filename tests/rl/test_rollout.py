@@ -14,6 +14,7 @@ from spg_jax.random import Purpose, check_range, example_ids, example_keys
 from spg_jax.rl import rollout
 from spg_jax.rl.rollout import make_collect, make_generate, rollout_metrics
 from tests.meshes import mesh_of
+from tests.parameters import random_params
 from tests.rl.conftest import EOS, random_rollout
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [18, 19], [20]]
@@ -21,7 +22,7 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [
 
 def completions(policy, config, mesh, prompts, ids, length=4):
     with jax.set_mesh(mesh):
-        variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
+        variables = {'params': random_params(policy.model, mesh=mesh)}
         tokens, valid = left_pad(prompts, length, pad_id=2)
         rows = {'tokens': tokens, 'valid': valid, 'ids': np.array(ids, np.uint32)}
         if len(prompts) % 8 == 0:
@@ -113,7 +114,7 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
 
     monkeypatch.setattr(rollout, 'make_generate', telling)
     with jax.set_mesh(mesh):
-        variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
+        variables = {'params': random_params(policy.model, mesh=mesh)}
         parts = assemble(config)
         collect = make_collect(
             policy, Odd(events), tokenizer, parts.sampling, parts.batching, 0, mesh

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from benchmarks.damage import DAMAGE, OLDER_ARRAYS, flip_bit
+from benchmarks.damage import DAMAGE, OLDER_ARRAYS, flip_bit, largest_file
 from spg_jax import sharding
 from spg_jax.runs.arrays import _ignore_abandoned_reads, abstract
 from spg_jax.runs.checkpoints import RunCheckpoints
