@@ -74,14 +74,7 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
 def base_directory(config: ml_collections.ConfigDict) -> Path:
     """Where the base policy of a configuration is or will be: named by everything that makes it."""
     settings = made_of(config, assemble(config).task)
-    # The names once depended on how a policy was computed as well.
-    model = {name: x for name, x in config.model.items() if name != 'quantize'}
-    directory, older = (
-        Path(config.base.cache) / f'{config.task.name}-{digest(identity)}'
-        for identity in (settings, settings | {'model': model})
-    )
-    begun = [policies.is_policy(d) or _training_of(d).is_dir() for d in (directory, older)]
-    return older if begun == [False, True] else directory
+    return Path(config.base.cache) / f'{config.task.name}-{digest(settings)}'
 
 
 def _training_of(directory: Path) -> Path:
