@@ -9,12 +9,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from spg_jax.process.interruption import Interruption
+from spg_jax.rl.evaluator import Evaluator
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
 from tests.processes import finish_all, start_pair, wait_until
 
-STEPS = 4
+STEPS = 6
 
 
 class Cut(Interruption):
@@ -49,8 +50,12 @@ def config_of(root, steps):
 
 
 def start(config, workdir, mesh, interruption=Interruption):
+    """A start in this process, whose programs for evaluation are not compiled."""
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         adapted.simplify(patch)
+        figures = {'accuracy': 0.0, 'reward': 0.0, 'pass_at_1': 0.0, 'scorer': 'none'}
+        patch.setattr(Evaluator, 'report', lambda *_: figures)
+        patch.setattr(Evaluator, 'trace', lambda *_: (np.zeros(1, int), np.zeros(1, int)))
         with interruption() as stop:
             return train(config, workdir, mesh, stop)
 
@@ -65,13 +70,30 @@ def whole(root):
     return adapters_of(root[0] / 'whole')
 
 
-def test_a_run_goes_on_on_other_meshes(root, whole, tmp_path):
+@pytest.fixture(scope='module')
+def cut_in_two_processes(root, tmp_path_factory):
+    """A run on eight devices of two processes, of which one gets a SIGTERM."""
+    workdir = tmp_path_factory.mktemp('cut')
+    pair = start_pair(*adapted.command(workdir, settings_of(root, STEPS)))
+    wait_until((workdir / 'checkpoints' / '1').exists, *pair)
+    pair[1].send_signal(signal.SIGTERM)
+    return workdir, finish_all(pair)
+
+
+def test_a_signal_to_one_of_two_processes_saves_and_stops_both(cut_in_two_processes):
+    workdir, ((code, out, error), (other_code, other_out, _)) = cut_in_two_processes
+    assert code == other_code == 0, error
+    assert 'saved; run the same command to go on' in out and not other_out.count('saved')
+    assert not (workdir / 'result.json').exists(), 'the signal came too late'
+
+
+def test_a_run_goes_on_on_other_meshes(root, whole, cut_in_two_processes):
     """Eight devices, then one, then eight of which parameters are split over four."""
+    workdir, _ = cut_in_two_processes
     config = config_of(root, STEPS)
-    assert not start(config, tmp_path, mesh_of(8, 1, 1), Cut)
-    assert not start(config, tmp_path, mesh_of(), Cut)
-    assert start(config, tmp_path, mesh_of(2, 2, 2))
-    moved = adapters_of(tmp_path)
+    assert not start(config, workdir, mesh_of(), Cut)
+    assert start(config, workdir, mesh_of(2, 2, 2))
+    moved = adapters_of(workdir)
     assert moved.keys() == whole.keys()
     for name, values in whole.items():
         assert_allclose(moved[name], values, atol=1e-5, err_msg=name)
@@ -87,23 +109,3 @@ def test_a_finished_run_that_is_made_longer_keeps_its_warm_up(root, whole, tmp_p
     assert any(np.any(longer[name] != short[name]) for name in short)
     for name, values in whole.items():
         assert_array_equal(longer[name], values, err_msg=name)
-
-
-@pytest.mark.compiled_as_users_do
-def test_two_processes_that_are_cut_go_on(root, whole, tmp_path):
-    """A SIGTERM to one of them stops both, and both go on."""
-    words = adapted.command(tmp_path, settings_of(root, STEPS))
-    pair = start_pair(*words)
-    wait_until((tmp_path / 'checkpoints' / '1').exists, *pair)
-    pair[1].send_signal(signal.SIGTERM)
-    (code, out, error), (other_code, other_out, _) = finish_all(pair)
-    assert code == other_code == 0, error
-    assert 'saved; run the same command to go on' in out and not other_out.count('saved')
-    assert not (tmp_path / 'result.json').exists(), 'the signal came too late'
-
-    for code, _, error in finish_all(start_pair(*words)):
-        assert code == 0, error
-    together = adapters_of(tmp_path)
-    assert together.keys() == whole.keys()
-    for name, values in whole.items():
-        assert_allclose(together[name], values, atol=1e-5, err_msg=name)

@@ -135,8 +135,8 @@ def untrained(published):
     return logits(published)
 
 
-@pytest.mark.parametrize('name', PROBLEMS)
-def test_every_task_trains_on_the_published_names_and_exports(
+@pytest.mark.parametrize('name', ['gsm8k', 'sudoku'])  # a word problem and a puzzle
+def test_a_task_trains_on_the_published_names_and_exports(
     published, untrained, tmp_path, monkeypatch, name
 ):
     task, asked = tasks.TASKS[name], itertools.count()

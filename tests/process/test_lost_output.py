@@ -64,16 +64,6 @@ def is_saved(workdir: Path) -> None:
     assert steps and max(steps) >= max(updates(workdir))
 
 
-def test_hangup_saves(tmp_path):
-    process = begin(command(tmp_path))
-    wait_for_updates(tmp_path, 1, process)
-    process.send_signal(signal.SIGHUP)
-    code, out, error = finish(process)
-    assert code == 0, error
-    assert 'SIGHUP: saving' in out and 'saved; run the same' in out
-    is_saved(tmp_path)
-
-
 @pytest.fixture(scope='module')
 def cut_with_its_reader(tmp_path_factory):
     """Updates of a run in a hostile environment, and what its reader got before Ctrl-C."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from spg_jax.process import distributed
 
 if __name__ == '__main__':
+    distributed.HEARTBEAT_SECONDS = 4  # so that tests do not wait
     distributed.start()
     while distributed.largest(1):
         Path(sys.argv[1]).touch()
