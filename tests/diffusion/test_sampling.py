@@ -174,17 +174,17 @@ def check(toy, config, seed=0):
     return completion
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
 @pytest.mark.parametrize(
-    ('commit', 'steps', 'block'),
+    ('commit', 'temperature', 'steps', 'block'),
     [
-        ('low_confidence', 9, 4),
-        ('random', 9, 4),
-        ('entropy', 9, 4),
-        ('margin', 9, 4),
-        ('low_confidence', 12, 4),
-        ('low_confidence', 5, 12),
-        ('random', 5, 12),
+        ('low_confidence', 0.0, 9, 4),
+        ('low_confidence', 1.0, 9, 4),
+        ('random', 1.0, 9, 4),
+        ('entropy', 1.0, 9, 4),
+        ('margin', 1.0, 9, 4),
+        ('low_confidence', 0.0, 12, 4),
+        ('low_confidence', 1.0, 5, 12),
+        ('random', 0.0, 5, 12),
     ],
 )
 def test_sampler_is_the_plain_loop(commit, temperature, steps, block):

@@ -3,18 +3,18 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
 
-from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA, merged_kernel
 from spg_jax.models.policy import with_adapters
-from spg_jax.rl.learner import make_gradient, make_update
+from spg_jax.rl.learner import make_gradient
 from spg_jax.training import optimizers
-from spg_jax.training.train_state import initial_state, shardings_of
+from spg_jax.training.train_state import apply_gradient, initial_state
 from tests.meshes import mesh_of
-from tests.rl.conftest import learning, random_rollout
+from tests.rl.conftest import random_rollout
 from tests.rl.test_learner import (
     assert_trees_close,
     draws_of,
@@ -82,18 +82,13 @@ def test_dropout_is_the_same_in_pieces(policy, config):
 
 
 def test_only_adapters_are_trained(policy, config):
-    """Frozen parameters keep every bit, and the optimiser has no state for them. Meshes are in
-    tests/process/test_distributed.py."""
-    mesh = mesh_of()
-    with jax.set_mesh(mesh):
-        adapted, variables = with_random_adapters(policy, mesh=mesh)
-        before = jax.device_get(variables)
-        optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
-        state = initial_state(variables, optimizer, adapted, mesh, average=False)
-        update = make_update(adapted, *learning(config, optimizer), shardings_of(state))
-        rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
-        for _ in range(2):
-            state, _ = update(state, rollout)
+    """Frozen parameters keep every bit, and the optimiser has no state for them."""
+    adapted, variables = with_random_adapters(policy)
+    optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
+    state = initial_state(variables, optimizer, adapted, mesh_of(), average=False)
+    before = jax.device_get(state.variables)
+    for _ in range(2):
+        state, _ = apply_gradient(state, state.trained, jnp.float32(0), optimizer)
     after = jax.device_get(state.variables)
     jax.tree.map(np.testing.assert_array_equal, after['params'], before['params'])
     trained = sum(x.size for x in jax.tree.leaves(before[COLLECTION]))

@@ -94,7 +94,7 @@ def test_update_is_the_same_on_a_mesh_and_in_microbatches(policy, config):
     """Parameters after two updates, each with fresh draws, are equal to 1e-5. More meshes, and
     adapters, are tested in tests/process/test_distributed.py."""
     found = {}
-    for sizes, microbatch in ((1, 1, 1), 8), ((2, 2, 2), 4):
+    for sizes, microbatch in ((1, 1, 1), 8), ((4, 2, 1), 4):
         config.rl.microbatch = microbatch
         mesh = mesh_of(*sizes)
         with jax.set_mesh(mesh):
@@ -111,23 +111,6 @@ def test_update_is_the_same_on_a_mesh_and_in_microbatches(policy, config):
     for other_params, other_metrics in others:
         assert_trees_close(other_params, params, atol=1e-5, rtol=0)
         assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-5)
-
-
-def test_more_padding_changes_no_update(policy, config):
-    """The padding of a prompt depends on the other prompts in its batch, through the buckets."""
-    variables, rollout = variables_of(policy), random_rollout()
-    padded = rollout.replace(
-        prompt=jnp.pad(rollout.prompt, ((0, 0), (3, 0))),
-        prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (3, 0))),
-    )
-    gradient_of = jax.jit(
-        make_gradient(policy, assemble(config).objective, microbatch=8, draws_per_pass=0)
-    )
-    (loss, gradient, _), (other_loss, other, _) = (
-        gradient_of(variables, {}, some, draws_of(config, some)) for some in (rollout, padded)
-    )
-    assert_allclose(other_loss, loss, rtol=1e-5)
-    assert_trees_close(other, gradient, atol=2e-6)
 
 
 def test_every_update_draws_afresh(policy, config):
