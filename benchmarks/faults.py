@@ -39,7 +39,8 @@ from spg_jax.pretrain import base_directory
 from spg_jax.process import cli
 from spg_jax.rl.rollout import empty_rollout
 from spg_jax.runs import policies
-from spg_jax.runs.checkpoints import DAMAGED, Record, RunCheckpoints, abstract
+from spg_jax.runs.arrays import abstract
+from spg_jax.runs.checkpoints import DAMAGED, Record, RunCheckpoints
 from spg_jax.runs.directory import run_config
 from spg_jax.runs.preparation import prepare
 
