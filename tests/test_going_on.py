@@ -72,9 +72,11 @@ def whole(root):
 
 @pytest.fixture(scope='module')
 def cut_in_two_processes(root, tmp_path_factory):
-    """A run on eight devices of two processes, of which one gets a SIGTERM."""
+    """A run on eight devices of two processes, which split all three axes of the mesh, and of which
+    one gets a SIGTERM."""
     workdir = tmp_path_factory.mktemp('cut')
-    pair = start_pair(*adapted.command(workdir, settings_of(root, STEPS)))
+    mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
+    pair = start_pair(*adapted.command(workdir, settings_of(root, STEPS) | mesh))
     wait_until((workdir / 'checkpoints' / '1').exists, *pair)
     pair[1].send_signal(signal.SIGTERM)
     return workdir, finish_all(pair)
@@ -88,11 +90,13 @@ def test_a_signal_to_one_of_two_processes_saves_and_stops_both(cut_in_two_proces
 
 
 def test_a_run_goes_on_on_other_meshes(root, whole, cut_in_two_processes):
-    """Eight devices, then one, then eight of which parameters are split over four."""
+    """Eight devices over which parameters are split, then one, then eight that only split rows."""
     workdir, _ = cut_in_two_processes
     config = config_of(root, STEPS)
     assert not start(config, workdir, mesh_of(), Cut)
-    assert start(config, workdir, mesh_of(2, 2, 2))
+    assert start(config, workdir, mesh_of(8, 1, 1))
+    texts, expected = (x / 'completions.jsonl' for x in (workdir, root[0] / 'whole'))
+    assert texts.read_text() == expected.read_text()
     moved = adapters_of(workdir)
     assert moved.keys() == whole.keys()
     for name, values in whole.items():

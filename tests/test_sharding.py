@@ -46,7 +46,7 @@ def spread():
 def test_a_mesh_gives_the_same_numbers(spread, alone):
     """Compares parameters, gradient and logits.
 
-    tests/process/test_distributed.py compares whole updates, on more meshes.
+    tests/test_going_on.py compares whole trainings, on more meshes.
     """
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-5), spread, alone)
 

@@ -83,7 +83,7 @@ def killed_before_its_first_checkpoint(workdir: Path) -> None:
 
 def test_a_run_killed_and_then_cut_goes_on_bit_for_bit(uninterrupted, tmp_path):
     """Everything but the clock equals the uninterrupted run. Kills after a checkpoint are in
-    tests/process/test_distributed.py."""
+    benchmarks/faults.py."""
     killed_before_its_first_checkpoint(tmp_path)
 
     process = training(tmp_path)

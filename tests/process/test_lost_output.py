@@ -35,7 +35,8 @@ def command(workdir: Path) -> list[str]:
     """A run that is cut long before its end and its first checkpoint."""
     settings = ('train.steps', 'checkpoint.every', 'evaluation.every')
     words = tiny_run(workdir, *(f'--config.{name}=100000' for name in settings))
-    return [sys.executable, '-m', *words]
+    # Without a warm-up its programs are those of a short run.
+    return [sys.executable, '-m', *words, '--config.optimizer.warmup_fraction=0.0']
 
 
 ENVIRONMENT = os.environ | {'PYTHONPATH': str(REPOSITORY)}

@@ -92,7 +92,7 @@ def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
 
 def test_update_is_the_same_on_a_mesh_and_in_microbatches(policy, config):
     """Parameters after two updates, each with fresh draws, are equal to 1e-5. More meshes, and
-    adapters, are tested in tests/process/test_distributed.py."""
+    adapters, are tested in tests/test_going_on.py."""
     found = {}
     for sizes, microbatch in ((1, 1, 1), 8), ((4, 2, 1), 4):
         config.rl.microbatch = microbatch
