@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,20 @@ def _silent_logs() -> Iterator[None]:
 
 @functools.cache
 def _ignore_abandoned_reads() -> None:
-    """Drops what asyncio says, at any later time, of reads that nobody waits for any more.
+    """Drops what Python says, at any later time, of reads that nobody waits for any more.
 
     When the read of one array fails, Orbax abandons those of the others and closes its event loop.
     """
     logging.getLogger('asyncio').addFilter(
         lambda record: 'exception was never retrieved' not in record.getMessage()
     )
+    warnings.filterwarnings('ignore', r"coroutine '_read_array\w*' was never awaited")
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != 'Event loop is closed':
+        code = getattr(unraisable.object, 'cr_code', None)  # of a coroutine
+        is_read = code is not None and 'orbax' in code.co_filename
+        if not is_read and str(unraisable.exc_value) != 'Event loop is closed':
             report(unraisable)
 
     sys.unraisablehook = report_others

@@ -198,10 +198,12 @@ def test_reads_that_are_abandoned_say_nothing_later(tmp_path, monkeypatch, caplo
         logging.getLogger(logger).error('Task exception was never retrieved')
     assert [record.name for record in caplog.records] == ['orbax']
     closed, other = (
-        SimpleNamespace(exc_value=RuntimeError(text))
+        SimpleNamespace(exc_value=RuntimeError(text), object=None)
         for text in ('Event loop is closed', 'something else')
     )
+    code = SimpleNamespace(co_filename='site-packages/orbax/checkpoint/serialization.py')
+    read = SimpleNamespace(exc_value=other.exc_value, object=SimpleNamespace(cr_code=code))
     reported.clear()
-    sys.unraisablehook(closed)
-    sys.unraisablehook(other)
+    for unraisable in (closed, read, other):
+        sys.unraisablehook(unraisable)
     assert reported == [other]
