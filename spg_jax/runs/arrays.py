@@ -93,7 +93,7 @@ def _ignore_abandoned_reads() -> None:
     logging.getLogger('asyncio').addFilter(
         lambda record: 'exception was never retrieved' not in record.getMessage()
     )
-    warnings.filterwarnings('ignore', r"coroutine '_read_array\w*' was never awaited")
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited')  # none here are ours
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:

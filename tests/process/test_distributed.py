@@ -18,7 +18,7 @@ def test_when_one_process_is_killed_the_other_ends(tmp_path):
 
 
 @pytest.mark.compiled_as_users_do
-def test_what_stops_one_process_stops_the_other_with_its_reason(root, tmp_path):
+def test_what_stops_one_process_stops_the_other_with_its_reason(tmp_path):
     """Only the leader checks whether the directory is free."""
     workdir = tmp_path / 'run'
     workdir.mkdir()
