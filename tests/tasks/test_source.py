@@ -12,8 +12,6 @@ from spg_jax import tasks
 from spg_jax.tasks.countdown import problems as countdown
 from spg_jax.tasks.sudoku import problems as sudoku
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
