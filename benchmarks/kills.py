@@ -29,12 +29,9 @@ DELAY = 0.5  # seconds; a signal follows a row of metrics within this time
 ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
 SETTINGS = (
     *('--config=countdown:tiny', '--config.train.steps=40'),
-    *('--config.checkpoint.every=5', '--config.checkpoint.keep=3'),
-    *('--config.evaluation.every=4', '--config.evaluation.samples=2'),
+    '--config.checkpoint.keep=3',
     # This base policy writes answers of several rewards, without which no update changes anything.
-    *('--config.base.stages=((40,1.0),)', '--config.optimizer.learning_rate=1e-3'),
-    # One compiled program serves evaluation and rollout, and one layer is compiled.
-    *('--config.evaluation.batch=32', '--config.model.scan_unroll=1'),
+    '--config.base.stages=((40,1.0),)',
 )
 
 ALONE = 'exec "$@" >>"$0" 2>&1'

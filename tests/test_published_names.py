@@ -88,7 +88,6 @@ def config_of(published: Path, name: str, wording: Path):
     config = countdown.get_config('tiny')
     config.task.update(name=name, format='published_train', prompt_template=str(wording))
     config.base.checkpoint = str(published)
-    config.model.scan_unroll = 1
     config.lora.update(rank=RANK, alpha=ALPHA, dropout=0.0)
     # Rollouts and evaluation have the same shapes, so that fewer programs are compiled.
     config.sampling.update(prompt_length=64, length=4, steps=2, block_length=2)
