@@ -24,8 +24,9 @@ from spg_jax.assembly import assemble, model_of
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.process import cli
 from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.collection import make_generate
 from spg_jax.rl.learner import make_update
-from spg_jax.rl.rollout import Rollout, empty_rollout, make_generate
+from spg_jax.rl.rollout import Rollout, empty_rollout
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of

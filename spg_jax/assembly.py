@@ -25,7 +25,7 @@ from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.evaluator import Evaluation
-from spg_jax.rl.objectives import REGISTRY, Objective
+from spg_jax.rl.objectives import REGISTRY, Objective, Protocol
 from spg_jax.sharding import row_shards
 from spg_jax.training.optimizers import AdamW
 
@@ -78,14 +78,15 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
             f'train.wandb is {config.train.wandb!r} but wandb is not installed; '
             "pip install -e '.[wandb]'"
         )
-    objective = _objective(config)
     batching = Batching(**{field: config.rl[field] for field in _fields(Batching)})
-    batching.check_draws(objective.corruption.draws)
+    sampling = _sampling(config)
+    objective = _objective(config, sampling, batching)
+    batching.check_draws(objective.draws)
     check_sizes(config, batching)
     return Parts(
         task=_task(config, config.task.format),
         evaluation_task=_evaluation_task(config),
-        sampling=_sampling(config),
+        sampling=sampling,
         evaluation=_evaluation(config),
         objective=objective,
         batching=batching,
@@ -194,7 +195,9 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
     )
 
 
-def _objective(config: ml_collections.ConfigDict) -> Objective:
+def _objective(
+    config: ml_collections.ConfigDict, sampling: SamplingConfig, batching: Batching
+) -> Objective:
     check_one_of('rl.objective', config.rl.objective, REGISTRY)
     method = REGISTRY[config.rl.objective]
     corruption = Corruption(
@@ -204,8 +207,8 @@ def _objective(config: ml_collections.ConfigDict) -> Objective:
         prompt_rate=config.corruption.prompt_rate,
         block_draw=config.corruption.block_draw,
     )
-    settings = method.settings(**{name: config.rl[name] for name in method.settings._fields})
-    return method.build(settings, corruption)
+    settings = method.settings(**config[config.rl.objective])
+    return method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
 
 
 def _stages(stages: Sequence[Any]) -> tuple[Stage, ...]:

@@ -6,10 +6,14 @@ and refuses settings that cannot work. Where the publication gives a number, it 
 arXiv 2510.09541, appendix and released code).
 """
 
+import dataclasses
+
 import ml_collections
 from ml_collections import config_dict
 
+from spg_jax.errors import check_one_of
 from spg_jax.models.lora import TARGETS
+from spg_jax.rl.objectives import REGISTRY
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -23,7 +27,7 @@ def default_config() -> ml_collections.ConfigDict:
     """
     c = config_dict.create
 
-    return c(
+    config = c(
         task=c(
             name='countdown',  # the task: countdown, gsm8k, math500 or sudoku
             # A run that trains on 'published_train' is evaluated on 'published_eval'.
@@ -105,13 +109,8 @@ def default_config() -> ml_collections.ConfigDict:
             block_draw='balanced',  # how draws choose blocks: balanced or released
         ),
         rl=c(
+            # Its own settings are the group with its name, such as spg.
             objective='spg',  # the policy-gradient method, a file of spg_jax/rl/objectives
-            negative='mixture',  # bound for worse completions: mixture, eubo, elbo or none [S]
-            # 'paper' goes with uniform corruption and 'block' with block corruption.
-            estimator='released',  # how draws become bounds: released, paper or block
-            bound='plain',  # which upper bound (EUBO) is used: plain, strict or loose
-            beta=1.5,  # the Renyi order of the EUBO, at least 1 [S]
-            omega=0.5,  # the share of the EUBO in the mixture; the ELBO has the rest [S]
             group_size=6,  # G, the number of completions of each prompt [S]
             prompts=16,  # the number of prompts in a rollout batch [S]
             # While one part is generated, the part before it is decoded and rewarded.
@@ -129,6 +128,8 @@ def default_config() -> ml_collections.ConfigDict:
             b2=0.99,  # decay of the running mean of squared gradients [A]
             weight_decay=0.1,  # weight decay of all parameters except the scales of norms [A]
             grad_clip=0.2,  # a gradient with a larger norm is scaled down to this norm [A]
+            schedule='constant',  # after the warm-up: constant, linear or cosine, to final_share
+            final_share=0.0,  # where linear and cosine end, as a share of the learning rate
         ),
         mesh=c(  # how the devices are arranged; an axis of -1 takes all devices that are left
             data=-1,  # the number of devices along which rows are split and parameters repeated
@@ -156,4 +157,30 @@ def default_config() -> ml_collections.ConfigDict:
             every=100,  # updates between two checkpoints
             keep=2,  # the number of newest checkpoints that are kept
         ),
-    ).lock()
+    )
+    set_objective(config, config.rl.objective)
+    return config.lock()
+
+
+def set_objective(config: ml_collections.ConfigDict, name: str) -> None:
+    """Names the objective, and gives the configuration the group of its settings.
+
+    Settings of SPG also answer as `rl.KEY`, under which they were known first.
+
+    Raises:
+      ValueError: there is no objective of this name.
+    """
+    check_one_of('rl.objective', name, REGISTRY)
+    with config.unlocked():
+        before = config.rl.objective
+        for key in config[before] if before in config else ():
+            config.rl.pop(key, None)
+        if before in config:
+            del config[before]
+        config.rl.objective = name
+        config[name] = {
+            field.name: field.default for field in dataclasses.fields(REGISTRY[name].settings)
+        }
+        if name == 'spg':
+            for key in config.spg:
+                config.rl[key] = config.spg.get_ref(key)

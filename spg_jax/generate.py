@@ -20,7 +20,7 @@ from spg_jax.data.batches import left_pad, padded_length
 from spg_jax.process import cli
 from spg_jax.process.trace import show_trace
 from spg_jax.random import SEEDS, Purpose, example_keys
-from spg_jax.rl.rollout import make_generate
+from spg_jax.rl.collection import make_generate
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy
 

@@ -21,6 +21,8 @@ class Purpose(enum.IntEnum):
     INIT = 2
     EVALUATE = 3
     DROPOUT = 4
+    SHARED = 5  # what all rows of an update share
+    RING = 6  # which rows of a ring an update takes
 
 
 SEEDS = 2**32  # seeds from 0 to this number give different keys

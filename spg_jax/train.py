@@ -83,6 +83,7 @@ def train(
         run.check_progress(patience, STUCK)
         programs.prompts.set_state(run.record['prompts'])
     else:
+        rollout = None
         print('evaluating the base policy', flush=True)
         run.record['base'] = programs.evaluator.report(state.variables, problems.test)
         validation.look_at(state)
@@ -90,10 +91,11 @@ def train(
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
-        if step % parts.batching.inner_updates == 0:  # otherwise the checkpoint had the rollout
+        for collected in range(programs.due(step)):  # if none, the checkpoint had the experience
             batch = next(programs.prompts)
-            rollout, texts = programs.collect(state.variables, batch, step)
-            run.samples.write(step, batch.examples, texts, rollout)
+            fresh, texts = programs.collect(state, batch, step)
+            run.samples.write(step, batch.examples, texts, fresh)
+            rollout = programs.keep(rollout, fresh, step, collected)
         state, metrics = programs.update(state, rollout)
         run.push(metrics)
         last, stop = run.step == config.train.steps, interruption.requested()

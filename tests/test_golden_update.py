@@ -51,7 +51,7 @@ def invented_inputs(task: str) -> Arrays:
     parts, policy, _ = tiny_parts(task)
     rng = np.random.default_rng(0)
     rows, P, C = parts.batching.rows, parts.prompt_lengths[-1], parts.sampling.length
-    V, M = policy.config.vocab_size, parts.objective.corruption.draws
+    V, M = policy.config.vocab_size, parts.objective.draws
     completion = rng.integers(3, V, (rows, C)).astype(np.int32)
     completion[np.arange(C) >= rng.integers(1, C + 2, (rows, 1))] = policy.eos_id
     prompt_mask = np.arange(P) >= rng.integers(0, 3, (rows, 1))

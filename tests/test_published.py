@@ -15,7 +15,7 @@ from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models.llada import weights
 from spg_jax.models.transformer import Transformer
-from spg_jax.rl.rollout import decode
+from spg_jax.rl.collection import decode
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy, run_config
 from tests.processes import REPOSITORY, finish_all, start_module

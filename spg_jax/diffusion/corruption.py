@@ -24,10 +24,18 @@ BLOCK_DRAWS = ('balanced', 'released')
 
 @struct.dataclass
 class Draws:
-    """The M corruptions of one sequence of L = P + C tokens."""
+    """The M corruptions of one sequence of L = P + C tokens.
+
+    Where a field is None, the corruption has nothing to say beyond what its comment states.
+    """
 
     masked: Array  # [M, L] bool, True where MASK replaces the token; never on prompt padding
-    block: Array  # [M] int32, the chosen block; 0 if the corruption has no blocks
+    block: Array | None = None  # [M] int32, the chosen block; None without blocks
+    tokens: Array | None = None  # [M, L] int32, what is masked; None is the sequence itself
+    label: Array | None = None  # [M, C] int32, the tokens read out; None is the completion
+    target: Array | None = None  # [M, C] bool, positions in the loss; None is masked and scored
+    valid: Array | None = None  # [M, L] bool, positions that exist; None is all but padding
+    weight: Array | None = None  # [M] float32, of each draw in an estimate; None is for the loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Policy:
         valid: Array,
         completion: Array,
         dropout: Array | None = None,
+        exists: Array | None = None,
     ) -> Array:
         """Logits [B, C, V] at the completion positions only.
 
@@ -73,9 +74,12 @@ class Policy:
           valid: [B, P] bool, False on padding of the prompt.
           completion: [B, C] int32, corrupted.
           dropout: as in `hidden`.
+          exists: [B, C] bool, False on positions of the completion that no other attends to, such
+            as those of a sequence that is cut at its EOS; None is all True.
         """
         tokens = jnp.concatenate([prompt, completion], axis=1)  # [B, L]
-        valid = jnp.concatenate([valid, jnp.ones(completion.shape, bool)], axis=1)  # [B, L]
+        exists = jnp.ones(completion.shape, bool) if exists is None else exists
+        valid = jnp.concatenate([valid, exists], axis=1)  # [B, L]
         hidden = self.hidden(variables, tokens, valid, dropout)  # [B, L, D]
         return self.unembed(variables, hidden[:, prompt.shape[1] :])
 

@@ -105,7 +105,7 @@ def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
         decoding = plan.decoding(name)
         guided = 2 if decoding.guidance else 1
         return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
-    draws = plan.parts.objective.corruption.draws
+    draws = plan.parts.objective.draws
     at_once = batching.draws_per_pass or draws
     passes = batching.rows // batching.microbatch * (draws // at_once)
     # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking a
@@ -120,7 +120,7 @@ def _update_flops(plan: Plan) -> float:
     Taking a few draws at a time (`rl.draws_per_pass`) costs one more forward pass of every draw.
     """
     parts, model = plan.parts, plan.policy.config
-    draws, length = parts.objective.corruption.draws, parts.sampling.length
+    draws, length = parts.objective.draws, parts.sampling.length
     rows = parts.batching.rows * draws
     row = forward(model, plan.prompt_length + length, length)
     twice = 0 < parts.batching.draws_per_pass < draws

@@ -41,7 +41,7 @@ def cpu_seconds(
     report = sum(decoding(d.length, d.steps, d.block_length) for d in evaluation.decodings)
     report += evaluation.samples * decoding(*shape)
     flops = (
-        updates * batching.rows * parts.objective.corruption.draws * trained
+        updates * batching.rows * parts.objective.draws * trained
         + rollouts
         * batching.rows
         * decoding(sampling.length, sampling.steps, sampling.block_length)

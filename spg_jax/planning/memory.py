@@ -90,7 +90,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
 def _updating(plan: Plan) -> dict[str, float]:
     batching, model = plan.parts.batching, plan.policy.config
-    draws = batching.draws_per_pass or plan.parts.objective.corruption.draws
+    draws = batching.draws_per_pass or plan.parts.objective.draws
     length = plan.parts.sampling.length
     sizes = _sizes(plan, batching.microbatch * draws, length, length)
     attention = _attention(plan, sizes, backwards=True)

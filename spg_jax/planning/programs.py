@@ -24,8 +24,9 @@ from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
 from spg_jax.random import root_key
+from spg_jax.rl.collection import make_generate
 from spg_jax.rl.learner import make_update
-from spg_jax.rl.rollout import Rollout, make_generate
+from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import TrainState, shardings_of
@@ -186,28 +187,14 @@ def lower_for_cuda(plan: Plan, name: str) -> int:
 
 def _abstract_rollout(parts: Parts, mesh: Mesh) -> Rollout:
     rows = parts.batching.rows
-    prompt, length = parts.prompt_lengths[-1], parts.sampling.length
     shards = sharding.row_shards(mesh)
     if rows % shards:
         raise ValueError(
             f'{rows} rows of a rollout batch (rl.prompts x rl.group_size) do not split over '
             f'{shards} shards of rows (mesh.data x mesh.fsdp); change one of them'
         )
-    by_rows = sharding.batch_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_rows)
-
-    return Rollout(
-        prompt=array(jnp.int32, prompt),
-        prompt_mask=array(jnp.bool_, prompt),
-        completion=array(jnp.int32, length),
-        scored=array(jnp.bool_, length),
-        commit_step=array(jnp.int32, length),
-        reward=array(jnp.float32),
-        advantage=array(jnp.float32),
-        example_id=array(jnp.uint32),
-    )
+    lengths = parts.prompt_lengths[-1], parts.sampling.length
+    return rollout_shapes(rows, *lengths, sharding.batch_sharding(mesh))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.process import distributed, libtpu, streams
+from spg_jax.process import allocator, distributed, libtpu, streams
 from spg_jax.process.config_flag import (
     UnusableConfig,
     define_config_flag,
@@ -116,6 +116,7 @@ def chosen_mesh(configured: Mapping[str, int]) -> Mesh:
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses flags and runs `main`; an error that a user can mend is one line and exit status 1."""
     streams.outlive_readers()
+    allocator.keep_memory()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # after the imports of the package
     if libtpu.is_installed() and libtpu.surely_absent():
         # Otherwise libtpu prints errors when JAX looks for a TPU.

@@ -1,4 +1,8 @@
-"""Advantages within a group of completions of one prompt."""
+"""Advantages of completions, from the rewards of whole groups.
+
+Every function takes reward [B] float32, in which the G rows of a prompt are neighbours, and G,
+which divides B; it returns [B] float32.
+"""
 
 import jax.numpy as jnp
 from jax import Array
@@ -7,15 +11,29 @@ from jax import Array
 def group_advantages(reward: Array, group_size: int) -> Array:
     """A_j = R_j - mean_group(R), not divided by the group's standard deviation (SPG, section 2).
 
-    Args:
-      reward: [B] float32, in which the G rows of a prompt are neighbours.
-      group_size: G; divides B.
-
-    Returns:
-      [B] float32, summing to zero within each group.
+    The advantages of a group sum to zero.
     """
     groups = reward.reshape(-1, group_size)
     return (groups - groups.mean(axis=1, keepdims=True)).reshape(-1)
+
+
+def leave_one_out(reward: Array, group_size: int) -> Array:
+    """R_j minus the mean of the other completions of the group, (R_j - mean) G / (G - 1)."""
+    return group_advantages(reward, group_size) * (group_size / (group_size - 1))
+
+
+def standardised(
+    reward: Array, group_size: int, unbiased: bool = True, epsilon: float = 1e-4
+) -> Array:
+    """(R_j - mean) / (standard deviation + epsilon) of the group.
+
+    Args:
+      unbiased: whether the variance is divided by G - 1, as GRPO's code does, or by G.
+      epsilon: keeps the quotient finite where all rewards are equal.
+    """
+    groups = reward.reshape(-1, group_size)
+    deviation = groups.std(axis=1, keepdims=True, ddof=int(unbiased))
+    return ((groups - groups.mean(axis=1, keepdims=True)) / (deviation + epsilon)).reshape(-1)
 
 
 def groups_with_signal(reward: Array, group_size: int) -> Array:

@@ -15,7 +15,7 @@ from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
-from spg_jax.rl.rollout import Generate, decode, make_generate
+from spg_jax.rl.collection import Generate, decode, make_generate
 from spg_jax.sharding import own_rows, own_values, put_batch, row_shards
 from spg_jax.tasks.task import Example, Score, Task
 

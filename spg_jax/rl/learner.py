@@ -1,32 +1,43 @@
 """The learner: one gradient step of an objective on a rollout, in microbatches and passes of draws.
 
-A loss depends on the policy only through the log-probabilities logp [b, M, C]. Its gradient is
-therefore the product of d loss / d logp, which is cheap, and the Jacobian of logp. This product can
-be computed a few draws at a time. A first pass computes all log-probabilities without a gradient,
-and from them d loss / d logp. Then each pass differentiates the log-probabilities of its draws,
-weighted by their part of d loss / d logp, which stays fixed. Memory then does not grow with M, at
-the price of one more forward pass. The gradient is the same, although the EUBO couples the draws
-through its logarithm.
+A loss depends on the policy only through its readouts [b, M, C]. Its gradient is therefore the
+product of d loss / d readouts, which is cheap, and the Jacobian of the readouts. This product can
+be computed a piece at a time, a piece being some rows and some of their draws. A first stage
+computes all readouts without a gradient, and from them d loss / d readouts. Then each piece is
+differentiated, weighted by its part of d loss / d readouts, which stays fixed. Memory then does not
+grow with the draws, nor with the rows that a loss couples, at the price of one more forward pass.
+The gradient is the same. Where all that a loss couples is one piece, there is one stage.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from spg_jax.diffusion.bounds import completion_log_probs
-from spg_jax.diffusion.corruption import apply_masks
+from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.batching import Batching
+from spg_jax.rl.experience import rows_of_update
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout, rollout_metrics
+from spg_jax.rl.scores import Reader, corrupt, moments
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
 
-Corrupted = tuple[Array, Array | None]  # masked [b, M, L] bool, keys of dropout [b, M]
+BEHAVIOUR = 'behaviour'  # extras: readouts [B, turns, M, C] of the policy that sampled the rollout
+REFERENCE = 'reference'  # the initial policy
+
+
+class Rows(NamedTuple):
+    """Rows of a batch with all that an update needs to differentiate them, [b, ...]."""
+
+    rollout: Rollout
+    draws: Draws  # [b, M, ...]
+    dropout: Array | None  # [b, M] keys of the adapters' dropout
+    others: dict[str, Array]  # readouts [b, M, C] that are there already
 
 
 def make_update(
@@ -37,7 +48,7 @@ def make_update(
     seed: int,
     shardings: TrainState,
 ) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
-    """A compiled (state, rollout) -> (state, metrics), which reuses the memory of the old state.
+    """A compiled (state, experience) -> (state, metrics), which reuses the memory of the old state.
 
     Every update corrupts the rows afresh, with keys made from seed, step and identity of the row.
 
@@ -50,7 +61,11 @@ def make_update(
       shardings: `shardings_of` the state, which the new state keeps.
     """
     gradient_of = make_gradient(
-        policy, objective, microbatch=batching.microbatch, draws_per_pass=batching.draws_per_pass
+        policy,
+        objective,
+        microbatch=batching.microbatch,
+        draws_per_pass=batching.draws_per_pass,
+        group_size=batching.group_size,
     )
     lora = policy.config.lora
 
@@ -58,81 +73,160 @@ def make_update(
         if lora is None or not lora.dropout:
             return None
         keys = example_keys(seed, Purpose.DROPOUT, step, rollout.example_id)
-        return jax.vmap(lambda key: jax.random.split(key, objective.corruption.draws))(keys)
+        return jax.vmap(lambda key: jax.random.split(key, objective.draws))(keys)
 
-    def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, Metrics]:
-        keys = example_keys(seed, Purpose.CORRUPT, state.step, rollout.example_id)
-        draws = jax.vmap(objective.corruption)(keys, rollout.prompt_mask, rollout.scored)
+    def update(state: TrainState, experience: Rollout) -> tuple[TrainState, Metrics]:
+        rollout = rows_of_update(objective.experience, seed, state.step, experience)
+        turn = jnp.int32(0) if objective.experience else state.step % batching.inner_updates
+        draws = corrupt(objective.corruption, rollout, moments(seed, rollout, state.step, turn))
+        others = {}
+        if objective.behaviour:
+            others[BEHAVIOUR] = rollout.extras[BEHAVIOUR][:, turn]
         loss, gradient, metrics = gradient_of(
-            state.trained, state.frozen, rollout, draws, dropout_keys(state.step, rollout)
+            state.trained,
+            state.frozen,
+            rollout,
+            draws,
+            dropout_keys(state.step, rollout),
+            others=others,
+            kept=state.kept,
+            step=state.step,
         )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
+        state = after_update(objective, optimizer, state)
         metrics |= applied | rollout_metrics(rollout, batching.group_size, policy.eos_id)
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def after_update(
+    objective: Objective, optimizer: optax.GradientTransformation, state: TrainState
+) -> TrainState:
+    """Changes the kept policies by their rules, and ends a phase where it is over."""
+    kept = {
+        name: refresh(state.step, state.kept[name], state.trained)
+        for name, refresh in objective.kept.items()
+        if name in state.kept
+    }
+    state = state.replace(kept=kept)
+    phase = objective.phase
+    if phase is None:
+        return state
+
+    def end(state: TrainState) -> TrainState:
+        trained, kept = phase.end(state.trained, state.kept)
+        return state.replace(trained=trained, kept=kept, opt_state=optimizer.init(trained))
+
+    return jax.lax.cond(state.step % phase.length == 0, end, lambda state: state, state)
+
+
 def make_gradient(
-    policy: Policy, objective: Objective, *, microbatch: int, draws_per_pass: int
+    policy: Policy,
+    objective: Objective,
+    *,
+    microbatch: int,
+    draws_per_pass: int,
+    group_size: int = 1,
 ) -> Callable[..., tuple[Array, Variables, Metrics]]:
-    """A function (trained, frozen, rollout, draws, dropout) -> (loss, gradient, metrics) over the
-    whole batch.
+    """A function (trained, frozen, rollout, draws, dropout=None, others={}, kept={}, step=0) ->
+    (loss, gradient, metrics) over the whole batch.
 
     Args:
       policy: the model.
-      objective: its loss is differentiated; its corruption made `draws`, [B, M, L] and [B, M].
+      objective: its loss is differentiated; its corruption made `draws`, [B, M, ...].
       microbatch: rows that are differentiated at once; it divides B.
       draws_per_pass: draws that are differentiated at once; it divides M, and 0 stands for all.
+      group_size: G, for an objective that couples the rows of a group.
 
     The function differentiates by `trained` only. `frozen` holds the policy's other collections,
-    and `dropout` holds the keys [B, M] of the adapters' dropout, or is None.
+    `dropout` the keys [B, M] of the adapters' dropout, `others` readouts [B, M, C] that are there
+    already, `kept` the kept policies by name, and `step` is the number of updates done.
     """
-
-    def of_microbatch(
-        trained: Variables, frozen: Variables, rows: tuple[Rollout, Any, Array | None]
-    ) -> tuple[Variables, Any]:
-        rollout, draws, dropout = rows
-        batch = Batch(
-            completion=rollout.completion,
-            scored=rollout.scored,
-            masked=draws.masked[:, :, rollout.prompt.shape[1] :],
-            block=draws.block,
-            advantage=rollout.advantage,
-        )
-
-        def log_probs(trained: Variables, corrupted: Corrupted) -> Array:
-            return draw_log_probs(policy, frozen | trained, rollout, *corrupted)
-
-        def loss_of(logp: Array) -> tuple[Array, Any]:
-            loss = objective.loss(logp, batch)
-            return loss.total, loss
-
-        weights_of = jax.grad(loss_of, has_aux=True)  # logp -> (d loss / d logp, Loss)
-        corrupted = draws.masked, dropout
-        passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
-        if passes == 1:
-            logp, pull_back = jax.vjp(lambda trained: log_probs(trained, corrupted), trained)
-            weights, loss = weights_of(logp)
-            return pull_back(weights)[0], loss
-        corrupted = jax.tree.map(lambda x: _split(x, passes), corrupted)
-        return _in_passes(log_probs, weights_of, trained, corrupted)
+    reader = Reader(policy, objective.readout, objective.teacher)
 
     def gradient_of(
         trained: Variables,
         frozen: Variables,
         rollout: Rollout,
-        draws: Any,
+        draws: Draws,
         dropout: Array | None = None,
+        others: Mapping[str, Array] | None = None,
+        kept: Mapping[str, Variables] | None = None,
+        step: Array | int = 0,
     ) -> tuple[Array, Variables, Metrics]:
-        batches = len(rollout.reward) // microbatch
-        rows = jax.tree.map(lambda x: _microbatches(x, batches), (rollout, draws, dropout))
+        step = jnp.asarray(step, jnp.int32)
+        policies = other_policies(frozen, kept or {})
+        rows = Rows(rollout, draws, dropout, dict(others or {}))
+        batch_size = len(rollout.reward)
+        together = _rows_together(objective.couples, batch_size, microbatch, group_size)
+        passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
 
-        def add(gradient: Variables, rows: Any) -> tuple[Variables, Any]:
-            addend, loss = of_microbatch(trained, frozen, rows)
+        def read(variables: Variables, piece: Rows, dropout: Array | None) -> Array:
+            return reader(variables, piece.rollout, piece.draws, step, dropout, policies)
+
+        def loss_of(readouts: Array, rows: Rows, others: dict[str, Array]) -> tuple[Array, Any]:
+            batch = Batch(rows.rollout, rows.draws, rows.others | others, step)
+            loss = objective.loss(readouts, batch)
+            return loss.total, loss
+
+        weights_of = jax.grad(loss_of, has_aux=True)  # -> (d loss / d readouts, Loss)
+
+        def read_others(piece: Rows) -> dict[str, Array]:
+            return {name: read(policies[name], piece, None) for name in objective.looks_at}
+
+        def in_one_stage(rows: Rows) -> tuple[Variables, Any]:
+            readouts, pull_back = jax.vjp(
+                lambda trained: read(frozen | trained, rows, rows.dropout), trained
+            )
+            weights, loss = weights_of(readouts, rows, jax.lax.stop_gradient(read_others(rows)))
+            return pull_back(weights)[0], loss
+
+        def in_two_stages(rows: Rows) -> tuple[Variables, Any]:
+            parts = jax.tree.map(lambda x: _parts(x, together // microbatch), rows)
+
+            def read_part(part: Rows) -> tuple[Array, dict[str, Array]]:
+                def read_pass(cut: tuple[Draws, Array | None]) -> tuple[Array, dict[str, Array]]:
+                    piece = Rows(part.rollout, *cut, {})
+                    return read(frozen | trained, piece, piece.dropout), read_others(piece)
+
+                cuts = jax.tree.map(lambda x: _passes(x, passes), (part.draws, part.dropout))
+                return jax.tree.map(_join_passes, jax.lax.map(read_pass, cuts))
+
+            readouts, others = jax.tree.map(_join_parts, jax.lax.map(read_part, parts))
+            weights, loss = weights_of(readouts, rows, others)
+
+            def add_part(gradient: Variables, part: tuple[Rows, Array]) -> tuple[Variables, None]:
+                rows, weights = part
+
+                def add_pass(gradient: Variables, cut: Any) -> tuple[Variables, None]:
+                    *draws, weights = cut
+
+                    def weighted(trained: Variables) -> Array:
+                        piece = Rows(rows.rollout, *draws, {})
+                        return jnp.vdot(weights, read(frozen | trained, piece, piece.dropout))
+
+                    return jax.tree.map(jnp.add, gradient, jax.grad(weighted)(trained)), None
+
+                cuts = jax.tree.map(
+                    lambda x: _passes(x, passes), (rows.draws, rows.dropout, weights)
+                )
+                return jax.lax.scan(add_pass, gradient, cuts)[0], None
+
+            zero = jax.tree.map(jnp.zeros_like, trained)
+            weights = _parts(weights, together // microbatch)
+            return jax.lax.scan(add_part, zero, (parts, weights))[0], loss
+
+        one_stage = together == microbatch and passes == 1
+        differentiate = in_one_stage if one_stage else in_two_stages
+
+        def add(gradient: Variables, rows: Rows) -> tuple[Variables, Any]:
+            addend, loss = differentiate(rows)
             return jax.tree.map(jnp.add, gradient, addend), loss
 
-        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), rows)
+        unit = group_size if objective.couples == 'group' else 1
+        parts = jax.tree.map(lambda x: _parts(x, batch_size // together, unit), rows)
+        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), parts)
         losses = jax.tree.map(lambda x: x.sum(0), losses)
         weight = jnp.maximum(losses.weight, 1.0)
         return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
@@ -140,78 +234,42 @@ def make_gradient(
     return gradient_of
 
 
-def _in_passes(
-    log_probs: Callable[[Variables, Corrupted], Array],
-    weights_of: Callable[[Array], tuple[Array, Any]],
-    trained: Variables,
-    corrupted: Corrupted,
-) -> tuple[Variables, Any]:
-    """The gradient of a loss, computed in passes over the draws, and the loss.
+def other_policies(frozen: Variables, kept: Mapping[str, Variables]) -> dict[str, Variables]:
+    """The parameters of the policies beside the trained one, by name.
 
-    Args:
-      log_probs: (trained, (masked [b, m, L], keys [b, m])) -> logp [b, m, C] of m draws.
-      weights_of: logp [b, M, C] of all draws -> (d loss / d logp, loss).
-      trained: the parameters at which the gradient is taken.
-      corrupted: masks and keys of all draws, with a leading axis of passes.
+    The reference is kept where every parameter is trained; otherwise it is the model without its
+    adapters.
     """
-    logp = jax.lax.map(lambda corrupted: log_probs(trained, corrupted), corrupted)
-    weights, loss = weights_of(_join(logp))
-
-    def add(gradient: Variables, draws: tuple[Corrupted, Array]) -> tuple[Variables, None]:
-        corrupted, weights = draws
-        addend = jax.grad(lambda trained: jnp.vdot(weights, log_probs(trained, corrupted)))(trained)
-        return jax.tree.map(jnp.add, gradient, addend), None
-
-    zero = jax.tree.map(jnp.zeros_like, trained)
-    return jax.lax.scan(add, zero, (corrupted, _split(weights, len(logp))))[0], loss
+    policies = {name: frozen | params for name, params in kept.items()}
+    return {REFERENCE: frozen} | policies
 
 
-def draw_log_probs(
-    policy: Policy,
-    variables: Variables,
-    rollout: Rollout,
-    masked: Array,
-    dropout: Array | None = None,
-) -> Array:
-    """Log-probability of every completion token under each draw.
+def _rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> int:
+    """The rows that a loss sees at once: a microbatch if that holds all that it couples."""
+    whole = {'row': True, 'group': microbatch % group_size == 0, 'batch': microbatch == rows}
+    return microbatch if whole[couples] else rows
 
-    Args:
-      policy: the model.
-      variables: its collections of parameters.
-      rollout: b rows.
-      masked: [b, m, L] bool, True where MASK replaces the token.
-      dropout: [b, m] keys of the adapters' dropout, or None.
 
-    Returns:
-      [b, m, C] float32, in nats. Logits are computed for b x m x C positions only.
+def _parts(x: Array, parts: int, unit: int = 1) -> Array:
+    """[B, ...] -> [parts, B / parts, ...], with neighbours of a unit in one part.
+
+    The stride keeps rows on their devices.
     """
-    rows, draws, _ = masked.shape
-    prompt_length = rollout.prompt.shape[1]
-    tokens = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
-    noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, masked, policy.mask_id)
-    noisy = noisy.reshape(rows * draws, -1)
-    logits = policy.completion_logits(
-        variables,
-        noisy[:, :prompt_length],
-        jnp.repeat(rollout.prompt_mask, draws, axis=0),
-        noisy[:, prompt_length:],
-        None if dropout is None else dropout.reshape(-1),
-    )
-    logits = logits.reshape(rows, draws, *logits.shape[1:])
-    return jax.vmap(completion_log_probs)(logits, rollout.completion)
+    split = x.reshape(len(x) // (parts * unit), parts, unit, *x.shape[1:])
+    return jnp.moveaxis(split, 1, 0).reshape(parts, -1, *x.shape[1:])
 
 
-def _microbatches(x: Array, batches: int) -> Array:
-    """[B, ...] -> [batches, B / batches, ...]; the stride keeps rows on their devices."""
-    return jnp.moveaxis(x.reshape(len(x) // batches, batches, *x.shape[1:]), 1, 0)
+def _join_parts(x: Array) -> Array:
+    """[parts, b, ...] -> [parts * b, ...]: the inverse of `_parts` with units of one row."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _split(x: Array, passes: int) -> Array:
+def _passes(x: Array, passes: int) -> Array:
     """[b, M, ...] -> [passes, b, M / passes, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
 
 
-def _join(x: Array) -> Array:
-    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `_split`."""
+def _join_passes(x: Array) -> Array:
+    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `_passes`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -1,7 +1,9 @@
-"""The rollout: a batch of prompts becomes groups of completions with rewards to learn from."""
+"""The rollout: completions of a batch of prompts with their rewards; its fields are said once.
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Letters of axes: `B` rows, `P` tokens of a prompt, `C` positions of a completion.
+"""
+
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,172 +13,77 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from spg_jax.data.batches import PromptBatch
-from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.diffusion import sampling
-from spg_jax.diffusion.corruption import scored_positions
-from spg_jax.models.policy import Policy, Variables
-from spg_jax.random import Purpose, example_ids, example_keys
-from spg_jax.rl.advantages import group_advantages, groups_with_signal
-from spg_jax.rl.batching import Batching
-from spg_jax.sharding import constrain, own_rows, own_values, put_batch
-from spg_jax.tasks.task import Example, Task
+from spg_jax.rl.advantages import groups_with_signal
+from spg_jax.sharding import batch_sharding, own_rows, put_batch
+
+
+def _per_row(dtype: Any, axes: str = '') -> Any:
+    """A field with one entry a row; `axes` has a letter for each further axis."""
+    return struct.field(metadata={'dtype': dtype, 'axes': axes})
 
 
 @struct.dataclass
 class Rollout:
-    """Completions of a batch of prompts with their rewards and advantages. A row is a sequence."""
+    """Completions with their rewards and advantages. A row is a sequence.
 
-    prompt: Array  # [B, P] int32, left-padded
-    prompt_mask: Array  # [B, P] bool, False on padding
-    completion: Array  # [B, C] int32
-    scored: Array  # [B, C] bool, True through the first EOS
-    commit_step: Array  # [B, C] int32, denoising step that fixed each token; -1 after a stop
-    reward: Array  # [B] float32
-    advantage: Array  # [B] float32
-    example_id: Array  # [B] uint32, prompt index * G + member; seeds the random numbers of a row
+    Corruptions see one row at a time: then the leading axis B is gone from every field.
+    """
+
+    prompt: Array = _per_row(jnp.int32, 'P')  # [B, P] left-padded
+    prompt_mask: Array = _per_row(jnp.bool_, 'P')  # [B, P] False on padding
+    completion: Array = _per_row(jnp.int32, 'C')  # [B, C]
+    scored: Array = _per_row(jnp.bool_, 'C')  # [B, C] True through the first EOS
+    # [B, C] the denoising step that fixed each token; -1 after a stop
+    commit_step: Array = _per_row(jnp.int32, 'C')
+    reward: Array = _per_row(jnp.float32)  # [B]
+    advantage: Array = _per_row(jnp.float32)  # [B]
+    example_id: Array = _per_row(jnp.uint32)  # [B] prompt index * G + member, the row's identity
+    # What an objective asks for beside these, by name, [B, ...]: a sampler recorded it, or it was
+    # read out of policies when the rollout arrived.
+    extras: dict[str, Array] = struct.field(default_factory=dict)
 
 
-def empty_rollout(rows: int, prompt_length: int, length: int, mesh: Mesh) -> Rollout:
-    """A rollout of zeros, with the shapes and shardings that a saved rollout is restored into.
+def rollout_shapes(rows: int, prompt_length: int, length: int, sharding: Any = None) -> Rollout:
+    """A rollout without extras as `jax.ShapeDtypeStruct`.
 
     Args:
-      rows: B, over all processes.
+      rows: B.
       prompt_length: P.
       length: C.
+      sharding: of every field.
+    """
+    sizes = {'P': prompt_length, 'C': length}
+    return Rollout(
+        **{
+            field.name: jax.ShapeDtypeStruct(
+                (rows, *(sizes[axis] for axis in field.metadata['axes'])),
+                field.metadata['dtype'],
+                sharding=sharding,
+            )
+            for field in dataclasses.fields(Rollout)
+            if field.name != 'extras'
+        }
+    )
+
+
+def zeros_like(shapes: Any, mesh: Mesh) -> Any:
+    """A pytree of rows that are all zero, such as a saved rollout is restored into.
+
+    Args:
+      shapes: `rollout_shapes`, or another pytree of shapes [B, ...].
       mesh: where the arrays live.
     """
-    local = len(own_rows(mesh, rows))
     return put_batch(
         mesh,
-        Rollout(
-            prompt=np.zeros((local, prompt_length), np.int32),
-            prompt_mask=np.zeros((local, prompt_length), bool),
-            completion=np.zeros((local, length), np.int32),
-            scored=np.zeros((local, length), bool),
-            commit_step=np.zeros((local, length), np.int32),
-            reward=np.zeros(local, np.float32),
-            advantage=np.zeros(local, np.float32),
-            example_id=np.zeros(local, np.uint32),
+        jax.tree.map(
+            lambda x: np.zeros((len(own_rows(mesh, x.shape[0])), *x.shape[1:]), x.dtype), shapes
         ),
     )
 
 
-Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
-
-
-def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
-    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion.
-
-    The rows of the result are split over devices as the rows of the prompts are.
-    """
-
-    @jax.jit
-    def generate(
-        variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
-    ) -> sampling.Completion:
-        completion = sampling.generate(
-            lambda tokens, valid: policy.hidden(variables, tokens, valid),
-            lambda hidden: policy.unembed(variables, hidden),
-            prompt,
-            prompt_mask,
-            keys,
-            config,
-            policy.mask_id,
-            policy.eos_id,
-            policy.allowed,
-        )
-        return jax.tree.map(lambda x: constrain(x, 'rows', None), completion)
-
-    return generate
-
-
-def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:
-    """The text of each row [C] of tokens through its first EOS, with or without special tokens."""
-    rows = np.asarray(completion).tolist()
-    eos = tokenizer.eos_id
-    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-    return [tokenizer.decode(row, keep_specials) for row in rows]
-
-
-def make_collect(
-    policy: Policy,
-    task: Task,
-    tokenizer: Tokenizer,
-    decoding: sampling.SamplingConfig,
-    batching: Batching,
-    seed: int,
-    mesh: Mesh,
-) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
-    """A function (variables, prompts, step) -> (Rollout, texts) that samples, decodes and rewards.
-
-    The prompts and the texts are those of this process, in whole groups; the rollout has the rows
-    of all processes. Completions are generated in parts. While the devices work on one part, the
-    host decodes and rewards the part before it.
-
-    Args:
-      policy: the model.
-      task: rewards the texts.
-      tokenizer: the tokenizer of the policy.
-      decoding: how completions are decoded.
-      batching: the size of a group and of a part.
-      seed: the root of the run's random numbers.
-      mesh: the devices.
-    """
-    generate = make_generate(policy, decoding)
-    group_size = batching.group_size
-    keys_of = jax.jit(example_keys, static_argnums=(0, 1))
-    rows_at_once = len(own_rows(mesh, batching.rows_at_once))
-
-    def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
-        placed = put_batch(mesh, rows)
-        keys = keys_of(seed, Purpose.SAMPLE, step, placed['example_id'])
-        return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
-
-    def finish(
-        completion: sampling.Completion, examples: Sequence[Example]
-    ) -> tuple[dict[str, np.ndarray], list[str]]:
-        tokens = own_values(completion.tokens)
-        texts = decode(tokenizer, tokens)
-        rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
-        rows = {
-            'completion': tokens,
-            'commit_step': own_values(completion.commit_step),
-            'reward': np.asarray(rewards, np.float32),
-        }
-        return rows, texts
-
-    def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
-        rows = {
-            'prompt': np.repeat(prompts.prompt, group_size, axis=0),
-            'prompt_mask': np.repeat(prompts.prompt_mask, group_size, axis=0),
-            'example_id': np.asarray(example_ids(prompts.index, group_size)),
-        }
-        examples = [example for example in prompts.examples for _ in range(group_size)]
-        parts = [
-            slice(first, first + rows_at_once) for first in range(0, len(examples), rows_at_once)
-        ]
-        started = (
-            (start(variables, {name: x[part] for name, x in rows.items()}, step), examples[part])
-            for part in parts
-        )
-        finished, texts = zip(*[finish(*part) for part in one_ahead(started)], strict=True)
-        rows |= {name: np.concatenate([part[name] for part in finished]) for name in finished[0]}
-        rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
-        rows['advantage'] = np.asarray(group_advantages(rows['reward'], group_size))
-        return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))
-
-    return collect
-
-
-def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields each item after the next one was made, so that the work it started is under way."""
-    iterator = iter(items)
-    previous = next(iterator)
-    for item in iterator:
-        yield previous
-        previous = item
-    yield previous
+def empty_rollout(rows: int, prompt_length: int, length: int, mesh: Mesh) -> Rollout:
+    """A rollout of zeros without extras; the arguments are those of `rollout_shapes`."""
+    return zeros_like(rollout_shapes(rows, prompt_length, length, batch_sharding(mesh)), mesh)
 
 
 def rollout_metrics(

@@ -1,6 +1,7 @@
 """What a run of reinforcement learning is made of: problems, base policy and programs."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ from jax.sharding import Mesh
 from spg_jax.assembly import Parts
 from spg_jax.data import batches
 from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
+from spg_jax.models.policy import Policy, check_adapters, with_adapters
 from spg_jax.process import distributed
 from spg_jax.random import check_range
+from spg_jax.rl.arrival import make_arrival
+from spg_jax.rl.collection import make_collect
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.rl.learner import make_update
-from spg_jax.rl.rollout import Rollout, make_collect
+from spg_jax.rl.experience import collections_due, make_keep
+from spg_jax.rl.learner import REFERENCE, make_update
+from spg_jax.rl.rollout import Rollout
 from spg_jax.runs import policies
 from spg_jax.tasks.source import Source
 from spg_jax.tasks.task import Example
@@ -67,7 +71,10 @@ class Programs(NamedTuple):
     policy: Policy
     tokenizer: Tokenizer
     prompts: grain.DatasetIterator  # endless batches of training prompts
-    collect: Callable[[Variables, batches.PromptBatch, int], tuple[Rollout, list[str]]]
+    collect: Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]
+    due: Callable[[int], int]  # updates done -> batches of prompts to collect before the next
+    # (experience, rollout just collected, updates done, batches collected before it) -> experience
+    keep: Callable[[Rollout | None, Rollout, int, int], Rollout]
     update: Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
     evaluator: Evaluator
 
@@ -94,7 +101,10 @@ def prepare(
     )
     policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
     optimizer = optimizers.for_rl(parts.optimizer, planned_steps)
-    state = initial_state(variables, optimizer, policy, mesh, average=False)
+    objective = parts.objective
+    is_new = adapters is None  # Then the model without its adapters is the initial policy.
+    kept = [name for name in objective.kept if not (name == REFERENCE and parts.lora and is_new)]
+    state = initial_state(variables, optimizer, policy, mesh, average=False, kept=kept)
     shardings = shardings_of(state)
     prompts = batches.prompts(
         parts.task,
@@ -110,11 +120,35 @@ def prepare(
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
-        collect=make_collect(policy, parts.task, tokenizer, parts.sampling, batching, seed, mesh),
-        update=make_update(policy, parts.objective, optimizer, batching, seed, shardings),
+        collect=_make_collect(parts, policy, tokenizer, seed, mesh),
+        due=partial(collections_due, objective, batching),
+        keep=make_keep(objective, batching, parts.prompt_lengths[-1]),
+        update=make_update(policy, objective, optimizer, batching, seed, shardings),
         evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
     )
     return state, problems, programs
+
+
+def _make_collect(
+    parts: Parts, policy: Policy, tokenizer: Tokenizer, seed: int, mesh: Mesh
+) -> Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]:
+    """A function (state, prompts, step) -> (rollout, texts), with the extras of the objective."""
+    objective, batching = parts.objective, parts.batching
+    sample = make_collect(
+        policy, parts.task, tokenizer, parts.sampling, batching, objective.advantage, seed, mesh
+    )
+    arrival = make_arrival(policy, objective, batching, seed)
+
+    def collect(
+        state: TrainState, prompts: batches.PromptBatch, step: int
+    ) -> tuple[Rollout, list[str]]:
+        sampler = state.variables
+        if objective.sampled_by:
+            sampler = state.frozen | state.kept[objective.sampled_by]
+        rollout, texts = sample(sampler, prompts, step)
+        return arrival(state, rollout) if arrival else rollout, texts
+
+    return collect
 
 
 def origins_of(parts: Parts, problems: ProblemSets, base: Path) -> dict[str, str]:

@@ -7,13 +7,20 @@ from typing import Any
 import jax
 import optax
 
+from spg_jax.errors import check_one_of
+
+SCHEDULES = ('constant', 'linear', 'cosine')
 # The scales of norms never decay, because they are few and set the size of activations.
 UNDECAYED = re.compile('scale$')
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """The optimiser of RL: AdamW whose learning rate is constant after a linear warm-up."""
+    """The optimiser of RL: AdamW with a linear warm-up and a schedule after it.
+
+    Raises:
+      ValueError: on an unknown schedule, or a final share outside [0, 1].
+    """
 
     learning_rate: float  # after the warm-up
     warmup_fraction: float  # share of the run's updates in the warm-up
@@ -21,14 +28,29 @@ class AdamW:
     b2: float  # decay of the running mean of their squares
     weight_decay: float  # of all parameters except the scales of norms
     grad_clip: float  # a gradient with a larger norm is scaled down to this norm
+    schedule: str = 'constant'  # one of SCHEDULES
+    final_share: float = 0.0  # of the learning rate, where 'linear' and 'cosine' end
+
+    def __post_init__(self) -> None:
+        check_one_of('optimizer.schedule', self.schedule, SCHEDULES)
+        if not 0 <= self.final_share <= 1:
+            raise ValueError(
+                f'optimizer.final_share is {self.final_share}; use a share within [0, 1]'
+            )
 
 
 def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
     """The optimiser of RL for a run of `total_steps` updates, with gradient clipping."""
     warmup = round(settings.warmup_fraction * total_steps)
-    rate = optax.schedules.linear_schedule(
-        settings.learning_rate / (warmup + 1), settings.learning_rate, warmup
-    )
+    peak, last = settings.learning_rate, settings.learning_rate * settings.final_share
+    rate = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
+    after = max(1, total_steps - warmup)
+    if settings.schedule == 'linear':
+        fall = optax.schedules.linear_schedule(peak, last, after)
+        rate = optax.schedules.join_schedules([rate, fall], [warmup])
+    elif settings.schedule == 'cosine':
+        fall = optax.schedules.cosine_decay_schedule(peak, after, settings.final_share)
+        rate = optax.schedules.join_schedules([rate, fall], [warmup])
     adamw = optax.adamw(
         rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
     )

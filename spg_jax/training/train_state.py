@@ -1,5 +1,6 @@
 """The train state and the optimiser step, which pre-training and RL share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ class TrainState:
     opt_state: Any  # of the optimiser
     average: Any  # decaying average of `trained` in pre-training; None in RL
     skipped: Array  # [] int32, non-finite updates since the last finite one
+    # Policies that an objective keeps beside the trained one, by name; each is like `trained`.
+    kept: dict[str, Variables] = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> Variables:
@@ -75,6 +78,7 @@ def initial_state(
     mesh: Mesh,
     *,
     average: bool,
+    kept: Sequence[str] = (),
 ) -> TrainState:
     """The train state at step 0, in which every array is sharded like its parameter.
 
@@ -84,6 +88,7 @@ def initial_state(
       policy: the model.
       mesh: where the arrays live.
       average: whether the state keeps a decaying average of the trained parameters.
+      kept: names of policies that the state keeps; each starts as a copy of the trained one.
     """
     name = policy.trained
     trained = {name: variables[name]}
@@ -98,4 +103,5 @@ def initial_state(
         opt_state=jax.jit(optimizer.init, out_shardings=opt_shardings)(trained),
         average=jax.tree.map(jnp.copy, trained) if average else None,
         skipped=zero(),
+        kept={name: jax.tree.map(jnp.copy, trained) for name in kept},
     )

@@ -14,8 +14,8 @@ from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import Transformer
-from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.learner import make_gradient, make_update
+from spg_jax.rl.scores import corrupt, moments
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
@@ -31,8 +31,8 @@ def variables_of(policy, mesh=None):
 
 def draws_of(config, rollout, step=0):
     corruption = assemble(config).objective.corruption
-    keys = example_keys(config.train.seed, Purpose.CORRUPT, step, rollout.example_id)
-    return jax.jit(jax.vmap(corruption))(keys, rollout.prompt_mask, rollout.scored)
+    moment = moments(config.train.seed, rollout, jnp.int32(step), jnp.int32(0))
+    return jax.jit(lambda rows: corrupt(corruption, rows, moment))(rollout)
 
 
 def plain_loss(params, policy, config, rollout, draws):

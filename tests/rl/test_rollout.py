@@ -11,8 +11,9 @@ from spg_jax.assembly import assemble
 from spg_jax.data.batches import PromptBatch, left_pad
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.random import Purpose, check_range, example_ids, example_keys
-from spg_jax.rl import rollout
-from spg_jax.rl.rollout import make_collect, make_generate, rollout_metrics
+from spg_jax.rl import collection
+from spg_jax.rl.collection import make_collect, make_generate
+from spg_jax.rl.rollout import rollout_metrics
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 from tests.rl.conftest import EOS, random_rollout
@@ -106,18 +107,19 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
     tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
     tokens, valid = left_pad(PROMPTS[:2], 4, pad_id=2)
     prompts = PromptBatch(tokens, valid, np.array([5, 4], np.uint32), [{'index': 5}, {'index': 4}])
-    make = rollout.make_generate
+    make = collection.make_generate
 
     def telling(*arguments):
         generate = make(*arguments)
         return lambda *rows: (events.append('start'), generate(*rows))[1]
 
-    monkeypatch.setattr(rollout, 'make_generate', telling)
+    monkeypatch.setattr(collection, 'make_generate', telling)
     with jax.set_mesh(mesh):
         variables = {'params': random_params(policy.model, mesh=mesh)}
         parts = assemble(config)
+        advantage = parts.objective.advantage
         collect = make_collect(
-            policy, Odd(events), tokenizer, parts.sampling, parts.batching, 0, mesh
+            policy, Odd(events), tokenizer, parts.sampling, parts.batching, advantage, 0, mesh
         )
         return collect(variables, prompts, 2)
 

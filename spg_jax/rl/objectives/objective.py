@@ -1,24 +1,98 @@
-"""An objective: a corruption, and a loss of the log-probabilities under its draws."""
+"""An objective: how rows are corrupted, what is read out of policies, and a loss of the readouts.
+
+The policy enters a loss only through readouts [B, M, C], one number for each draw and position of a
+completion; by default the log-probability of the token. Everything else here says when a readout is
+taken, of which policy, and how many rows the loss must see at once.
+
+Letters of axes: `B` rows, `b` those that a loss sees at once, `G` rows of a group, `M` draws, `P`
+tokens of a prompt, `C` positions of a completion, `L` = P + C, `V` vocabulary.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from spg_jax.diffusion.corruption import Corruption
+from spg_jax.diffusion.bounds import completion_log_probs
+from spg_jax.diffusion.corruption import Corruption, Draws
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.rl.advantages import group_advantages
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.rollout import Rollout
+
+Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+
+
+@struct.dataclass
+class Moment:
+    """When and where a row is corrupted.
+
+    `turn` counts the updates since the rollout arrived. What a method draws once a rollout uses the
+    keys `at_rollout`, which are those of turn 0.
+    """
+
+    row: Array  # [] key of this row and turn
+    shared: Array  # [] key of this turn, the same for all rows
+    row_at_rollout: Array  # [] key of this row, the same for all turns
+    shared_at_rollout: Array  # [] key that all rows and turns share
+    turn: Array  # [] int32
+    rank: Array  # [] int32, the place of the row in the batch of an update
+
+
+@struct.dataclass
+class View:
+    """What a readout sees of one row beside the logits."""
+
+    row: Rollout
+    draws: Draws
+    teacher: Array | None  # [M, C, V] logits of the policy `Objective.teacher`
+    step: Array  # [] int32, updates done
 
 
 @struct.dataclass
 class Batch:
     """Rows of a rollout with the draws of one update, as a loss sees them."""
 
-    completion: Array  # [B, C] int32
-    scored: Array  # [B, C] bool, True through the first EOS
-    masked: Array  # [B, M, C] bool, True where the draw masks a completion token
-    block: Array  # [B, M] int32, the block that each draw chose
-    advantage: Array  # [B] float32
+    rows: Rollout  # [b, ...]
+    draws: Draws  # [b, M, ...]
+    others: dict[str, Array]  # readouts [b, M, C] of 'behaviour' and of policies looked at
+    step: Array  # [] int32, updates done
+
+    @property
+    def completion(self) -> Array:
+        """[b, C] int32."""
+        return self.rows.completion
+
+    @property
+    def scored(self) -> Array:
+        """[b, C] bool, True through the first EOS."""
+        return self.rows.scored
+
+    @property
+    def advantage(self) -> Array:
+        """[b] float32."""
+        return self.rows.advantage
+
+    @property
+    def masked(self) -> Array:
+        """[b, M, C] bool, True where the draw masks a completion token."""
+        return self.draws.masked[:, :, self.rows.prompt.shape[1] :]
+
+    @property
+    def block(self) -> Array:
+        """[b, M] int32, the block that each draw chose."""
+        return self.draws.block
+
+    @property
+    def target(self) -> Array:
+        """[b, M, C] bool, True where the readout of a draw enters the loss."""
+        if self.draws.target is not None:
+            return self.draws.target
+        return self.masked & self.scored[:, None, :]
 
 
 @struct.dataclass
@@ -28,9 +102,61 @@ class Loss:
     The division happens once after all microbatches, so that their sizes do not change the loss.
     """
 
-    total: Array  # [] float32, differentiated with respect to logp
+    total: Array  # [] float32, differentiated with respect to the readouts
     weight: Array  # [] float32, which does not depend on the policy
-    metrics: dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+    metrics: Metrics
+
+
+Advantage = Callable[[Array, int], Array]  # (reward [B], G) -> [B], whole groups of neighbours
+Corrupt = Callable[[Rollout, Moment], Draws]  # one row -> its M draws
+Readout = Callable[[Array, View], Array]  # (logits [M, C, V], view of one row) -> [M, C]
+Refresh = Callable[[Array, Any, Any], Any]  # (updates done, kept, trained) -> kept
+
+
+def token_log_probs(logits: Array, view: View) -> Array:
+    """The readout of most methods: log-probability of each token, in nats, [M, C] float32."""
+    label = view.row.completion if view.draws.label is None else view.draws.label
+    return completion_log_probs(logits, label)
+
+
+def never(step: Array, kept: Any, trained: Any) -> Any:
+    """The `Refresh` of a policy that stays as it is."""
+    return kept
+
+
+def configured(corruption: Corruption) -> Corrupt:
+    """The corruption of `config.corruption`, for an objective that has none of its own."""
+    return lambda row, moment: corruption(moment.row, row.prompt_mask, row.scored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Updates learn from random rows of a ring, whose oldest rows are replaced.
+
+    Attributes:
+      prompts: prompts in the ring; a multiple of those that are collected at once.
+      every: updates between two collections.
+      rows: rows of an update.
+    """
+
+    prompts: int
+    every: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A cycle of updates, at whose end policies change roles.
+
+    The optimiser then starts anew, with its schedule, and a ring is filled anew.
+
+    Attributes:
+      length: updates of a phase.
+      end: (trained, kept policies by name) -> the same of the next phase.
+    """
+
+    length: int
+    end: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +164,101 @@ class Objective:
     """A policy-gradient method.
 
     Attributes:
-      corruption: how each row is corrupted, afresh at every update.
-      loss: (logp [B, M, C] in nats, Batch) -> Loss. It depends on the policy only through logp, so
-        that the learner can differentiate draw by draw (see `spg_jax.rl.learner`).
+      corruption: how a row is corrupted, afresh at every update.
+      draws: M.
+      loss: (readouts [b, M, C], Batch) -> Loss.
+      couples: what the loss must see at once: 'row', 'group' or 'batch'. The learner keeps groups
+        whole, or reads out all rows first and then differentiates with fixed weights.
+      advantage: of the rewards of whole groups.
+      readout: what is read out of logits.
+      behaviour: whether the loss looks at the readouts of the policy that sampled the rollout. They
+        are taken when the rollout arrives, for the draws of all its turns.
+      looks_at: policies that are read out at each update, without a gradient: 'reference', which is
+        the initial policy, or kept ones.
+      teacher: the policy whose logits the readout sees; '' for none.
+      kept: policies beside the trained one, and how each changes after an update. The initial
+        policy is not copied where adapters are trained, because it is the model without them.
+      sampled_by: the kept policy that samples rollouts; '' is the trained one.
+      at_rollout: (read, rollout, moments of turn 0 [B]) -> extras [B, ...], computed when a rollout
+        arrives; read(policy, draws) gives readouts [B, M, C] of 'policy' or another.
+      experience: what updates learn from; None is the last rollout, `rl.inner_updates` times.
+      phase: what changes at the end of a phase; None without phases.
+      needs_law: whether the sampler must record the law of the completions, and not only tokens.
     """
 
-    corruption: Corruption
+    corruption: Corrupt
+    draws: int
     loss: Callable[[Array, Batch], Loss]
+    couples: str = 'row'
+    advantage: Advantage = group_advantages
+    readout: Readout = token_log_probs
+    behaviour: bool = False
+    looks_at: tuple[str, ...] = ()
+    teacher: str = ''
+    kept: Mapping[str, Refresh] = dataclasses.field(default_factory=dict)
+    sampled_by: str = ''
+    at_rollout: Callable[..., dict[str, Array]] | None = None
+    experience: Ring | None = None
+    phase: Phase | None = None
+    needs_law: bool = False
 
 
-class Method(NamedTuple):
-    """How an objective is made: its settings, and the function that builds it from them."""
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What an objective is given to be built with: the protocol's part of the settings."""
 
-    settings: Any  # a NamedTuple class, whose fields are settings of the group `rl`
-    build: Callable[[Any, Corruption], Objective]  # (settings, the configured corruption)
+    corruption: Corruption  # as configured; methods with a corruption of their own leave it
+    sampling: SamplingConfig  # of rollouts
+    batching: Batching
+    steps: int  # updates of the run
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of an objective's `Settings`: its published value, and what it means."""
+    return dataclasses.field(default=default, metadata={'meaning': meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How an objective is made.
+
+    Attributes:
+      settings: a dataclass, whose fields are the settings of the group with the objective's name.
+      build: (settings, Protocol) -> Objective; raises ValueError for settings without a meaning.
+      recipe: published values of other settings, by GROUP.KEY, for `rl.recipe='published'`.
+    """
+
+    settings: type
+    build: Callable[[Any, Protocol], Objective]
+    recipe: Mapping[str, Any]
+
+
+def over_groups(
+    loss_of_group: Callable[[Array, Batch], tuple[Array, Metrics]], group_size: int
+) -> Callable[[Array, Batch], Loss]:
+    """The mean over groups of a loss that is published for one group.
+
+    Args:
+      loss_of_group: (readouts [G, M, C], Batch of the group) -> (loss [], metrics).
+      group_size: G.
+    """
+    axes = Batch(rows=0, draws=0, others=0, step=None)
+
+    def loss(readouts: Array, batch: Batch) -> Loss:
+        groups = len(readouts) // group_size
+
+        def split(x: Array) -> Array:
+            return x.reshape(groups, group_size, *x.shape[1:])
+
+        values, metrics = jax.vmap(loss_of_group, (0, axes))(
+            split(readouts),
+            batch.replace(
+                **jax.tree.map(
+                    split, {'rows': batch.rows, 'draws': batch.draws, 'others': batch.others}
+                )
+            ),
+        )
+        metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+        return Loss(total=values.sum(), weight=jnp.float32(groups), metrics=metrics)
+
+    return loss

@@ -3,38 +3,64 @@
     loss = -sum_j A_j L_j / sum_j n_j,    L_j = ELBO_j if A_j > 0, else the negative estimate
 
 A_j is the reward of completion j minus the mean of its group; n_j is the length of the completion.
+
+The advantages of a group sum to zero, which cancels what all its completions share, as long as both
+signs use one functional. With the ELBO above and the EUBO below, a part in one direction is left in
+every update. `baseline='each'` centres each functional by itself, at no cost: with A+ = max(A, 0),
+A- = min(A, 0) and a the mean of A+ in the group,
+
+    loss = -sum_j [(A+_j - a) ELBO_j + (A-_j + a) U_j] / sum_j n_j
+
+which is the published loss where U is the ELBO.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion import bounds
-from spg_jax.diffusion.corruption import Corruption
 from spg_jax.errors import check_one_of
-from spg_jax.rl.objectives.objective import Batch, Loss, Objective
+from spg_jax.rl.objectives.objective import (
+    Batch,
+    Loss,
+    Objective,
+    Protocol,
+    configured,
+    setting,
+)
 
 UPPER = {'plain': 'eubo', 'strict': 'strict_eubo', 'loose': 'loose_eubo'}
 NEGATIVES = ('mixture', 'eubo', 'elbo', 'none')
+BASELINES = ('advantage', 'each')
+RECIPE = {
+    'rl.group_size': 6,
+    'rl.inner_updates': 4,
+    'corruption.kind': 'block',
+    'corruption.draws': 2,
+    'optimizer.learning_rate': 3e-6,
+    'optimizer.schedule': 'constant',
+}
 
 
-class Settings(NamedTuple):
-    """The numbers of SPG."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The numbers of SPG, as in the released scripts for the mixture."""
 
-    negative: str  # the estimate for worse completions, one of NEGATIVES
-    estimator: str  # how draws become bounds; see `spg_jax.diffusion.bounds`
-    bound: str  # the upper bound, a key of UPPER
-    beta: float  # Renyi order of the EUBO
-    omega: float  # share of the EUBO in the mixture
+    negative: str = setting('mixture', 'bound for worse completions: mixture, eubo, elbo or none')
+    # 'paper' goes with uniform corruption and 'block' with block corruption.
+    estimator: str = setting('released', 'how draws become bounds: released, paper or block')
+    bound: str = setting('plain', 'which upper bound (EUBO) is used: plain, strict or loose')
+    beta: float = setting(1.5, 'the Renyi order of the EUBO, at least 1')
+    omega: float = setting(0.5, 'the share of the EUBO in the mixture; the ELBO has the rest')
+    baseline: str = setting('advantage', 'what is centred: the advantage, or each functional')
 
 
-def build(settings: Settings, corruption: Corruption) -> Objective:
+def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the SPG objective.
 
     With the block estimator the completion tokens of earlier blocks are not perturbed.
@@ -43,23 +69,30 @@ def build(settings: Settings, corruption: Corruption) -> Objective:
       ValueError: if a setting has no meaning, or the estimator bounds no likelihood under this
         corruption; the message names the setting.
     """
-    check_one_of('rl.negative', settings.negative, NEGATIVES)
-    check_one_of('rl.bound', settings.bound, UPPER)
+    check_one_of('spg.negative', settings.negative, NEGATIVES)
+    check_one_of('spg.bound', settings.bound, UPPER)
     if not 1 <= settings.beta < math.inf:
-        raise ValueError(f'rl.beta is {settings.beta}; the Renyi order of the EUBO is at least 1')
+        raise ValueError(f'spg.beta is {settings.beta}; the Renyi order of the EUBO is at least 1')
     if not 0 <= settings.omega <= 1:
-        raise ValueError(f'rl.omega is {settings.omega}; a share lies within [0, 1]')
-    corruption = dataclasses.replace(corruption, perturb_completion=settings.estimator != 'block')
+        raise ValueError(f'spg.omega is {settings.omega}; a share lies within [0, 1]')
+    check_one_of('spg.baseline', settings.baseline, BASELINES)
+    corruption = dataclasses.replace(
+        protocol.corruption, perturb_completion=settings.estimator != 'block'
+    )
     bounds.check_pairing(settings.estimator, corruption)
     estimator = bounds.estimator(settings.estimator, corruption.block_length)
+    group_size = protocol.batching.group_size if settings.baseline == 'each' else 0
     return Objective(
-        corruption=corruption,
+        corruption=configured(corruption),
+        draws=corruption.draws,
+        couples='group' if group_size else 'row',
         loss=partial(
             spg_loss,
             lower=estimator.elbo,
             upper=partial(getattr(estimator, UPPER[settings.bound]), beta=settings.beta),
             negative=settings.negative,
             omega=settings.omega,
+            group_size=group_size,
         ),
     )
 
@@ -72,6 +105,7 @@ def spg_loss(
     upper: Callable[[Array, Array, Array, Array], Array],
     negative: str,
     omega: float,
+    group_size: int = 0,
 ) -> Loss:
     """The sum -sum_j A_j L_j over the rows, and its weight sum_j n_j.
 
@@ -87,6 +121,7 @@ def spg_loss(
       lower, upper: the ELBO and the EUBO of one example, (logp, masked, scored, block) -> nats.
       negative: 'mixture', 'eubo', 'elbo' or 'none'.
       omega: share of the EUBO in the mixture.
+      group_size: G, if each functional is centred within its group by itself; 0 if not.
     """
     elbo = jax.vmap(lower)(logp, batch.masked, batch.scored, batch.block)
     eubo = jax.vmap(upper)(logp, batch.masked, batch.scored, batch.block)
@@ -97,12 +132,18 @@ def spg_loss(
         'none': jnp.zeros_like(elbo),
     }
     better = batch.advantage > 0
-    bound = jnp.where(better, elbo, estimates[negative])
+    total = -(batch.advantage * jnp.where(better, elbo, estimates[negative])).sum()
+    if group_size:
+        gain = jnp.maximum(batch.advantage, 0.0)  # [b] A+
+        mean_gain = gain.reshape(-1, group_size).mean(axis=1)  # [b / G]
+        mean_gain = jnp.repeat(mean_gain, group_size)  # [b]
+        loss_part = jnp.minimum(batch.advantage, 0.0) + mean_gain  # [b] of the negative estimate
+        total = -((gain - mean_gain) * elbo + loss_part * estimates[negative]).sum()
     length = batch.scored.sum(axis=1).astype(jnp.float32)
     tokens, rows = length.sum(), jnp.float32(len(length))
     worse = (batch.advantage < 0).astype(jnp.float32)
     return Loss(
-        total=-(batch.advantage * bound).sum(),
+        total=total,
         weight=tokens,
         metrics={
             'elbo': (elbo.sum(), tokens),

@@ -1,0 +1,44 @@
+"""Memory that is used twice: glibc's allocator keeps what a program on CPUs frees.
+
+XLA on CPUs takes the outputs and temporaries of each execution from malloc and frees them after it.
+glibc maps a large piece anew each time and unmaps it again, so that the kernel faults and zeroes
+every page at every execution. With the settings below it keeps the pages instead, and on 2 cores
+(countdown, `python -m benchmarks.speed`) a step of pre-training and an update take 0.55 to 0.65 of
+the time, with equal results.
+"""
+
+import ctypes
+import os
+import sys
+
+# mallopt(3): the name of a setting, its number in malloc.h, and the value.
+_SETTINGS = (
+    ('M_MMAP_MAX', -4, 0),  # large pieces come from the heap, which is kept
+    ('M_TRIM_THRESHOLD', -1, -1),  # the heap is never given back
+    ('M_TOP_PAD', -2, 256 * 2**20),  # bytes by which the heap grows at least
+    ('M_ARENA_MAX', -8, 1),  # one heap, because others cannot hold pieces over 64 MiB
+)
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory; call it before the first program runs.
+
+    Nothing happens without glibc, or where the environment already has settings for its malloc.
+    A line on standard error says if glibc refuses a setting; programs are then slower.
+    """
+    chosen = [name for name in os.environ if name.startswith('MALLOC_')]
+    if chosen or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', ''):
+        return
+    if not sys.platform.startswith('linux'):
+        return
+    library = ctypes.CDLL(None)
+    if not hasattr(library, 'gnu_get_libc_version'):
+        return
+    for name, number, value in _SETTINGS:
+        if not library.mallopt(number, value):
+            print(
+                f'the allocator refuses {name}={value}, so programs on CPUs take longer',
+                file=sys.stderr,
+                flush=True,
+            )
+            return

@@ -1,0 +1,140 @@
+"""Collecting a rollout: a batch of prompts becomes groups of completions with rewards."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from spg_jax.data.batches import PromptBatch
+from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.diffusion import sampling
+from spg_jax.diffusion.corruption import scored_positions
+from spg_jax.models.policy import Policy, Variables
+from spg_jax.random import Purpose, example_ids, example_keys
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.objectives.objective import Advantage
+from spg_jax.rl.rollout import Rollout
+from spg_jax.sharding import constrain, own_rows, own_values, put_batch
+from spg_jax.tasks.task import Example, Task
+
+Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
+
+
+def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
+    """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion.
+
+    The rows of the result are split over devices as the rows of the prompts are.
+    """
+
+    @jax.jit
+    def generate(
+        variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
+    ) -> sampling.Completion:
+        completion = sampling.generate(
+            lambda tokens, valid: policy.hidden(variables, tokens, valid),
+            lambda hidden: policy.unembed(variables, hidden),
+            prompt,
+            prompt_mask,
+            keys,
+            config,
+            policy.mask_id,
+            policy.eos_id,
+            policy.allowed,
+        )
+        return jax.tree.map(lambda x: constrain(x, 'rows', None), completion)
+
+    return generate
+
+
+def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:
+    """The text of each row [C] of tokens through its first EOS, with or without special tokens."""
+    rows = np.asarray(completion).tolist()
+    eos = tokenizer.eos_id
+    rows = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    return [tokenizer.decode(row, keep_specials) for row in rows]
+
+
+def make_collect(
+    policy: Policy,
+    task: Task,
+    tokenizer: Tokenizer,
+    decoding: sampling.SamplingConfig,
+    batching: Batching,
+    advantage: Advantage,
+    seed: int,
+    mesh: Mesh,
+) -> Callable[[Variables, PromptBatch, int], tuple[Rollout, list[str]]]:
+    """A function (variables, prompts, step) -> (Rollout, texts) that samples, decodes and rewards.
+
+    The prompts and the texts are those of this process, in whole groups; the rollout has the rows
+    of all processes. Completions are generated in parts. While the devices work on one part, the
+    host decodes and rewards the part before it.
+
+    Args:
+      policy: the model.
+      task: rewards the texts.
+      tokenizer: the tokenizer of the policy.
+      decoding: how completions are decoded.
+      batching: the size of a group and of a part.
+      advantage: of the objective, from the rewards of whole groups.
+      seed: the root of the run's random numbers.
+      mesh: the devices.
+    """
+    generate = make_generate(policy, decoding)
+    group_size = batching.group_size
+    keys_of = jax.jit(example_keys, static_argnums=(0, 1))
+    rows_at_once = len(own_rows(mesh, batching.rows_at_once))
+
+    def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
+        placed = put_batch(mesh, rows)
+        keys = keys_of(seed, Purpose.SAMPLE, step, placed['example_id'])
+        return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
+
+    def finish(
+        completion: sampling.Completion, examples: Sequence[Example]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        tokens = own_values(completion.tokens)
+        texts = decode(tokenizer, tokens)
+        rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
+        rows = {
+            'completion': tokens,
+            'commit_step': own_values(completion.commit_step),
+            'reward': np.asarray(rewards, np.float32),
+        }
+        return rows, texts
+
+    def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
+        rows = {
+            'prompt': np.repeat(prompts.prompt, group_size, axis=0),
+            'prompt_mask': np.repeat(prompts.prompt_mask, group_size, axis=0),
+            'example_id': np.asarray(example_ids(prompts.index, group_size)),
+        }
+        examples = [example for example in prompts.examples for _ in range(group_size)]
+        parts = [
+            slice(first, first + rows_at_once) for first in range(0, len(examples), rows_at_once)
+        ]
+        started = (
+            (start(variables, {name: x[part] for name, x in rows.items()}, step), examples[part])
+            for part in parts
+        )
+        finished, texts = zip(*[finish(*part) for part in one_ahead(started)], strict=True)
+        rows |= {name: np.concatenate([part[name] for part in finished]) for name in finished[0]}
+        rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
+        rows['advantage'] = np.asarray(advantage(rows['reward'], group_size))
+        return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))
+
+    return collect
+
+
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields each item after the next one was made, so that the work it started is under way."""
+    iterator = iter(items)
+    previous = next(iterator)
+    for item in iterator:
+        yield previous
+        previous = item
+    yield previous

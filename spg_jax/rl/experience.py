@@ -1,0 +1,110 @@
+"""What updates learn from: the last rollout, or a ring of rows from several.
+
+A ring is a `Rollout` of more rows than an update takes, saved with the checkpoints. Everything that
+happens to it is a function of the number of updates done: when prompts are collected, which rows
+they replace, and which rows an update takes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spg_jax.random import Purpose, step_key
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.objectives import Objective, Ring
+from spg_jax.rl.rollout import Rollout
+from spg_jax.rl.scores import BIRTH
+from spg_jax.sharding import constrain
+
+
+def rows_of_update(ring: Ring | None, seed: int, step: Array, experience: Rollout) -> Rollout:
+    """The rows that an update learns from: all of a rollout, or random ones of a ring.
+
+    An update takes no row of a ring twice.
+    """
+    if ring is None:
+        return experience
+    rows = len(experience.reward)
+    order = jax.random.permutation(step_key(seed, Purpose.RING, step), rows)[: ring.rows]
+    return jax.tree.map(lambda x: constrain(x[order], 'rows', *(None,) * (x.ndim - 1)), experience)
+
+
+def collections_due(objective: Objective, batching: Batching, step: int) -> int:
+    """How many batches of prompts are collected before an update.
+
+    Args:
+      objective: says what updates learn from.
+      batching: prompts of a batch, and updates on each rollout without a ring.
+      step: updates done.
+    """
+    ring = objective.experience
+    if ring is None:
+        return int(step % batching.inner_updates == 0)
+    since = step % objective.phase.length if objective.phase else step
+    return ring.prompts // batching.prompts if since == 0 else int(since % ring.every == 0)
+
+
+def first_row(objective: Objective, batching: Batching, step: int, collected: int) -> int:
+    """The row of a ring from which on a batch is written.
+
+    Args:
+      objective, batching, step: as in `collections_due`.
+      collected: batches collected before this one, for the same update.
+    """
+    ring = objective.experience
+    since = step % objective.phase.length if objective.phase else step
+    place = collected if since == 0 else since // ring.every - 1
+    return place % (ring.prompts // batching.prompts) * batching.rows
+
+
+def make_keep(
+    objective: Objective, batching: Batching, prompt_length: int
+) -> Callable[[Rollout | None, Rollout, int, int], Rollout]:
+    """A function (experience, fresh rollout, step, collected) -> experience.
+
+    Without a ring the fresh rollout takes the place of the old one. The ring's prompts are padded
+    to `prompt_length`.
+    """
+    ring = objective.experience
+    if ring is None:
+        return lambda experience, fresh, step, collected: fresh
+    rows = ring.prompts * batching.group_size
+
+    def pad(rollout: Rollout) -> Rollout:
+        missing = prompt_length - rollout.prompt.shape[1]
+        widths = ((0, 0), (missing, 0))
+        return rollout.replace(
+            prompt=jnp.pad(rollout.prompt, widths),
+            prompt_mask=jnp.pad(rollout.prompt_mask, widths),
+        )
+
+    @jax.jit
+    def write(experience: Rollout, fresh: Rollout, first: Array) -> Rollout:
+        def replace(old: Array, new: Array) -> Array:
+            start = (first,) + (0,) * (old.ndim - 1)
+            rows = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+            return constrain(rows, 'rows', *(None,) * (old.ndim - 1))
+
+        return jax.tree.map(replace, experience, fresh)
+
+    @jax.jit
+    def begin(fresh: Rollout) -> Rollout:
+        return jax.tree.map(
+            lambda x: constrain(
+                jnp.zeros((rows, *x.shape[1:]), x.dtype), 'rows', *(None,) * (x.ndim - 1)
+            ),
+            fresh,
+        )
+
+    def keep(experience: Rollout | None, fresh: Rollout, step: int, collected: int) -> Rollout:
+        born = jnp.full(fresh.reward.shape, step, jnp.int32)
+        fresh = pad(fresh.replace(extras=fresh.extras | {BIRTH: born}))
+        if experience is None:
+            experience = begin(fresh)
+        first = np.int32(first_row(objective, batching, step, collected))
+        return write(experience, fresh, first)
+
+    return keep

@@ -1,0 +1,65 @@
+"""What several objectives are made of: clipped ratios, distances between policies, advantages."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from spg_jax.rl.objectives.objective import Batch, Metrics
+
+
+def clipped(log_ratio: Array, advantage: Array, low: float, high: float | None = None) -> Array:
+    """min(r A, clip(r, 1 - low, 1 + high) A) of PPO (arXiv 1707.06347, eq. 7), r = exp(log_ratio).
+
+    Args:
+      log_ratio: log of the ratio of policy to behaviour, of any shape.
+      advantage: of the same shape, or one that broadcasts to it.
+      low, high: the clip range; `high` is `low` where it is None.
+    """
+    ratio = jnp.exp(log_ratio)
+    limited = jnp.clip(ratio, 1.0 - low, 1.0 + (low if high is None else high))
+    return jnp.minimum(ratio * advantage, limited * advantage)
+
+
+def is_clipped(log_ratio: Array, advantage: Array, low: float, high: float | None = None) -> Array:
+    """Where `clipped` stops the gradient, bool."""
+    ratio = jnp.exp(log_ratio)
+    over = (ratio > 1.0 + (low if high is None else high)) & (advantage > 0)
+    return over | ((ratio < 1.0 - low) & (advantage < 0))
+
+
+def k2(log_ratio: Array) -> Array:
+    """Half the square of log(other / policy), an estimate of their divergence (Schulman, 2020)."""
+    return 0.5 * jnp.square(log_ratio)
+
+
+def k3(log_ratio: Array) -> Array:
+    """e^x - x - 1 with x = log(other / policy), an estimate of their divergence that is never
+    negative (Schulman, 2020)."""
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def token_losses(
+    logp: Array, batch: Batch, epsilon: float, kl: float, to: str = 'reference'
+) -> tuple[Array, Metrics]:
+    """The clipped loss of each token, -min(r A, clip(r) A) + kl k3; 0 outside `batch.target`.
+
+    Args:
+      logp: [b, M, C] of the policy.
+      batch: the rows, with the readouts 'behaviour' among the others.
+      epsilon: the clip range of the ratio r of policy to behaviour.
+      kl: weight of the divergence; with 0 no other policy is looked at.
+      to: the policy whose divergence from this one is estimated.
+
+    Returns:
+      ([b, M, C], metrics clip_share and, with a weight, kl).
+    """
+    advantage = batch.advantage[:, None, None]
+    log_ratio = jnp.where(batch.target, logp - batch.others['behaviour'], 0.0)
+    losses = -clipped(log_ratio, advantage, epsilon)
+    tokens = batch.target.sum().astype(jnp.float32)
+    stopped = is_clipped(log_ratio, advantage, epsilon) & batch.target
+    metrics = {'clip_share': (stopped.sum().astype(jnp.float32), tokens)}
+    if kl:
+        divergence = jnp.where(batch.target, k3(batch.others[to] - logp), 0.0)
+        losses += kl * divergence
+        metrics['kl'] = (divergence.sum(), tokens)
+    return jnp.where(batch.target, losses, 0.0), metrics

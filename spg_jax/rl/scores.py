@@ -1,0 +1,133 @@
+"""The one place where policies are read out under draws; learner and rollout both use it.
+
+Shapes: `b` rows, `m` draws, `P` tokens of a prompt, `C` positions of a completion, `L` = P + C, `V`
+vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from spg_jax.diffusion.corruption import Draws, apply_masks
+from spg_jax.models.lora import COLLECTION
+from spg_jax.models.policy import Policy, Variables
+from spg_jax.random import Purpose, example_keys, step_key
+from spg_jax.rl.objectives.objective import Corrupt, Moment, Readout, View, token_log_probs
+from spg_jax.rl.rollout import Rollout
+
+BIRTH = 'birth'  # of a row of a ring: the update before which it was sampled; part of its identity
+
+
+def moments(
+    seed: int, rows: Rollout, step: Array, turn: Array, purpose: Purpose = Purpose.CORRUPT
+) -> Moment:
+    """When and where each row of a batch is corrupted: keys [b] and [], turn [], rank [b].
+
+    Args:
+      seed: the root of the run's random numbers.
+      rows: the batch of an update.
+      step: [] int32, updates done.
+      turn: [] int32, updates since the rollout arrived.
+      purpose: what the draws are for.
+    """
+
+    def row_keys(step: Array) -> Array:
+        keys = example_keys(seed, purpose, step, rows.example_id)
+        if BIRTH in rows.extras:
+            keys = jax.vmap(jax.random.fold_in)(keys, rows.extras[BIRTH])
+        return keys
+
+    def shared_key(step: Array) -> Array:
+        return jax.random.fold_in(step_key(seed, Purpose.SHARED, step), purpose)
+
+    return Moment(
+        row=row_keys(step),
+        shared=shared_key(step),
+        row_at_rollout=row_keys(step - turn),
+        shared_at_rollout=shared_key(step - turn),
+        turn=turn,
+        rank=jnp.arange(len(rows.reward), dtype=jnp.int32),
+    )
+
+
+def corrupt(corruption: Corrupt, rows: Rollout, moment: Moment) -> Draws:
+    """The draws [b, M, ...] of a batch."""
+    axes = Moment(row=0, shared=None, row_at_rollout=0, shared_at_rollout=None, turn=None, rank=0)
+    return jax.vmap(corruption, (0, axes))(rows, moment)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads policies out under draws.
+
+    Attributes:
+      policy: the model of the trained policy.
+      readout: what is read out of logits.
+      teacher: the policy whose logits the readout sees; '' for none.
+    """
+
+    policy: Policy
+    readout: Readout = token_log_probs
+    teacher: str = ''
+
+    def __call__(
+        self,
+        variables: Variables,
+        rows: Rollout,
+        draws: Draws,
+        step: Array,
+        dropout: Array | None = None,
+        others: Mapping[str, Variables] | None = None,
+    ) -> Array:
+        """Readouts [b, m, C] float32, of logits at b x m x C positions only.
+
+        Args:
+          variables: the parameters of the policy that is read out. Without adapters among them it
+            is the model that the adapters change.
+          rows: b rows.
+          draws: [b, m, ...].
+          step: [] int32, updates done.
+          dropout: [b, m] keys of the adapters' dropout, or None.
+          others: the parameters of other policies, for the teacher.
+        """
+        teacher = None
+        if self.teacher:
+            teacher = jax.lax.stop_gradient(
+                self._logits((others or {})[self.teacher], rows, draws, None)
+            )
+        logits = self._logits(variables, rows, draws, dropout)
+        axes = View(row=0, draws=0, teacher=0, step=None)
+        view = View(row=rows, draws=draws, teacher=teacher, step=step)
+        return jax.vmap(self.readout, (0, axes))(logits, view)
+
+    def _logits(
+        self, variables: Variables, rows: Rollout, draws: Draws, dropout: Array | None
+    ) -> Array:
+        """[b, m, C, V]."""
+        policy = self.policy
+        if policy.config.lora and COLLECTION not in variables:
+            without = dataclasses.replace(policy.config, lora=None)
+            policy = dataclasses.replace(policy, config=without)
+        number, many, _ = draws.masked.shape
+        prompt_length = rows.prompt.shape[1]
+        if draws.tokens is None:
+            tokens = jnp.concatenate([rows.prompt, rows.completion], axis=1)
+            noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, draws.masked, policy.mask_id)
+        else:
+            noisy = jnp.where(draws.masked, policy.mask_id, draws.tokens)
+        noisy = noisy.reshape(number * many, -1)
+        valid = None
+        if draws.valid is not None:
+            valid = draws.valid[:, :, prompt_length:].reshape(number * many, -1)
+        logits = policy.completion_logits(
+            variables,
+            noisy[:, :prompt_length],
+            jnp.repeat(rows.prompt_mask, many, axis=0),
+            noisy[:, prompt_length:],
+            None if dropout is None else dropout.reshape(-1),
+            valid,
+        )
+        return logits.reshape(number, many, *logits.shape[1:])

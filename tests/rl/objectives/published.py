@@ -1,0 +1,184 @@
+"""The rivals' losses and gradients, by their released or ported code, on the tiny LLaDA.
+
+`tests/reference/objectives.npz` hands over corrupted inputs, advantages and other policies'
+log-probabilities; these helpers put them into our learner and compare what comes out.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.testing import assert_allclose
+
+from spg_jax.diffusion.corruption import Corruption, Draws, scored_positions
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.models.llada.weights import load_checkpoint
+from spg_jax.models.policy import Policy
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.objectives import REGISTRY, Batch, Objective, Protocol
+from spg_jax.rl.objectives.objective import Readout
+from spg_jax.rl.rollout import Rollout
+from spg_jax.rl.scores import Reader
+
+REFERENCE = Path(__file__).parents[2] / 'reference'
+MASK, EOS = 250, 1
+
+
+@functools.cache
+def published() -> dict[str, np.ndarray]:
+    """The arrays of objectives.npz by their names."""
+    with np.load(REFERENCE / 'objectives.npz') as file:
+        return {name: file[name] for name in file.files}
+
+
+@functools.cache
+def tiny_llada() -> tuple[Policy, dict[str, Any]]:
+    """The policy and its parameters."""
+    model, _, params = load_checkpoint(REFERENCE / 'tiny_llada')
+    return Policy(model, MASK, EOS, np.ones(model.vocab_size, bool)), {'params': params}
+
+
+def objective_of(name: str, group_size: int | None = None, **settings: Any) -> Objective:
+    """An objective with its published settings, some of them changed, for the published rows.
+
+    Args:
+      name: a name of the registry.
+      group_size: G; by default all rows are one group.
+      settings: fields of its `Settings`.
+    """
+    method, (rows, length) = REGISTRY[name], published()['completion'].shape
+    batching = Batching(
+        prompts=rows // (group_size or rows),
+        group_size=group_size or rows,
+        inner_updates=2,
+        generation_batch=0,
+        microbatch=rows,
+        draws_per_pass=0,
+    )
+    protocol = Protocol(
+        corruption=Corruption(kind='block', draws=2, block_length=8),
+        sampling=SamplingConfig(length=length, steps=length // 2, block_length=8, temperature=1.0),
+        batching=batching,
+        steps=100,
+    )
+    return method.build(method.settings(**settings), protocol)
+
+
+def published_rollout(advantage: Any = None, reward: Any = None, **extras: Any) -> Rollout:
+    """The published rows as a rollout; `advantage` is by default the published one."""
+    arrays = published()
+    completion = jnp.asarray(arrays['completion'])
+    rows = len(completion)
+    advantage = arrays['advantages'] if advantage is None else advantage
+    return Rollout(
+        prompt=jnp.asarray(arrays['prompt']),
+        prompt_mask=jnp.ones(arrays['prompt'].shape, bool),
+        completion=completion,
+        scored=scored_positions(completion, EOS),
+        commit_step=jnp.asarray(arrays['commit_step']),
+        reward=jnp.zeros(rows) if reward is None else jnp.asarray(reward),
+        advantage=jnp.asarray(advantage, jnp.float32),
+        example_id=jnp.arange(rows, dtype=jnp.uint32),
+        extras={name: jnp.asarray(value) for name, value in extras.items()},
+    )
+
+
+def draws_from(masked: np.ndarray, **fields: Any) -> Draws:
+    """Draws with the masks [B, M, L], or [B, M, C] of completions after clean prompts."""
+    masked = np.asarray(masked)
+    prompt = published()['prompt'].shape[1]
+    if masked.shape[-1] == published()['completion'].shape[1]:
+        clean = np.zeros((*masked.shape[:2], prompt), bool)
+        masked = np.concatenate([clean, masked], axis=2)
+    fields = {name: jnp.asarray(value) for name, value in fields.items()}
+    return Draws(masked=jnp.asarray(masked), **fields)
+
+
+@functools.cache
+def _programs(readout: Readout, teacher: bool) -> tuple[Any, Any]:
+    """(readouts [B, 1, C] of one draw, their product with weights pulled back to the parameters).
+
+    One draw at a time and with every field of the draws, so that all methods share two programs.
+    """
+    policy, _ = tiny_llada()
+    reader = Reader(policy, readout, 'teacher' if teacher else '')
+    step = jnp.int32(0)
+
+    def read(variables: Any, rollout: Rollout, draws: Draws, other: Any) -> jax.Array:
+        return reader(variables, rollout, draws, step, None, {'teacher': other})
+
+    def pull_back(
+        variables: Any, rollout: Rollout, draws: Draws, other: Any, weights: jax.Array
+    ) -> Any:
+        return jax.grad(lambda v: jnp.vdot(weights, read(v, rollout, draws, other)))(variables)
+
+    return jax.jit(read), jax.jit(pull_back)
+
+
+def gradient_of(
+    objective: Objective, rollout: Rollout, draws: Draws, teacher: Any = None, **others: Any
+) -> tuple[Any, Any, Any]:
+    """(loss, gradient, metrics) at the published weights, by the chain rule of the learner.
+
+    Args:
+      objective: its loss is differentiated. The policies that it looks at are not read out.
+      teacher: the parameters of the policy whose logits the readout sees.
+      others: their readouts [B, M, C], such as `behaviour=` and `reference=`.
+    """
+    _, variables = tiny_llada()
+    read, pull_back = _programs(objective.readout, bool(objective.teacher))
+    tokens = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
+    number, many, _ = draws.masked.shape
+    whole = Draws(
+        masked=draws.masked,
+        tokens=_or(draws.tokens, jnp.repeat(tokens[:, None], many, 1)),
+        label=_or(draws.label, jnp.repeat(rollout.completion[:, None], many, 1)),
+        valid=_or(draws.valid, jnp.ones(draws.masked.shape, bool)),
+    )
+    each = [jax.tree.map(lambda x, k=k: x[:, k : k + 1], whole) for k in range(many)]
+    readouts = jnp.concatenate([read(variables, rollout, draw, teacher) for draw in each], axis=1)
+    others = {name: jnp.asarray(value, jnp.float32) for name, value in others.items()}
+
+    @jax.jit
+    def weights_of(readouts: jax.Array) -> Any:
+        def total(readouts: jax.Array) -> Any:
+            loss = objective.loss(readouts, Batch(rollout, draws, others, jnp.int32(0)))
+            return loss.total, loss
+
+        return jax.grad(total, has_aux=True)(readouts)
+
+    weights, loss = weights_of(readouts)
+    gradient = jax.tree.map(jnp.zeros_like, variables)
+    for k, draw in enumerate(each):
+        addend = pull_back(variables, rollout, draw, teacher, weights[:, k : k + 1])
+        gradient = jax.tree.map(jnp.add, gradient, addend)
+    weight = max(float(loss.weight), 1.0)
+    return loss.total / weight, jax.tree.map(lambda g: g / weight, gradient), loss.metrics
+
+
+def _or(field: Any, default: Any) -> Any:
+    return default if field is None else field
+
+
+def assert_published(
+    case: str, objective: Objective, rollout: Rollout, draws: Draws, **arguments: Any
+) -> Any:
+    """Compares loss and gradient with those of a published case; returns our metrics.
+
+    Args:
+      case: the start of the keys `…/loss`, `…/grad_norm` and `…/grad_q_proj0`.
+      objective, rollout, draws, arguments: as in `gradient_of`.
+    """
+    arrays = published()
+    loss, gradient, metrics = gradient_of(objective, rollout, draws, **arguments)
+    assert_allclose(loss, arrays[f'{case}/loss'], rtol=1e-4, atol=1e-6)
+    expected = arrays[f'{case}/grad_q_proj0'].T
+    found = gradient['params']['layers']['query']['kernel'][0]
+    assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    norm = arrays[f'{case}/grad_norm']
+    assert_allclose(optax.tree.norm(gradient), norm, rtol=1e-4, atol=1e-7)
+    return metrics
