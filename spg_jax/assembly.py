@@ -7,6 +7,7 @@ the key, the value and a value that works.
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     sampling = _sampling(config)
     objective = _objective(config, sampling, batching)
     batching.check_draws(objective.draws)
+    _check_groups(config.rl.objective, objective, batching)
     check_sizes(config, batching)
     return Parts(
         task=_task(config, config.task.format),
@@ -209,6 +211,32 @@ def _objective(
     )
     settings = method.settings(**config[config.rl.objective])
     return method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
+
+
+def _check_groups(name: str, objective: Objective, batching: Batching) -> None:
+    """Refuses a group of one where completions are compared, and rows that do not split.
+
+    Raises:
+      ValueError: one line that names the setting.
+    """
+    if objective.compares and batching.group_size < 2:
+        raise ValueError(
+            f'rl.group_size is {batching.group_size}; {name} compares a completion with its group, '
+            'use 2 or more'
+        )
+    ring = objective.experience
+    if ring is None:
+        return
+    if ring.rows % batching.microbatch:
+        raise ValueError(
+            f'rl.microbatch {batching.microbatch} does not divide the {ring.rows} rows of an '
+            f'update of {name}; use {math.gcd(ring.rows, batching.microbatch)}'
+        )
+    if objective.phase and objective.phase.length % ring.every:
+        raise ValueError(
+            f'a phase of {name} has {objective.phase.length} updates, which its {ring.every} '
+            'updates between two refreshes do not divide; change one of them'
+        )
 
 
 def _stages(stages: Sequence[Any]) -> tuple[Stage, ...]:

@@ -89,7 +89,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     }
     trained = {policy.trained: variables.pop(policy.trained)}
     whole = sharding.replicated(mesh)
-    optimizer = optimizers.for_rl(parts.optimizer, config.train.steps)
+    optimizer = optimizers.for_rl(parts.optimizer, config.train.steps, parts.objective.rate)
     placed = optimizers.state_shardings(optimizer, trained, shardings_of(trained), whole)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(
@@ -141,7 +141,7 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
     """The jitted function and the abstract arguments of 'rollout', 'evaluation' or 'update'."""
     parts, policy = plan.parts, plan.policy
     if name == 'update':
-        optimizer = optimizers.for_rl(parts.optimizer, plan.steps)
+        optimizer = optimizers.for_rl(parts.optimizer, plan.steps, parts.objective.rate)
         shardings = shardings_of(plan.state)
         update = make_update(
             policy, parts.objective, optimizer, parts.batching, plan.seed, shardings

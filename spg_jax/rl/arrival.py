@@ -45,8 +45,10 @@ def make_arrival(
             pieces = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (rollout, draws)
             )
-            readouts = jax.lax.map(read_rows, pieces)
-            return jnp.moveaxis(readouts, 0, 1).reshape(-1, *readouts.shape[2:])
+            return jax.tree.map(
+                lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]),
+                jax.lax.map(read_rows, pieces),
+            )
 
         extras = dict(rollout.extras)
         if objective.behaviour:
@@ -56,7 +58,8 @@ def make_arrival(
                 return read(POLICY, corrupt(objective.corruption, rollout, moment))
 
             turns = jax.lax.map(of_turn, jnp.arange(batching.inner_updates, dtype=jnp.int32))
-            extras[BEHAVIOUR] = jnp.moveaxis(turns, 0, 1)  # [B, turns, M, C]
+            # [B, turns, M, C]
+            extras[BEHAVIOUR] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), turns)
         if objective.at_rollout is not None:
             first = moments(seed, rollout, state.step, jnp.int32(0))
             extras |= objective.at_rollout(read, rollout, first)

@@ -35,14 +35,9 @@ class Batching:
     draws_per_pass: int
 
     def __post_init__(self) -> None:
-        for name in ('prompts', 'inner_updates', 'microbatch'):
+        for name in ('prompts', 'group_size', 'inner_updates', 'microbatch'):
             if getattr(self, name) < 1:
                 raise ValueError(f'rl.{name} is {getattr(self, name)}; use a positive integer')
-        if self.group_size < 2:
-            raise ValueError(
-                f'rl.group_size is {self.group_size}; a completion is compared with its group, '
-                'use 2 or more'
-            )
         if self.rows % self.microbatch:
             raise ValueError(
                 f'rl.microbatch {self.microbatch} does not divide the {self.rows} rows of a '

@@ -81,7 +81,7 @@ def make_update(
         draws = corrupt(objective.corruption, rollout, moments(seed, rollout, state.step, turn))
         others = {}
         if objective.behaviour:
-            others[BEHAVIOUR] = rollout.extras[BEHAVIOUR][:, turn]
+            others[BEHAVIOUR] = jax.tree.map(lambda x: x[:, turn], rollout.extras[BEHAVIOUR])
         loss, gradient, metrics = gradient_of(
             state.trained,
             state.frozen,
@@ -204,7 +204,8 @@ def make_gradient(
 
                     def weighted(trained: Variables) -> Array:
                         piece = Rows(rows.rollout, *draws, {})
-                        return jnp.vdot(weights, read(frozen | trained, piece, piece.dropout))
+                        readouts = read(frozen | trained, piece, piece.dropout)
+                        return optax.tree.vdot(weights, readouts)
 
                     return jax.tree.map(jnp.add, gradient, jax.grad(weighted)(trained)), None
 
@@ -214,7 +215,7 @@ def make_gradient(
                 return jax.lax.scan(add_pass, gradient, cuts)[0], None
 
             zero = jax.tree.map(jnp.zeros_like, trained)
-            weights = _parts(weights, together // microbatch)
+            weights = jax.tree.map(lambda x: _parts(x, together // microbatch), weights)
             return jax.lax.scan(add_part, zero, (parts, weights))[0], loss
 
         one_stage = together == microbatch and passes == 1

@@ -100,7 +100,7 @@ def prepare(
         base, mesh, parts.adapter, **parts.execution
     )
     policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
-    optimizer = optimizers.for_rl(parts.optimizer, planned_steps)
+    optimizer = optimizers.for_rl(parts.optimizer, planned_steps, parts.objective.rate)
     objective = parts.objective
     is_new = adapters is None  # Then the model without its adapters is the initial policy.
     kept = [name for name in objective.kept if not (name == REFERENCE and parts.lora and is_new)]

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from jax import Array
 
 from spg_jax.errors import check_one_of
 
@@ -39,8 +41,16 @@ class AdamW:
             )
 
 
-def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser of RL for a run of `total_steps` updates, with gradient clipping."""
+def for_rl(
+    settings: AdamW, total_steps: int, share: Callable[[Array], Array] | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of RL for a run of `total_steps` updates, with gradient clipping.
+
+    Args:
+      settings: the numbers of AdamW.
+      total_steps: the updates over which the schedule stretches.
+      share: (updates done) -> share of the learning rate, in place of the configured schedule.
+    """
     warmup = round(settings.warmup_fraction * total_steps)
     peak, last = settings.learning_rate, settings.learning_rate * settings.final_share
     rate = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -51,6 +61,11 @@ def for_rl(settings: AdamW, total_steps: int) -> optax.GradientTransformation:
     elif settings.schedule == 'cosine':
         fall = optax.schedules.cosine_decay_schedule(peak, after, settings.final_share)
         rate = optax.schedules.join_schedules([rate, fall], [warmup])
+    if share is not None:
+
+        def rate(count: Array) -> Array:
+            return peak * share(count)
+
     adamw = optax.adamw(
         rate, settings.b1, settings.b2, weight_decay=settings.weight_decay, mask=decayed
     )

@@ -109,7 +109,8 @@ class Loss:
 
 Advantage = Callable[[Array, int], Array]  # (reward [B], G) -> [B], whole groups of neighbours
 Corrupt = Callable[[Rollout, Moment], Draws]  # one row -> its M draws
-Readout = Callable[[Array, View], Array]  # (logits [M, C, V], view of one row) -> [M, C]
+# (logits [M, C, V], view of one row) -> [M, C], or a pytree of several such arrays
+Readout = Callable[[Array, View], Any]
 Refresh = Callable[[Array, Any, Any], Any]  # (updates done, kept, trained) -> kept
 
 
@@ -183,6 +184,9 @@ class Objective:
         arrives; read(policy, draws) gives readouts [B, M, C] of 'policy' or another.
       experience: what updates learn from; None is the last rollout, `rl.inner_updates` times.
       phase: what changes at the end of a phase; None without phases.
+      rate: the learning rate as a share of `optimizer.learning_rate`, of the updates since the
+        optimiser started; None is the configured schedule.
+      compares: whether completions are compared within their group, which then needs two or more.
       needs_law: whether the sampler must record the law of the completions, and not only tokens.
     """
 
@@ -200,6 +204,8 @@ class Objective:
     at_rollout: Callable[..., dict[str, Array]] | None = None
     experience: Ring | None = None
     phase: Phase | None = None
+    rate: Callable[[Array], Array] | None = None
+    compares: bool = True
     needs_law: bool = False
 
 

@@ -42,12 +42,15 @@ def tiny_llada() -> tuple[Policy, dict[str, Any]]:
     return Policy(model, MASK, EOS, np.ones(model.vocab_size, bool)), {'params': params}
 
 
-def objective_of(name: str, group_size: int | None = None, **settings: Any) -> Objective:
+def objective_of(
+    name: str, group_size: int | None = None, block_length: int = 8, **settings: Any
+) -> Objective:
     """An objective with its published settings, some of them changed, for the published rows.
 
     Args:
       name: a name of the registry.
       group_size: G; by default all rows are one group.
+      block_length: positions in a block.
       settings: fields of its `Settings`.
     """
     method, (rows, length) = REGISTRY[name], published()['completion'].shape
@@ -61,7 +64,9 @@ def objective_of(name: str, group_size: int | None = None, **settings: Any) -> O
     )
     protocol = Protocol(
         corruption=Corruption(kind='block', draws=2, block_length=8),
-        sampling=SamplingConfig(length=length, steps=length // 2, block_length=8, temperature=1.0),
+        sampling=SamplingConfig(
+            length=length, steps=length // 2, block_length=block_length, temperature=1.0
+        ),
         batching=batching,
         steps=100,
     )
@@ -114,7 +119,9 @@ def _programs(readout: Readout, teacher: bool) -> tuple[Any, Any]:
     def pull_back(
         variables: Any, rollout: Rollout, draws: Draws, other: Any, weights: jax.Array
     ) -> Any:
-        return jax.grad(lambda v: jnp.vdot(weights, read(v, rollout, draws, other)))(variables)
+        return jax.grad(lambda v: optax.tree.vdot(weights, read(v, rollout, draws, other)))(
+            variables
+        )
 
     return jax.jit(read), jax.jit(pull_back)
 
@@ -140,7 +147,10 @@ def gradient_of(
         valid=_or(draws.valid, jnp.ones(draws.masked.shape, bool)),
     )
     each = [jax.tree.map(lambda x, k=k: x[:, k : k + 1], whole) for k in range(many)]
-    readouts = jnp.concatenate([read(variables, rollout, draw, teacher) for draw in each], axis=1)
+    readouts = jax.tree.map(
+        lambda *x: jnp.concatenate(x, axis=1),
+        *[read(variables, rollout, draw, teacher) for draw in each],
+    )
     others = {name: jnp.asarray(value, jnp.float32) for name, value in others.items()}
 
     @jax.jit
@@ -154,7 +164,8 @@ def gradient_of(
     weights, loss = weights_of(readouts)
     gradient = jax.tree.map(jnp.zeros_like, variables)
     for k, draw in enumerate(each):
-        addend = pull_back(variables, rollout, draw, teacher, weights[:, k : k + 1])
+        part = jax.tree.map(lambda x, k=k: x[:, k : k + 1], weights)
+        addend = pull_back(variables, rollout, draw, teacher, part)
         gradient = jax.tree.map(jnp.add, gradient, addend)
     weight = max(float(loss.weight), 1.0)
     return loss.total / weight, jax.tree.map(lambda g: g / weight, gradient), loss.metrics
