@@ -174,7 +174,8 @@ def set_objective(config: ml_collections.ConfigDict, name: str) -> None:
     with config.unlocked():
         before = config.rl.objective
         for key in config[before] if before in config else ():
-            config.rl.pop(key, None)
+            if key in config.rl:
+                del config.rl[key]
         if before in config:
             del config[before]
         config.rl.objective = name

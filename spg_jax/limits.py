@@ -7,10 +7,11 @@ from typing import Any
 
 import ml_collections
 
-from spg_jax.config import default_config
+from spg_jax.config import default_config, set_objective
 from spg_jax.process.files import local_path
 from spg_jax.random import SEEDS
 from spg_jax.rl.batching import Batching
+from spg_jax.rl.objectives import REGISTRY
 
 # Numbers that no part checks: keys, the condition on their values, and the condition in words.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -109,7 +110,7 @@ def _check_kinds(config: ml_collections.ConfigDict) -> None:
             for group, keys in groups.items()
             for key, value in (keys.items() if isinstance(keys, dict) else [('', keys)])
         }
-        for groups in (default_config().to_dict(), config.to_dict())
+        for groups in (_defaults(config).to_dict(), config.to_dict())
     )
     for key in settings.keys() - defaults.keys():
         nearest = difflib.get_close_matches(key, defaults, 1)
@@ -124,6 +125,14 @@ def _check_kinds(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {settings[key]!r}; use integers below 2^32')
         if not _finite(settings[key]):
             raise ValueError(f'{key} is {settings[key]!r}; use finite numbers')
+
+
+def _defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The default configuration with the groups of the objective that a configuration names."""
+    defaults = default_config()
+    if config.rl.objective in REGISTRY:
+        set_objective(defaults, config.rl.objective)
+    return defaults
 
 
 def _alike(value: Any, default: Any) -> bool:

@@ -31,7 +31,7 @@ from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
-from spg_jax.rl.rollout import Rollout, empty_rollout
+from spg_jax.rl.rollout import Rollout, zeros_like
 from spg_jax.runs import plots, policies
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import default_workdir, identity
@@ -78,7 +78,7 @@ def train(
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        state, rollout = restore(run, state, parts, programs, mesh)
+        state, rollout = restore(run, state, programs, mesh)
         check_origins(workdir, run.record.get('origins', {}), origins)
         run.check_progress(patience, STUCK)
         programs.prompts.set_state(run.record['prompts'])
@@ -159,7 +159,7 @@ class Validation:
 
 
 def restore(
-    run: Run, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh
+    run: Run, state: TrainState, programs: Programs, mesh: Mesh
 ) -> tuple[TrainState, Rollout]:
     """The train state and the rollout of the newest checkpoint, on the devices of this start.
 
@@ -177,8 +177,7 @@ def restore(
 
     def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
         check_record(record, run.directory / 'checkpoints')
-        sizes = parts.batching.rows, record['prompt_length'], parts.sampling.length
-        return state.replace(frozen={}), empty_rollout(*sizes, mesh)
+        return state.replace(frozen={}), zeros_like(programs.shapes(record['prompt_length']), mesh)
 
     saved, rollout = run.restore(saved_arrays)
     return saved.replace(frozen=state.frozen), rollout

@@ -14,12 +14,18 @@ and other small costs are left out.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import Array
 
 from spg_jax import sharding
+from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.attention import FUSED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan
+from spg_jax.rl.learner import rows_together
+from spg_jax.rl.rollout import rollout_shapes
+from spg_jax.rl.scores import moments
 
 # The cost of attention in the backward pass, in units of the forward pass, which is two products.
 # Fused kernels compute the scores again, once in cuDNN and twice in splash, which has two kernels.
@@ -50,9 +56,9 @@ class _Pass(NamedTuple):
 def work(plan: Plan, name: str) -> Work:
     """The work of a program if no row ends early."""
     rows, passes, length = _passes(plan, name)
-    if name == 'update':
+    if name in ('update', 'arrival'):
         unembedded = plan.parts.sampling.length
-        flops = _update_flops(plan)
+        flops = _update_flops(plan) if name == 'update' else _arrival_flops(plan)
     else:
         unembedded = plan.decoding(name).block_length
         flops = passes * rows * forward(plan.policy.config, length, unembedded).total
@@ -101,34 +107,83 @@ def expected_received(plan: Plan, name: str) -> float:
 def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
     """(rows in a pass over the layers, passes forwards and backwards, positions of a row)."""
     batching, length = plan.parts.batching, plan.prompt_length + plan.parts.sampling.length
+    if name == 'arrival':
+        return batching.microbatch, arrival_readouts(plan) / batching.microbatch, length
     if name != 'update':
         decoding = plan.decoding(name)
         guided = 2 if decoding.guidance else 1
         return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
     draws = plan.parts.objective.draws
     at_once = batching.draws_per_pass or draws
-    passes = batching.rows // batching.microbatch * (draws // at_once)
-    # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking a
-    # few draws at a time, which first needs the log-probabilities of all draws.
-    kinds = 2 + plan.policy.config.remat + (at_once < draws)
+    passes = plan.rows_of_update // batching.microbatch * (draws // at_once)
+    # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking
+    # pieces, which first needs the readouts of all, and each policy that is looked at.
+    kinds = 2 + plan.policy.config.remat + _in_pieces(plan) + _looks(plan)
     return batching.microbatch * at_once, passes * kinds, length
 
 
 def _update_flops(plan: Plan) -> float:
     """The FLOPs of forward pass, recomputation and backward pass, over all rows and draws.
 
-    Taking a few draws at a time (`rl.draws_per_pass`) costs one more forward pass of every draw.
+    Taking pieces of what a loss couples costs one more forward pass of every draw, and so does each
+    policy that is looked at.
     """
     parts, model = plan.parts, plan.policy.config
-    draws, length = parts.objective.draws, parts.sampling.length
-    rows = parts.batching.rows * draws
+    length = parts.sampling.length
+    rows = plan.rows_of_update * parts.objective.draws
     row = forward(model, plan.prompt_length + length, length)
-    twice = 0 < parts.batching.draws_per_pass < draws
+    forwards = 1 + _in_pieces(plan) + _looks(plan)
     recomputed = model.remat * (row.total - row.unembedding - row.last)
     trained = row.adapters if model.lora else row.kernels + row.unembedding
     attention = _ATTENTION_BACKWARDS[plan.attention] * row.attention
     backwards = row.total - row.attention + attention + trained
-    return rows * ((1 + twice) * row.total + recomputed + backwards)
+    return rows * (forwards * row.total + recomputed + backwards)
+
+
+def _in_pieces(plan: Plan) -> bool:
+    """Whether an update first reads out all that its loss couples, and differentiates then."""
+    objective, batching = plan.parts.objective, plan.parts.batching
+    whole = rows_together(
+        objective.couples, plan.rows_of_update, batching.microbatch, batching.group_size
+    )
+    return 0 < batching.draws_per_pass < objective.draws or whole > batching.microbatch
+
+
+def _looks(plan: Plan) -> int:
+    """The forward passes of other policies at each draw of an update.
+
+    A teacher is read out with every readout of the policy that is trained.
+    """
+    objective = plan.parts.objective
+    return len(objective.looks_at) + (1 + _in_pieces(plan) if objective.teacher else 0)
+
+
+def arrival_readouts(plan: Plan) -> int:
+    """The draws that are read out when a rollout arrives, over all rows."""
+    objective, batching = plan.parts.objective, plan.parts.batching
+    draws = batching.inner_updates * objective.draws if objective.behaviour else 0
+    if objective.at_rollout:
+        counts = []
+
+        def read(policy: str, draws: Draws) -> Array:
+            counts.append(draws.masked.shape[1])
+            return jnp.zeros((*draws.masked.shape[:2], plan.parts.sampling.length))
+
+        rows = rollout_shapes(batching.rows, plan.prompt_length, plan.parts.sampling.length)
+        jax.eval_shape(
+            lambda rows: objective.at_rollout(
+                read, rows, moments(plan.seed, rows, jnp.int32(0), jnp.int32(0))
+            ),
+            rows,
+        )
+        draws += sum(counts)
+    return batching.rows * draws
+
+
+def _arrival_flops(plan: Plan) -> float:
+    length = plan.parts.sampling.length
+    row = forward(plan.policy.config, plan.prompt_length + length, length)
+    return arrival_readouts(plan) * row.total
 
 
 def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:

@@ -5,6 +5,7 @@ import ml_collections
 from spg_jax.assembly import Parts, model_of
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.planning.costs import forward
+from spg_jax.rl.experience import collections_due
 
 # What one core got done in the main jobs of docs/results.md, with their work counted as below.
 FLOPS_OF_ONE_CORE = 33e9
@@ -34,14 +35,16 @@ def cpu_seconds(
 
     trained = TRAINING_PASSES * forward(model, prompt + sampling.length, sampling.length).total
     updates = config.train.steps
-    rollouts = -(-updates // batching.inner_updates)
+    objective = parts.objective
+    rollouts = sum(collections_due(objective, batching, step) for step in range(updates))
+    rows = objective.experience.rows if objective.experience else batching.rows
     headline = evaluation.headline
     shape = headline.length, headline.steps, headline.block_length
     # Base and best policy are both reported: every length once, and the samples of pass@k.
     report = sum(decoding(d.length, d.steps, d.block_length) for d in evaluation.decodings)
     report += evaluation.samples * decoding(*shape)
     flops = (
-        updates * batching.rows * parts.objective.draws * trained
+        updates * rows * objective.draws * trained
         + rollouts
         * batching.rows
         * decoding(sampling.length, sampling.steps, sampling.block_length)

@@ -25,10 +25,11 @@ class Resident:
     weights: int  # parameters of the model, frozen or trained
     adapters: int
     optimizer: int  # moments of the trained parameters
+    kept: int = 0  # policies that the objective keeps beside the trained one
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.optimizer
+        return self.weights + self.adapters + self.optimizer + self.kept
 
 
 def resident(state: TrainState) -> Resident:
@@ -38,6 +39,7 @@ def resident(state: TrainState) -> Resident:
         weights=local_bytes(variables['params']),
         adapters=local_bytes(variables.get(COLLECTION, {})),
         optimizer=local_bytes(state.opt_state),
+        kept=local_bytes(state.kept),
     )
 
 
@@ -73,6 +75,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     """
     if name == 'update':
         return _updating(plan)
+    if name == 'arrival':
+        return _reading(plan)
     decoding = plan.decoding(name)
     sizes = _sizes(plan, plan.rows(name), decoding.length, decoding.block_length)
     in_a_layer = {
@@ -104,6 +108,21 @@ def _updating(plan: Plan) -> dict[str, float]:
         'layer': layer,
         'saved': model.layers * kept,
         'gradients': 2 * local_bytes(plan.state.trained),
+    }
+
+
+def _reading(plan: Plan) -> dict[str, float]:
+    """The parts of 'arrival': a forward pass of a piece, and the readouts of all."""
+    batching, length = plan.parts.batching, plan.parts.sampling.length
+    draws = batching.draws_per_pass or plan.parts.objective.draws
+    sizes = _sizes(plan, batching.microbatch * draws, length, length)
+    return {
+        'casts': sizes.casts,
+        'tables': sizes.tables,
+        'logits': sizes.logits,
+        'attention': _attention(plan, sizes, backwards=False),
+        'layer': 4 * sizes.hidden,
+        'readouts': local_bytes(plan.rollout.extras),
     }
 
 

@@ -24,8 +24,10 @@ from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
 from spg_jax.random import root_key
+from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_generate
-from spg_jax.rl.learner import make_update
+from spg_jax.rl.experience import experience_shapes
+from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
@@ -46,7 +48,20 @@ class Plan:
     attention: str  # the implementation that the chips use
     policy: Policy
     state: TrainState
-    rollout: Rollout
+    rollout: Rollout  # what updates learn from
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """The programs of a run; 'arrival' is there if the objective reads rollouts out."""
+        objective = self.parts.objective
+        arrives = objective.behaviour or objective.at_rollout is not None
+        return ('rollout', 'evaluation', *(['arrival'] if arrives else []), 'update')
+
+    @property
+    def rows_of_update(self) -> int:
+        """Rows that an update learns from."""
+        ring = self.parts.objective.experience
+        return ring.rows if ring else self.parts.batching.rows
 
     @property
     def prompt_length(self) -> int:
@@ -99,6 +114,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
         opt_state=jax.tree.map(_placed, jax.eval_shape(optimizer.init, trained), placed),
         average=None,
         skipped=counter,
+        kept={name: trained for name in kept_policies(parts.objective, parts.lora is not None)},
     )
     return Plan(
         parts=parts,
@@ -108,7 +124,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
         attention=attention,
         policy=policy,
         state=state,
-        rollout=_abstract_rollout(parts, mesh),
+        rollout=_abstract_rollout(parts, policy, state, config.train.seed, mesh),
     )
 
 
@@ -138,8 +154,14 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
 
 
 def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted function and the abstract arguments of 'rollout', 'evaluation' or 'update'."""
+    """The jitted function and the abstract arguments of a program, one of `Plan.programs`."""
     parts, policy = plan.parts, plan.policy
+    if name == 'arrival':
+        lengths = plan.prompt_length, parts.sampling.length
+        by_rows = sharding.batch_sharding(plan.mesh)
+        collected = rollout_shapes(parts.batching.rows, *lengths, by_rows)
+        arrival = make_arrival(policy, parts.objective, parts.batching, plan.seed)
+        return arrival, (plan.state, collected)
     if name == 'update':
         optimizer = optimizers.for_rl(parts.optimizer, plan.steps, parts.objective.rate)
         shardings = shardings_of(plan.state)
@@ -185,7 +207,9 @@ def lower_for_cuda(plan: Plan, name: str) -> int:
         return len(jax.export.export(run, platforms=['cuda'])(*arguments).mlir_module_serialized)
 
 
-def _abstract_rollout(parts: Parts, mesh: Mesh) -> Rollout:
+def _abstract_rollout(
+    parts: Parts, policy: Policy, state: TrainState, seed: int, mesh: Mesh
+) -> Rollout:
     rows = parts.batching.rows
     shards = sharding.row_shards(mesh)
     if rows % shards:
@@ -193,8 +217,17 @@ def _abstract_rollout(parts: Parts, mesh: Mesh) -> Rollout:
             f'{rows} rows of a rollout batch (rl.prompts x rl.group_size) do not split over '
             f'{shards} shards of rows (mesh.data x mesh.fsdp); change one of them'
         )
-    lengths = parts.prompt_lengths[-1], parts.sampling.length
-    return rollout_shapes(rows, *lengths, sharding.batch_sharding(mesh))
+    arrival = make_arrival(policy, parts.objective, parts.batching, seed)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return experience_shapes(
+            parts.objective,
+            parts.batching,
+            arrival,
+            state,
+            parts.prompt_lengths[-1],
+            parts.sampling.length,
+            sharding.batch_sharding(mesh),
+        )
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -12,8 +12,7 @@ from spg_jax.assembly import assemble, check_mesh
 from spg_jax.planning import collectives, costs, memory
 from spg_jax.planning.machines import GIB, Chip, Machine
 from spg_jax.planning.programs import Plan, compile_program, lower_for_cuda, make_plan
-
-PROGRAMS = ('rollout', 'evaluation', 'update')
+from spg_jax.rl.experience import collections_due
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +105,14 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
         mesh=dict(mesh.shape),
         attention=plan.attention,
         resident=memory.resident(plan.state),
-        programs={name: measure(plan, name) for name in PROGRAMS},
+        programs={name: measure(plan, name) for name in plan.programs},
     )
 
 
 def _compiled(plan: Plan, name: str) -> Program:
     started = time.monotonic()
-    held_bytes = memory.local_bytes(plan.state if name == 'update' else plan.state.variables)
+    whole = name in ('update', 'arrival')
+    held_bytes = memory.local_bytes(plan.state if whole else plan.state.variables)
     try:
         program = compile_program(plan, name)
     except jax.errors.JaxRuntimeError as error:
@@ -212,9 +212,10 @@ def times(
         for name, program in report.programs.items()
     }
     steps = config.train.steps
-    rollouts = -(-steps // config.rl.inner_updates)
-    parts = config.rl.prompts * config.rl.group_size // assemble(config).batching.rows_at_once
-    rollout = parts * seconds['rollout']
+    parts = assemble(config)
+    rollouts = sum(collections_due(parts.objective, parts.batching, step) for step in range(steps))
+    rollout = parts.batching.rows // parts.batching.rows_at_once * seconds['rollout']
+    rollout += seconds.get('arrival', 0.0)
     total = rollouts * rollout + steps * seconds['update']
     return Times(rollout, seconds['update'], total / 3600)
 

@@ -62,7 +62,8 @@ def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine)
         f'{config.rl.prompts * config.rl.group_size} rows, {report.attention} attention. On each '
         'chip all the time: weights '
         f'{resident.weights / GIB:.2f} GiB, adapters {resident.adapters / GIB:.2f}, optimiser '
-        f'{resident.optimizer / GIB:.2f}.'
+        f'{resident.optimizer / GIB:.2f}'
+        f'{f", kept policies {resident.kept / GIB:.2f}" if resident.kept else ""}.'
     )
 
 

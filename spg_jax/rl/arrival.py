@@ -1,6 +1,7 @@
 """What is read out of policies when a rollout arrives, before any update has changed them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,14 @@ from jax import Array
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.policy import Policy
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.learner import BEHAVIOUR, other_policies
+from spg_jax.rl.learner import (
+    BEHAVIOUR,
+    join_parts,
+    join_passes,
+    other_policies,
+    part_axis,
+    pass_axis,
+)
 from spg_jax.rl.objectives import Objective
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import Reader, corrupt, moments
@@ -34,21 +42,24 @@ def make_arrival(
     def arrival(state: TrainState, rollout: Rollout) -> Rollout:
         policies = other_policies(state.frozen, state.kept) | {POLICY: state.variables}
 
-        def read(name: str, draws: Draws) -> Array:
+        def read(name: str, draws: Draws) -> Any:
             """Readouts [B, M, C] of a policy, a microbatch and a pass over draws at a time."""
+            count = draws.masked.shape[1]
+            at_once = batching.draws_per_pass
+            passes = count // at_once if at_once and count % at_once == 0 else 1
 
-            def read_rows(piece: tuple[Rollout, Draws]) -> Array:
+            def read_rows(piece: tuple[Rollout, Draws]) -> Any:
                 rows, draws = piece
-                return reader(policies[name], rows, draws, state.step, None, policies)
+
+                def read_pass(draws: Draws) -> Any:
+                    return reader(policies[name], rows, draws, state.step, None, policies)
+
+                cuts = jax.tree.map(lambda x: pass_axis(x, passes), draws)
+                return jax.tree.map(join_passes, jax.lax.map(read_pass, cuts))
 
             parts = len(rollout.reward) // batching.microbatch
-            pieces = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (rollout, draws)
-            )
-            return jax.tree.map(
-                lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]),
-                jax.lax.map(read_rows, pieces),
-            )
+            pieces = jax.tree.map(lambda x: part_axis(x, parts), (rollout, draws))
+            return jax.tree.map(join_parts, jax.lax.map(read_rows, pieces))
 
         extras = dict(rollout.extras)
         if objective.behaviour:

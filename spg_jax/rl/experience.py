@@ -6,6 +6,7 @@ they replace, and which rows an update takes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from jax import Array
 from spg_jax.random import Purpose, step_key
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import Objective, Ring
-from spg_jax.rl.rollout import Rollout
+from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.rl.scores import BIRTH
 from spg_jax.sharding import constrain
+from spg_jax.training.train_state import TrainState
 
 
 def rows_of_update(ring: Ring | None, seed: int, step: Array, experience: Rollout) -> Rollout:
@@ -58,6 +60,38 @@ def first_row(objective: Objective, batching: Batching, step: int, collected: in
     since = step % objective.phase.length if objective.phase else step
     place = collected if since == 0 else since // ring.every - 1
     return place % (ring.prompts // batching.prompts) * batching.rows
+
+
+def experience_shapes(
+    objective: Objective,
+    batching: Batching,
+    arrival: Callable[[TrainState, Rollout], Rollout] | None,
+    state: TrainState,
+    prompt_length: int,
+    length: int,
+    sharding: Any = None,
+) -> Rollout:
+    """The shapes of what updates learn from, as it is saved.
+
+    Args:
+      objective, batching: as in `collections_due`.
+      arrival: adds extras to a rollout; None adds none.
+      state: a train state, or its shapes.
+      prompt_length: P.
+      length: C.
+      sharding: of every field.
+    """
+    shapes = rollout_shapes(batching.rows, prompt_length, length, sharding)
+    if arrival:
+        shapes = jax.eval_shape(arrival, state, shapes)
+    ring = objective.experience
+    if ring:
+        born = jax.ShapeDtypeStruct((batching.rows,), jnp.int32)
+        shapes = shapes.replace(extras=shapes.extras | {BIRTH: born})
+    rows = ring.prompts * batching.group_size if ring else batching.rows
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), shapes
+    )
 
 
 def make_keep(

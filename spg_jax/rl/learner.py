@@ -159,7 +159,7 @@ def make_gradient(
         policies = other_policies(frozen, kept or {})
         rows = Rows(rollout, draws, dropout, dict(others or {}))
         batch_size = len(rollout.reward)
-        together = _rows_together(objective.couples, batch_size, microbatch, group_size)
+        together = rows_together(objective.couples, batch_size, microbatch, group_size)
         passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
 
         def read(variables: Variables, piece: Rows, dropout: Array | None) -> Array:
@@ -183,17 +183,17 @@ def make_gradient(
             return pull_back(weights)[0], loss
 
         def in_two_stages(rows: Rows) -> tuple[Variables, Any]:
-            parts = jax.tree.map(lambda x: _parts(x, together // microbatch), rows)
+            parts = jax.tree.map(lambda x: part_axis(x, together // microbatch), rows)
 
             def read_part(part: Rows) -> tuple[Array, dict[str, Array]]:
                 def read_pass(cut: tuple[Draws, Array | None]) -> tuple[Array, dict[str, Array]]:
                     piece = Rows(part.rollout, *cut, {})
                     return read(frozen | trained, piece, piece.dropout), read_others(piece)
 
-                cuts = jax.tree.map(lambda x: _passes(x, passes), (part.draws, part.dropout))
-                return jax.tree.map(_join_passes, jax.lax.map(read_pass, cuts))
+                cuts = jax.tree.map(lambda x: pass_axis(x, passes), (part.draws, part.dropout))
+                return jax.tree.map(join_passes, jax.lax.map(read_pass, cuts))
 
-            readouts, others = jax.tree.map(_join_parts, jax.lax.map(read_part, parts))
+            readouts, others = jax.tree.map(join_parts, jax.lax.map(read_part, parts))
             weights, loss = weights_of(readouts, rows, others)
 
             def add_part(gradient: Variables, part: tuple[Rows, Array]) -> tuple[Variables, None]:
@@ -210,12 +210,12 @@ def make_gradient(
                     return jax.tree.map(jnp.add, gradient, jax.grad(weighted)(trained)), None
 
                 cuts = jax.tree.map(
-                    lambda x: _passes(x, passes), (rows.draws, rows.dropout, weights)
+                    lambda x: pass_axis(x, passes), (rows.draws, rows.dropout, weights)
                 )
                 return jax.lax.scan(add_pass, gradient, cuts)[0], None
 
             zero = jax.tree.map(jnp.zeros_like, trained)
-            weights = jax.tree.map(lambda x: _parts(x, together // microbatch), weights)
+            weights = jax.tree.map(lambda x: part_axis(x, together // microbatch), weights)
             return jax.lax.scan(add_part, zero, (parts, weights))[0], loss
 
         one_stage = together == microbatch and passes == 1
@@ -226,7 +226,7 @@ def make_gradient(
             return jax.tree.map(jnp.add, gradient, addend), loss
 
         unit = group_size if objective.couples == 'group' else 1
-        parts = jax.tree.map(lambda x: _parts(x, batch_size // together, unit), rows)
+        parts = jax.tree.map(lambda x: part_axis(x, batch_size // together, unit), rows)
         gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), parts)
         losses = jax.tree.map(lambda x: x.sum(0), losses)
         weight = jnp.maximum(losses.weight, 1.0)
@@ -245,13 +245,23 @@ def other_policies(frozen: Variables, kept: Mapping[str, Variables]) -> dict[str
     return {REFERENCE: frozen} | policies
 
 
-def _rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> int:
+def kept_policies(objective: Objective, new_adapters: bool) -> list[str]:
+    """The names of the policies that a train state keeps beside the trained one.
+
+    Args:
+      objective: asks for them.
+      new_adapters: whether the trained policy is a model with adapters that change nothing yet.
+    """
+    return [name for name in objective.kept if not (new_adapters and name == REFERENCE)]
+
+
+def rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> int:
     """The rows that a loss sees at once: a microbatch if that holds all that it couples."""
     whole = {'row': True, 'group': microbatch % group_size == 0, 'batch': microbatch == rows}
     return microbatch if whole[couples] else rows
 
 
-def _parts(x: Array, parts: int, unit: int = 1) -> Array:
+def part_axis(x: Array, parts: int, unit: int = 1) -> Array:
     """[B, ...] -> [parts, B / parts, ...], with neighbours of a unit in one part.
 
     The stride keeps rows on their devices.
@@ -260,17 +270,17 @@ def _parts(x: Array, parts: int, unit: int = 1) -> Array:
     return jnp.moveaxis(split, 1, 0).reshape(parts, -1, *x.shape[1:])
 
 
-def _join_parts(x: Array) -> Array:
-    """[parts, b, ...] -> [parts * b, ...]: the inverse of `_parts` with units of one row."""
+def join_parts(x: Array) -> Array:
+    """[parts, b, ...] -> [parts * b, ...]: the inverse of `part_axis` with units of one row."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def _passes(x: Array, passes: int) -> Array:
+def pass_axis(x: Array, passes: int) -> Array:
     """[b, M, ...] -> [passes, b, M / passes, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
 
 
-def _join_passes(x: Array) -> Array:
-    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `_passes`."""
+def join_passes(x: Array) -> Array:
+    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `pass_axis`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -18,8 +18,8 @@ from spg_jax.random import check_range
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_collect
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.rl.experience import collections_due, make_keep
-from spg_jax.rl.learner import REFERENCE, make_update
+from spg_jax.rl.experience import collections_due, experience_shapes, make_keep
+from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.rollout import Rollout
 from spg_jax.runs import policies
 from spg_jax.tasks.source import Source
@@ -73,6 +73,7 @@ class Programs(NamedTuple):
     prompts: grain.DatasetIterator  # endless batches of training prompts
     collect: Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]
     due: Callable[[int], int]  # updates done -> batches of prompts to collect before the next
+    shapes: Callable[[int], Rollout]  # padded length of prompts -> shapes of the experience
     # (experience, rollout just collected, updates done, batches collected before it) -> experience
     keep: Callable[[Rollout | None, Rollout, int, int], Rollout]
     update: Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
@@ -102,8 +103,7 @@ def prepare(
     policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
     optimizer = optimizers.for_rl(parts.optimizer, planned_steps, parts.objective.rate)
     objective = parts.objective
-    is_new = adapters is None  # Then the model without its adapters is the initial policy.
-    kept = [name for name in objective.kept if not (name == REFERENCE and parts.lora and is_new)]
+    kept = kept_policies(objective, new_adapters=parts.lora is not None and adapters is None)
     state = initial_state(variables, optimizer, policy, mesh, average=False, kept=kept)
     shardings = shardings_of(state)
     prompts = batches.prompts(
@@ -116,12 +116,16 @@ def prepare(
         truncate=config.data.long_prompts == 'truncate_left',
         local_prompts=batching.local_prompts(mesh),
     )
+    arrival = make_arrival(policy, objective, batching, seed)
     programs = Programs(
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
-        collect=_make_collect(parts, policy, tokenizer, seed, mesh),
+        collect=_make_collect(parts, policy, tokenizer, arrival, seed, mesh),
         due=partial(collections_due, objective, batching),
+        shapes=partial(
+            experience_shapes, objective, batching, arrival, state, length=parts.sampling.length
+        ),
         keep=make_keep(objective, batching, parts.prompt_lengths[-1]),
         update=make_update(policy, objective, optimizer, batching, seed, shardings),
         evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
@@ -130,14 +134,18 @@ def prepare(
 
 
 def _make_collect(
-    parts: Parts, policy: Policy, tokenizer: Tokenizer, seed: int, mesh: Mesh
+    parts: Parts,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    arrival: Callable[[TrainState, Rollout], Rollout] | None,
+    seed: int,
+    mesh: Mesh,
 ) -> Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]:
     """A function (state, prompts, step) -> (rollout, texts), with the extras of the objective."""
     objective, batching = parts.objective, parts.batching
     sample = make_collect(
         policy, parts.task, tokenizer, parts.sampling, batching, objective.advantage, seed, mesh
     )
-    arrival = make_arrival(policy, objective, batching, seed)
 
     def collect(
         state: TrainState, prompts: batches.PromptBatch, step: int

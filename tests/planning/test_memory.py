@@ -13,7 +13,6 @@ from spg_jax.models.lora import TARGETS
 from spg_jax.planning import memory
 from spg_jax.planning.machines import GIB, LISTED, find_machine
 from spg_jax.planning.programs import make_plan, planned_policy
-from spg_jax.planning.report import PROGRAMS
 
 pytestmark = pytest.mark.compiled_as_users_do
 
@@ -58,7 +57,7 @@ def test_the_formula_is_within_15_percent_of_the_compiler(topology, task):
     machine = find_machine(topology)
     config = task.get_config(preset_for(topology))
     plan = make_plan(config, sharding.make_mesh(config.mesh, machine.devices), 'tpu')
-    for program in PROGRAMS:
+    for program in ('rollout', 'evaluation', 'update'):
         (row,) = re.findall(rf'^\| {program} +\| +([\d.]+) \| +([\d.]+) \|', section, re.M)
         needed, peak = map(float, row)
         estimate = sum(memory.estimate(plan, program).values()) / GIB
