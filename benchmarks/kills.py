@@ -1,4 +1,5 @@
-"""Runs as processes that are killed at a random moment and go on, for benchmarks.faults."""
+"""Runs as processes that are killed at a random moment and go on, for benchmarks.faults and
+benchmarks.every_method."""
 
 import contextlib
 import json
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +85,25 @@ class Outcome(NamedTuple):
 class Processes:
     """Runs as processes, whose base policy and problems are made once."""
 
-    def __init__(self, root: Path, jobs: int):
-        """Makes the run that is left alone, with as many cores as the others will have."""
+    def __init__(
+        self,
+        root: Path,
+        jobs: int,
+        module: str = 'spg_jax.train',
+        settings: Sequence[str] = SETTINGS,
+        shared: Path | None = None,
+    ):
+        """Makes the run that is left alone, with as many cores as the others will have.
+
+        Args:
+          root: the folder of the runs.
+          jobs: runs at the same time.
+          module: the program of a run.
+          settings: its flags.
+          shared: the folder of problems and base policies; by default `root`.
+        """
         self.root, self.whole = root, root / 'whole'
+        self._module, self._settings, self._shared = module, tuple(settings), shared or root
         self._reading = threading.Lock()
         [code] = runs.at_once(jobs, [lambda: self._finish(self.whole)])
         if code:
@@ -119,8 +136,9 @@ class Processes:
 
     def _start(self, workdir: Path, line: str, place: str) -> subprocess.Popen:
         command = [
-            *(sys.executable, '-m', 'spg_jax.train', f'--workdir={workdir}', *SETTINGS),
-            *(f'--config.base.cache={self.root}/base', f'--config.task.data_dir={self.root}/data'),
+            *(sys.executable, '-m', self._module, f'--workdir={workdir}', *self._settings),
+            f'--config.base.cache={self._shared}/base',
+            f'--config.task.data_dir={self._shared}/data',
         ]
         quiet = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
         words = ['bash', '-c', line, place, *command]
