@@ -169,7 +169,21 @@ def _random_subset(noise: Array, eligible: Array) -> Array:
       [C] bool.
     """
     count = 1 + jnp.floor(noise[0] * eligible.sum()).astype(jnp.int32)  # []
-    sort_key = noise[1:] + jnp.where(eligible, 0, 2)  # [C], eligible positions first
+    return subset_of_size(noise[1:], eligible, count)
+
+
+def subset_of_size(noise: Array, eligible: Array, count: Array) -> Array:
+    """A random subset of the eligible positions.
+
+    Args:
+      noise: [C] uniform in [0, 1), which rank the positions.
+      eligible: [C] bool.
+      count: [] int32, the positions in the subset; all that are eligible where there are fewer.
+
+    Returns:
+      [C] bool.
+    """
+    sort_key = noise + jnp.where(eligible, 0, 2)  # [C], eligible positions first
     # Ranks are compared with the count because a threshold on `sort_key` would mask one position
     # too many where two floats are equal.
     rank = jnp.argsort(jnp.argsort(sort_key))  # [C]

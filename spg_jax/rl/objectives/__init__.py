@@ -31,7 +31,7 @@ def _method(module: str) -> Method:
 REGISTRY: dict[str, Method] = {
     module.name: _method(f'{__name__}.{module.name}')
     for module in pkgutil.iter_modules(__path__)
-    if module.name not in ('objective', 'ratios')
+    if module.name not in ('objective', 'ratios', 'sequences')
 }
 
 __all__ = [
