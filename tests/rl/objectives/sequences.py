@@ -95,6 +95,11 @@ def many_draws(objective: Objective, rollout: Rollout, steps: int, turns: int = 
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_step))(jnp.arange(steps)))
 
 
+def ends(rollout: Rollout) -> np.ndarray:
+    """[B, L] bool, False after the EOS; the prompts are without padding."""
+    return np.concatenate([np.ones(rollout.prompt.shape, bool), rollout.scored], axis=1)
+
+
 def part(batch: Batch, rows: Any) -> Batch:
     """The batch with these rows only."""
     arrays = {'rows': batch.rows, 'draws': batch.draws, 'others': batch.others}
