@@ -1,5 +1,7 @@
 """Error messages that every room words alike: one line, the value found, the values expected."""
 
+import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -22,3 +24,18 @@ def check_one_of(key: str, value: object, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:
         raise ValueError(f'{key} is {value!r}; use one of {", ".join(known)}')
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like the given one; '' if none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), '')
+
+
+def line_in(path: object, error: BaseException) -> int:
+    """The last line of a file that an exception passed through; 1 if it passed through none."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path) and frame.lineno
+    ]
+    return lines[-1] if lines else 1
