@@ -28,12 +28,12 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2)
 # Half the batch of the preset, so that all runs fit into an hour and a half.
 BATCH = {'rl.prompts': 8, 'rl.microbatch': 64}
 VARIANTS = {
-    'none (better completions only)': {'rl.negative': 'none'},
-    'ELBO': {'rl.negative': 'elbo'},
-    'EUBO': {'rl.negative': 'eubo'},
-    'mixture': {'rl.negative': 'mixture'},
-    'mixture, uniform corruption': {'rl.negative': 'mixture', 'corruption.kind': 'uniform'},
-    "mixture, estimator='block'": {'rl.negative': 'mixture', 'rl.estimator': 'block'},
+    'none (better completions only)': {'spg.negative': 'none'},
+    'ELBO': {'spg.negative': 'elbo'},
+    'EUBO': {'spg.negative': 'eubo'},
+    'mixture': {'spg.negative': 'mixture'},
+    'mixture, uniform corruption': {'spg.negative': 'mixture', 'corruption.kind': 'uniform'},
+    "mixture, estimator='block'": {'spg.negative': 'mixture', 'spg.estimator': 'block'},
 }
 FLAGS = flags.FLAGS
 

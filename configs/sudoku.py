@@ -26,7 +26,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
         config.task.shots = 3  # [S]
         config.sampling.prompt_length = 1500  # [S]
         config.sampling.temperature = 0.3  # [S]
-        config.rl.beta = 1.0  # [S]
+        config.spg.beta = 1.0  # [S]
         config.train.steps = 2500  # [E]
         on_llada_8b(config, preset)
         return config
@@ -39,7 +39,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     on_a_laptop(config, length=20, block_length=4)
     config.sampling.prompt_length = 17
     config.base.stages = ((1000, 1.0), (250, 0.15))
-    config.rl.beta = 1.0
+    config.spg.beta = 1.0
     if preset == 'tiny':
         tiny(config)
     return config

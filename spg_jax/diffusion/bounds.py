@@ -50,7 +50,7 @@ def estimator(name: str, block_length: int) -> Estimator:
     Raises:
       ValueError: on an unknown name, or a block length below 1 with 'block'.
     """
-    check_one_of('rl.estimator', name, PAIRINGS)
+    check_one_of('spg.estimator', name, PAIRINGS)
     if name != 'block':
         # Draws mask exact numbers of positions, so n/|S_k| is both the 1/t_k of the released code
         # and the paper's weight 1/t: one formula. `check_pairing` allows them other corruptions.
@@ -78,20 +78,20 @@ def check_pairing(name: str, corruption: Corruption) -> None:
       corruption: the corruption that draws the masks. The block estimator needs one that leaves
         earlier blocks clean and chooses blocks uniformly.
     """
-    check_one_of('rl.estimator', name, PAIRINGS)
+    check_one_of('spg.estimator', name, PAIRINGS)
     if corruption.kind not in PAIRINGS[name]:
         raise ValueError(
-            f'rl.estimator {name!r} does not go with corruption.kind {corruption.kind!r}; '
+            f'spg.estimator {name!r} does not go with corruption.kind {corruption.kind!r}; '
             f"use corruption {' or '.join(PAIRINGS[name])}, or estimator 'released'"
         )
     if name == 'block' and corruption.perturb_completion:
         raise ValueError(
-            "rl.estimator 'block' needs clean earlier blocks, found perturb_completion True; "
+            "spg.estimator 'block' needs clean earlier blocks, found perturb_completion True; "
             "turn it off, or use estimator 'released'"
         )
     if name == 'block' and corruption.block_draw != 'balanced':
         raise ValueError(
-            "rl.estimator 'block' needs blocks drawn uniformly, found corruption.block_draw "
+            "spg.estimator 'block' needs blocks drawn uniformly, found corruption.block_draw "
             f"{corruption.block_draw!r}; use 'balanced', or estimator 'released'"
         )
 
