@@ -26,7 +26,7 @@ from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.evaluator import Evaluation
-from spg_jax.rl.objectives import REGISTRY, Objective, Protocol
+from spg_jax.rl.objectives import Objective, Protocol, find, group_of
 from spg_jax.sharding import row_shards
 from spg_jax.training.optimizers import AdamW
 
@@ -200,8 +200,7 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
 def _objective(
     config: ml_collections.ConfigDict, sampling: SamplingConfig, batching: Batching
 ) -> Objective:
-    check_one_of('rl.objective', config.rl.objective, REGISTRY)
-    method = REGISTRY[config.rl.objective]
+    method = find(config.rl.objective)
     corruption = Corruption(
         kind=config.corruption.kind,
         draws=config.corruption.draws,
@@ -209,7 +208,7 @@ def _objective(
         prompt_rate=config.corruption.prompt_rate,
         block_draw=config.corruption.block_draw,
     )
-    settings = method.settings(**config[config.rl.objective])
+    settings = method.settings(**config[group_of(config.rl.objective)])
     return method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
 
 

@@ -6,17 +6,14 @@ and refuses settings that cannot work. Where the publication gives a number, it 
 arXiv 2510.09541, appendix and released code).
 """
 
-import dataclasses
-
 import ml_collections
 from ml_collections import config_dict
 
-from spg_jax.errors import check_one_of
+from spg_jax.method import set_objective
 from spg_jax.models.lora import TARGETS
-from spg_jax.rl.objectives import REGISTRY
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
     """The published recipe, without a task and without the size of a model.
 
     The comment on a published number ends in its source: the appendix of the paper [A], or in the
@@ -24,6 +21,13 @@ def default_config() -> ml_collections.ConfigDict:
     spg/diffu_grpo_config.py [C] or eval/ [E]. Numbers without a source are our choice. Capital
     letters such as P and C are the axis letters that comments in the code use. The configuration is
     locked: a name that is not here cannot be set.
+
+    Args:
+      objective: a file of spg_jax/rl/objectives, or the dotted path of a user's own file. Its own
+        settings become the group with its name, such as `config.spg`.
+
+    Raises:
+      ValueError: if there is no such objective.
     """
     c = config_dict.create
 
@@ -103,14 +107,17 @@ def default_config() -> ml_collections.ConfigDict:
             kind='block',  # what is masked: full, uniform, block or block_full [S]
             draws=2,  # M, the number of random maskings of each completion in an update [S]
             # The block kinds also mask tokens of earlier blocks with this probability, unless
-            # rl.estimator is 'block'.
+            # spg.estimator is 'block'.
             prompt_rate=0.15,  # probability that a token of the prompt is masked [A]
             # The released choice is neither uniform nor free of repeats.
             block_draw='balanced',  # how draws choose blocks: balanced or released
         ),
         rl=c(
-            # Its own settings are the group with its name, such as spg.
-            objective='spg',  # the policy-gradient method, a file of spg_jax/rl/objectives
+            # Its own settings are the group with its name, such as spg (spg_jax/method.py).
+            objective='spg',  # the method: a file of spg_jax/rl/objectives, or a dotted path
+            # 'published' sets what RECIPE in the file of the objective holds. Settings of the
+            # command line stay as they are.
+            recipe='ours',  # values that the publication gives: ours (the preset's) or published
             group_size=6,  # G, the number of completions of each prompt [S]
             prompts=16,  # the number of prompts in a rollout batch [S]
             # While one part is generated, the part before it is decoded and rewarded.
@@ -122,7 +129,7 @@ def default_config() -> ml_collections.ConfigDict:
             draws_per_pass=0,  # draws of a row that are differentiated at once; 0 takes all
         ),
         optimizer=c(  # AdamW, for RL
-            learning_rate=3e-6,  # the learning rate, which is constant after the warm-up [A]
+            learning_rate=3e-6,  # the learning rate at the end of the warm-up [A]
             warmup_fraction=1e-4,  # the share of train.steps in which the learning rate rises [A]
             b1=0.9,  # decay of the running mean of gradients [A]
             b2=0.99,  # decay of the running mean of squared gradients [A]
@@ -158,30 +165,5 @@ def default_config() -> ml_collections.ConfigDict:
             keep=2,  # the number of newest checkpoints that are kept
         ),
     )
-    set_objective(config, config.rl.objective)
+    set_objective(config, objective)
     return config.lock()
-
-
-def set_objective(config: ml_collections.ConfigDict, name: str) -> None:
-    """Names the objective, and gives the configuration the group of its settings.
-
-    Settings of SPG also answer as `rl.KEY`, under which they were known first.
-
-    Raises:
-      ValueError: there is no objective of this name.
-    """
-    check_one_of('rl.objective', name, REGISTRY)
-    with config.unlocked():
-        before = config.rl.objective
-        for key in config[before] if before in config else ():
-            if key in config.rl:
-                del config.rl[key]
-        if before in config:
-            del config[before]
-        config.rl.objective = name
-        config[name] = {
-            field.name: field.default for field in dataclasses.fields(REGISTRY[name].settings)
-        }
-        if name == 'spg':
-            for key in config.spg:
-                config.rl[key] = config.spg.get_ref(key)

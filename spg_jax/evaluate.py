@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spg_jax.assembly import assemble
+from spg_jax.method import complete
 from spg_jax.process import cli, distributed
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policies
@@ -65,7 +66,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_policy_flags()
+    cli.define_policy_flags(complete)
     cli.define_distributed_flag()
     cli.define_path_flag('data', '', "A published test file; '' evaluates on --split.")
     flags.DEFINE_enum('split', 'test', SPLITS, 'The split of the task, without --data.')

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from spg_jax.assembly import assemble
 from spg_jax.data.batches import left_pad, padded_length
+from spg_jax.method import complete
 from spg_jax.process import cli
 from spg_jax.process.trace import show_trace
 from spg_jax.random import SEEDS, Purpose, example_keys
@@ -52,7 +53,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cli.define_policy_flags()
+    cli.define_policy_flags(complete)
     flags.DEFINE_string(
         'prompt', '', "The prompt, in the format of the run; '' is the first test problem."
     )

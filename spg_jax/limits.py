@@ -1,17 +1,18 @@
 """Which values settings may have, before parts are made of them."""
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 
-from spg_jax.config import default_config, set_objective
+from spg_jax.config import default_config
+from spg_jax.errors import check_one_of
+from spg_jax.method import RECIPES, SPG, alias_names, set_objective, unknown
 from spg_jax.process.files import local_path
 from spg_jax.random import SEEDS
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.objectives import REGISTRY
+from spg_jax.rl.objectives import group_of
 
 # Numbers that no part checks: keys, the condition on their values, and the condition in words.
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -77,12 +78,26 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     """Refuses settings that do not exist, are missing, or have a value of another kind or range.
 
     Args:
-      config: the settings. Those that are PATHS are changed to the paths that they mean.
+      config: the settings. Those that are PATHS are changed to the paths that they mean, and an
+        objective that was named without its settings gets them.
 
     Raises:
       ValueError: one line that names the setting.
     """
-    _check_kinds(config)
+    objective = config.get('rl', {}).get('objective', SPG)
+    if not isinstance(objective, str):
+        raise ValueError(f'rl.objective is {objective!r}; use a name like {SPG!r}')
+    defaults = default_config(objective)
+    if group_of(objective) not in config and 'objective' in config.get('rl', {}):
+        set_objective(config, objective)
+    _check_kinds(config, defaults)
+    check_one_of('rl.recipe', config.rl.recipe, RECIPES)
+    for key in alias_names() if objective == SPG else ():
+        if config.rl[key] != config.spg[key]:  # in a copy, where they are two values
+            raise ValueError(
+                f'rl.{key} is {config.rl[key]!r} and spg.{key} is {config.spg[key]!r}, which are '
+                f'two names of one setting; set spg.{key}, and rl.{key} to the same'
+            )
     for key, saves in PATHS.items():
         group, leaf = key.split('.')
         if path := config[group][leaf]:
@@ -96,10 +111,14 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
                 raise ValueError(f'{key} is {setting(config, key)}; use {words}')
 
 
-def _check_kinds(config: ml_collections.ConfigDict) -> None:
+def _check_kinds(config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict) -> None:
     """Refuses settings that do not exist, are missing, or have a value of another kind.
 
     `default_config` is locked, so these come from files that do not start with it or unlock it.
+
+    Args:
+      config: the settings.
+      expected: the default configuration with the same objective.
 
     Raises:
       ValueError: one line that names the setting.
@@ -110,13 +129,12 @@ def _check_kinds(config: ml_collections.ConfigDict) -> None:
             for group, keys in groups.items()
             for key, value in (keys.items() if isinstance(keys, dict) else [('', keys)])
         }
-        for groups in (_defaults(config).to_dict(), config.to_dict())
+        for groups in (expected.to_dict(), config.to_dict())
     )
     for key in settings.keys() - defaults.keys():
-        nearest = difflib.get_close_matches(key, defaults, 1)
-        advice = f'use {nearest[0]}, or see' if nearest else 'see'
-        raise ValueError(f'no setting {key.strip(".")}; {advice} spg_jax/config.py')
-    for key, default in defaults.items():
+        raise ValueError(unknown(key.strip('.'), expected, defaults))
+    aliases = {f'rl.{name}' for name in alias_names()}  # An error prefers the other name.
+    for key, default in sorted(defaults.items(), key=lambda item: item[0] in aliases):
         if key not in settings:
             raise ValueError(f'setting {key} is missing; start from default_config()')
         if not _alike(settings[key], default):
@@ -125,14 +143,6 @@ def _check_kinds(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {settings[key]!r}; use integers below 2^32')
         if not _finite(settings[key]):
             raise ValueError(f'{key} is {settings[key]!r}; use finite numbers')
-
-
-def _defaults(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The default configuration with the groups of the objective that a configuration names."""
-    defaults = default_config()
-    if config.rl.objective in REGISTRY:
-        set_objective(defaults, config.rl.objective)
-    return defaults
 
 
 def _alike(value: Any, default: Any) -> bool:

@@ -16,6 +16,7 @@ from absl import flags
 from rich.console import Console
 
 from spg_jax.assembly import assemble
+from spg_jax.method import complete
 from spg_jax.planning.machines import LISTED, find_machine
 from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
@@ -52,7 +53,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    define_config_flag()
+    define_config_flag(complete)
     flags.DEFINE_string('topology', None, f'The chips, such as {", ".join(LISTED)}.')
     flags.mark_flag_as_required('topology')
     flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates that a run reaches.')

@@ -29,6 +29,7 @@ from spg_jax.data.demonstrations import Demonstrations, Lessons, Record, read_de
 from spg_jax.data.prompts import prompt_lengths
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
+from spg_jax.method import complete
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import EXECUTION
@@ -347,7 +348,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    define_config_flag()
+    define_config_flag(complete)
     cli.define_distributed_flag()
     cli.define_path_flag(
         'workdir', '', "Where the policy goes; '' is a folder of base.cache.", saves=True

@@ -1,6 +1,8 @@
 """Reinforcement learning of a base policy: one run, resumable, from nothing to a report.
 
-    python -m spg_jax.train --config=configs/countdown.py [--workdir=DIR] [--config.rl.beta=2 …]
+    python -m spg_jax.train --config=configs/countdown.py [--workdir=DIR] [--config.spg.beta=2 …]
+
+--explain prints every setting in force, what it means and where its value comes from, and exits.
 
 Run the same command again to go on after an interruption. DIR gets metrics.jsonl, TensorBoard
 events, completions.jsonl, curves.png, best/ (the policy that validated best) and result.json. With
@@ -22,11 +24,13 @@ from rich.console import Console
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, check_mesh
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.explain import print_explanation
+from spg_jax.method import complete
 from spg_jax.models.policy import Variables
 from spg_jax.planning.duration import cpu_seconds
 from spg_jax.pretrain import base_directory, find_or_make_base
 from spg_jax.process import cli, distributed
-from spg_jax.process.config_flag import define_config_flag
+from spg_jax.process.config_flag import define_config_flag, sources
 from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
@@ -241,6 +245,10 @@ def _describe(run: Run) -> str:
 
 def main(_: list[str]) -> None:
     config = FLAGS.config
+    if FLAGS.explain:
+        print_explanation(config, sources())
+        assemble(config)  # Refuse what cannot work, as a run would.
+        return
     parts = assemble(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
@@ -259,8 +267,9 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    define_config_flag()
+    define_config_flag(complete)
     cli.define_distributed_flag()
+    flags.DEFINE_bool('explain', False, 'Print every setting and where it comes from, and exit.')
     cli.define_path_flag(
         'workdir', '', "Where the run lives; '' is runs/TASK-OBJECTIVE-HASH.", saves=True
     )

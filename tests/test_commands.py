@@ -137,7 +137,7 @@ def test_settings_of_a_configuration_made_elsewhere_are_checked(change, message)
         ({'lora.rank': 20_000, 'base.checkpoint': 'c'}, 'lora.rank is 20000, wider than'),
         ({'lora.alpha': math.inf}, 'lora.alpha is inf; use finite numbers'),
         ({'sampling.temperature': math.inf}, 'sampling.temperature is inf; use finite numbers'),
-        ({'rl.beta': math.inf}, 'rl.beta is inf; use finite numbers'),
+        ({'rl.beta': math.inf}, 'spg.beta is inf; use finite numbers'),
         ({'base.learning_rate': math.nan}, 'base.learning_rate is nan; use finite numbers'),
         ({'evaluation.lengths': (2**40,), 'evaluation.steps': (1,)}, 'evaluation.lengths is ('),
     ],
@@ -266,7 +266,9 @@ def test_the_default_workdir_is_checked_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / '[here]')
     config = default_config()
     config.base.cache = str(tmp_path / 'base')
-    monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(config=config, workdir=''))
+    monkeypatch.setattr(
+        train, 'FLAGS', types.SimpleNamespace(config=config, workdir='', explain=False)
+    )
     monkeypatch.setattr(train, 'claimed', None)
     with pytest.raises(ValueError, match=r"under a name with '\['"):
         train.main([])

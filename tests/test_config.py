@@ -14,13 +14,15 @@ from spg_jax.config import default_config
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.explain import meanings_of
+from spg_jax.method import alias_names
 from spg_jax.models import layers, lora
 from spg_jax.models.lora import Adapter, LoRA
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
 from spg_jax.presets import HARDWARE
 from spg_jax.rl import learner
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.objectives import spg
+from spg_jax.rl.objectives import REGISTRY
 from spg_jax.train import train
 from spg_jax.training import optimizers
 
@@ -39,12 +41,25 @@ USERS = {
     'lora': [LoRA.scale.fget, Adapter, layers],
     'sampling': [SamplingConfig.blocks.fget, SamplingConfig.steps_per_block.fget, sampling],
     'corruption': [Corruption.__call__, Corruption._choose_blocks, Corruption._mask_completion],
-    'rl': [Batching.rows.fget, Batching.rows_at_once.fget, learner.make_update, train, spg.build],
+    'rl': [Batching.rows.fget, Batching.rows_at_once.fget, learner.make_update, train],
     'optimizer': [optimizers.for_rl],
 }
+PROTOCOL = [
+    (group, leaf)
+    for group, leaf in leaves(default_config())
+    if group not in REGISTRY and not (group == 'rl' and leaf in alias_names())
+]
+OWN = [(name, leaf) for name in REGISTRY for leaf in default_config(name)[name]]
 
 
-@pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
+@pytest.mark.parametrize(('name', 'leaf'), OWN)
+def test_every_setting_of_an_objective_is_read_and_says_what_it_means(name, leaf):
+    module = importlib.import_module(f'spg_jax.rl.objectives.{name}')
+    assert re.search(rf'\bsettings\.{leaf}\b', inspect.getsource(module))
+    assert len(meanings_of(name)[f'{name}.{leaf}'].split()) > 2
+
+
+@pytest.mark.parametrize(('group', 'leaf'), PROTOCOL)
 def test_every_setting_is_read(group, leaf):
     if group == 'mesh':
         assert leaf in sharding.AXES
@@ -56,12 +71,13 @@ def test_every_setting_is_read(group, leaf):
     assert directly or any(re.search(fields, source) for source in users)
 
 
-@pytest.mark.parametrize(('group', 'leaf'), leaves(default_config()))
+@pytest.mark.parametrize(('group', 'leaf'), PROTOCOL)
 def test_every_setting_says_what_it_means(group, leaf):
     source = (REPOSITORY / 'spg_jax' / 'config.py').read_text()
     section = source[source.index(f'        {group}=c(') :]
     line = re.search(rf'\b{leaf}=.*', section)[0]
-    assert '  # ' in line
+    _, comment = line.split('  # ')
+    assert meanings_of('spg')[f'{group}.{leaf}'] == comment
 
 
 @pytest.mark.parametrize(
@@ -105,13 +121,13 @@ def test_the_published_recipe(preset):
         assert config.optimizer.learning_rate == 3e-6 and config.optimizer.grad_clip == 0.2
         assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.99)
         assert (config.optimizer.weight_decay, config.optimizer.warmup_fraction) == (0.1, 1e-4)
-        assert (config.corruption.kind, config.rl.negative) == ('block', 'mixture')
+        assert (config.corruption.kind, config.spg.negative) == ('block', 'mixture')
         assert (config.sampling.commit, config.sampling.guidance) == ('low_confidence', 0)
         assert (config.rl.group_size, config.rl.inner_updates, config.corruption.draws) == (6, 4, 2)
         assert config.rl.prompts * config.rl.group_size == 96
         assert config.sampling.length == 256 and config.sampling.steps == 128
         assert config.sampling.block_length == 32 and config.corruption.prompt_rate == 0.15
-        assert (config.rl.omega, config.rl.beta) == (0.5, beta)
+        assert (config.spg.omega, config.spg.beta) == (0.5, beta)
         assert config.sampling.temperature == temperature
         assert config.sampling.prompt_length == prompt
         assert config.train.steps == steps
@@ -131,16 +147,17 @@ def test_the_published_recipe(preset):
         ({'sampling.commit': 'first'}, 'sampling.commit'),
         ({'evaluation.steps': (64,)}, 'pair up'),
         ({'data.long_prompts': 'cut'}, "data.long_prompts is 'cut'; use one of drop"),
-        ({'rl.objective': 'grpo2'}, 'rl.objective'),
-        ({'rl.negative': 'worse'}, 'rl.negative'),
-        ({'rl.bound': 'tight'}, 'rl.bound'),
-        ({'rl.estimator': 'paper'}, "corruption.kind 'block'"),
-        ({'rl.estimator': 'block', 'corruption.kind': 'uniform'}, "corruption.kind 'uniform'"),
+        ({'rl.objective': 'spgg'}, "rl.objective is 'spgg': use spg, or another of"),
+        ({'rl.recipe': 'best'}, "rl.recipe is 'best'; use one of ours, published"),
+        ({'spg.negative': 'worse'}, 'spg.negative'),
+        ({'spg.bound': 'tight'}, 'spg.bound'),
+        ({'spg.estimator': 'paper'}, "corruption.kind 'block'"),
+        ({'spg.estimator': 'block', 'corruption.kind': 'uniform'}, "corruption.kind 'uniform'"),
         ({'rl.group_size': 1, 'rl.prompts': 6}, 'rl.group_size'),
         ({'rl.microbatch': 7}, 'rl.microbatch 7'),
         ({'rl.draws_per_pass': 3}, 'rl.draws_per_pass 3'),
-        ({'rl.beta': 0.5}, 'rl.beta'),
-        ({'rl.omega': 1.5}, 'rl.omega'),
+        ({'spg.beta': 0.5}, 'spg.beta'),
+        ({'rl.omega': 1.5}, 'spg.omega'),
         ({'corruption.draws': 0}, 'corruption.draws'),
         ({'corruption.kind': 'blocks'}, 'corruption.kind'),
         ({'base.stages': ((10, 1.5),)}, '(10, 1.5)'),
@@ -160,9 +177,9 @@ def test_the_published_recipe(preset):
         ({'lora.rank': 4, 'lora.targets': ('o_proj',)}, 'o_proj'),
         ({'optimizer.b1': 1.5}, 'optimizer.b1'),
         ({'base.grad_clip': float('nan')}, 'base.grad_clip'),
-        ({'rl.beta': float('nan')}, 'rl.beta'),
+        ({'spg.beta': float('nan')}, 'spg.beta'),
         ({'evaluation.block_length': 5}, 'evaluation.block_length 5'),
-        ({'rl.estimator': 'block', 'corruption.block_draw': 'released'}, 'corruption.block_draw'),
+        ({'spg.estimator': 'block', 'corruption.block_draw': 'released'}, 'corruption.block_draw'),
         ({'train.steps': 0}, 'train.steps'),
         ({'rl.generation_batch': 36}, 'rl.generation_batch 36 does not divide the 96 rows'),
         ({'sampling.prompt_buckets': (128, 64)}, 'sampling.prompt_buckets is (128, 64)'),

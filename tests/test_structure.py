@@ -19,7 +19,14 @@ PACKAGE = 'spg_jax'
 LAYERS = (
     ('planning',),  # what a machine would need, asked of all the rest
     ('runs',),  # what a run leaves on disk
-    ('assembly', 'limits', 'presets', 'config'),  # the door: settings become parts
+    (
+        'assembly',
+        'explain',
+        'limits',
+        'presets',
+        'config',
+        'method',
+    ),  # the door: settings become parts
     ('rl',),  # objectives, rollouts, updates
     ('data', 'diffusion', 'training'),
     ('models', 'tasks', 'process'),
@@ -37,7 +44,7 @@ FORBIDDEN = {
 }
 
 # Settings stop at the door: the rooms below it see typed values and never a configuration.
-SETTINGS = {'ml_collections', 'config', 'presets', 'limits', 'assembly'}
+SETTINGS = {'ml_collections', 'config', 'method', 'presets', 'limits', 'assembly', 'explain'}
 FLAGS = 'spg_jax.process.config_flag'  # It defines --config, and hands it on unread.
 BELOW_THE_DOOR = ('rl', 'diffusion', 'models', 'tasks', 'data', 'training', 'process')
 

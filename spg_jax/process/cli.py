@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from spg_jax import sharding
 from spg_jax.process import allocator, distributed, libtpu, streams
 from spg_jax.process.config_flag import (
+    Complete,
     UnusableConfig,
     define_config_flag,
     left_over,
-    unknown_setting,
 )
 from spg_jax.process.files import local_path, user_cache
 
@@ -76,8 +76,12 @@ def define_distributed_flag() -> None:
     )
 
 
-def define_policy_flags() -> None:
-    """Defines the flags that name a policy: --workdir, or --checkpoint, --config and --adapter."""
+def define_policy_flags(complete: Complete) -> None:
+    """Defines the flags that name a policy: --workdir, or --checkpoint, --config and --adapter.
+
+    Args:
+      complete: as in `define_config_flag`.
+    """
     define_path_flag('workdir', '', 'A run of spg_jax.train, or a policy trained here.')
     define_path_flag(
         'checkpoint', '', 'Any policy or published checkpoint; it needs --config as well.'
@@ -88,7 +92,7 @@ def define_policy_flags() -> None:
         [],
         'Devices along data, fsdp and tensor, such as 1,-1,1; by default those of --config.',
     )
-    define_config_flag(required=False)
+    define_config_flag(complete, required=False)
 
 
 def chosen_mesh(configured: Mapping[str, int]) -> Mesh:
@@ -199,8 +203,6 @@ def _parse(arguments: list[str]) -> list[str]:
         words = flags.FLAGS(arguments)
     except UnusableConfig as error:
         distributed.fail(str(error))
-    except AttributeError as error:  # A flag overrides a setting that does not exist.
-        distributed.fail(unknown_setting(arguments) or str(error))
     except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         distributed.fail(f'{lines[-1] if lines else error}; see --help')

@@ -1,19 +1,20 @@
 """The flag --config: the name or the path of a configuration, a preset, and single settings."""
 
-import difflib
 import importlib.util
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from spg_jax.errors import line_in
 from spg_jax.process.files import local_path
 
 # `configs/` of a checkout; a wheel has the same files as `spg_jax/configs/` (setup.py).
@@ -22,6 +23,11 @@ CONFIGS = next(
     (folder for folder in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if folder.is_dir()),
     _PACKAGE / 'configs',
 )
+
+
+# (configuration of the file, values on the command line by GROUP.KEY) -> settings that it changed.
+# It is `spg_jax.method.complete`, which this room may not import.
+Complete = Callable[[ml_collections.ConfigDict, Mapping[str, str]], frozenset[str]]
 
 
 class UnusableConfig(Exception):
@@ -34,10 +40,13 @@ class UnusableConfig(Exception):
 class _ConfigParser(flags.ArgumentParser):
     """Reads the value of --config: the name or the path of a configuration, and a preset of it."""
 
-    config: ml_collections.ConfigDict | None = None  # the one that was read last
+    def __init__(self, complete: Complete | None = None):
+        super().__init__()
+        self._complete = complete
+        self.completed: frozenset[str] = frozenset()  # settings that `complete` changed last
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        """Runs the file and locks what its `get_config` returns."""
+        """Runs the file, locks what its `get_config` returns, and completes it."""
         # The colon in an address such as gs://bucket/own.py does not part a preset from a name.
         name, *preset = re.split(':(?!//)', argument, maxsplit=1)
         path = config_file(name)
@@ -57,8 +66,28 @@ class _ConfigParser(flags.ArgumentParser):
                 f'{path}: get_config returned {type(config).__name__}, expected a ConfigDict; '
                 'start from default_config() and return it'
             )
-        self.config = config.lock()
-        return self.config
+        config.lock()
+        if self._complete:
+            arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+            try:
+                self.completed = self._complete(config, assigned(arguments))
+            except ValueError as error:
+                raise UnusableConfig(str(error)) from error
+        return config
+
+
+def assigned(arguments: Iterable[str]) -> dict[str, str]:
+    """The values that a command line gives to single settings, by GROUP.KEY; the last one counts.
+
+    The value of a switch, --config.GROUP.KEY or --noconfig.GROUP.KEY, is the word after it.
+    """
+    words, values = [*arguments, ''], {}
+    for word, following in zip(words, words[1:], strict=False):
+        if word == '--':
+            break
+        if match := re.fullmatch(r'--?(?:no)?config\.([^=]+)(?:=(.*))?', word, re.DOTALL):
+            values[match[1]] = following if match[2] is None else match[2]
+    return values
 
 
 def config_file(name: str) -> Path:
@@ -88,11 +117,6 @@ def _place_and_cause(path: Path, error: Exception) -> str:
     message = ' '.join(str(error).split())
     if isinstance(error, ValueError) and path.name in message:
         return message  # The file itself says what is wrong with the preset.
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path)
-    ]
     # ml_collections lists all fields between the key and the one that was probably meant.
     unknown = re.search(r'Key "(\w+)" does not exist', message)
     meant = re.search(r'Did you mean "(\w+)"', message)
@@ -100,40 +124,42 @@ def _place_and_cause(path: Path, error: Exception) -> str:
         message = f'no setting {unknown[1]!r}' + (f'; use {meant[1]}' if meant else '')
     elif not isinstance(error, ValueError):
         message = f'{type(error).__name__}: {message}'
-    return f'{path}:{lines[-1] if lines else 1}: {message}'
+    return f'{path}:{line_in(path, error)}: {message}'
 
 
-def define_config_flag(required: bool = True) -> None:
-    """Defines --config, which configures a training, or says how to use a --checkpoint."""
+def define_config_flag(complete: Complete, required: bool = True) -> None:
+    """Defines --config, which configures a training, or says how to use a --checkpoint.
+
+    Args:
+      complete: completes the configuration of a file before single settings are overridden, and
+        refuses overrides of settings that do not exist.
+      required: whether the flag has to be given.
+    """
     config_flags.DEFINE_config_file(
-        'config', None, 'TASK[:PRESET] or FILE.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.'
+        'config',
+        None,
+        'TASK[:PRESET] or FILE.py[:PRESET]; --config.GROUP.KEY=VALUE overrides.',
+        flag_values=flags.FLAGS,
     )
-    flags.FLAGS['config'].parser = _ConfigParser()
+    flags.FLAGS['config'].parser = _ConfigParser(complete)
     if required:
-        flags.mark_flag_as_required('config')
+        flags.mark_flag_as_required('config', flags.FLAGS)
     # So that --help lists the flag.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['config'])
 
 
-def unknown_setting(arguments: list[str]) -> str | None:
-    """Which flag names a setting that the configuration does not have, and the nearest that is."""
-    parser = flags.FLAGS['config'].parser
-    settings = list(_settings(parser.config or {}))
-    for argument in arguments:
-        key = re.match(r'--?(?:no)?config\.([^=]+)', argument)
-        if key and key[1] not in settings:
-            nearest = difflib.get_close_matches(key[1], settings, 1)
-            advice = f'use {nearest[0]}, or see' if nearest else 'see'
-            return f'no setting {key[1]} in the configuration; {advice} spg_jax/config.py'
-    return None
+class Sources(NamedTuple):
+    """Where the values of the configuration of --config come from."""
+
+    file: str  # the value of --config
+    completed: frozenset[str]  # settings that `complete` changed
+    overridden: frozenset[str]  # settings that the command line names
 
 
-def _settings(config: Mapping, prefix: str = '') -> Iterator[str]:
-    """The names GROUP and GROUP.KEY of a configuration."""
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _settings(value, f'{prefix}{name}.')
+def sources() -> Sources:
+    """Where the values of the configuration of --config come from, once flags are parsed."""
+    flag = flags.FLAGS['config']
+    return Sources(flag.config_filename, flag.parser.completed, frozenset(flag.override_values))
 
 
 def left_over(word: str) -> str:

@@ -10,6 +10,7 @@ import ml_collections
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.process.json_files import check_json, read_json
+from spg_jax.rl.objectives import group_of
 from spg_jax.runs import policies
 from spg_jax.runs.identity import FILES, Settings, digest_files
 
@@ -26,7 +27,8 @@ def digest(settings: ml_collections.ConfigDict | Settings) -> str:
 
 def default_workdir(config: ml_collections.ConfigDict) -> Path:
     """runs/TASK-OBJECTIVE-HASH, where the hash is that of all settings."""
-    return Path('runs') / f'{config.task.name}-{config.rl.objective}-{digest(config)}'
+    objective = group_of(config.rl.objective)
+    return Path('runs') / f'{config.task.name}-{objective}-{digest(config)}'
 
 
 def identity(config: ml_collections.ConfigDict) -> Settings:
@@ -56,8 +58,11 @@ def run_config(workdir: Path) -> ml_collections.ConfigDict:
 def _saved_config(saved: Any, path: Path) -> ml_collections.ConfigDict:
     """A saved configuration; settings that did not exist when it was saved have their defaults.
 
+    Settings of SPG that were saved before it had a group of its own are read from the group rl.
+
     Raises:
-      ValueError: if it is none, or a setting is of another type than its default.
+      ValueError: if it is none, a setting is of another type than its default, or the file of its
+        objective cannot be imported.
     """
     if isinstance(saved, dict) and 'task' not in saved:
         raise ValueError(
@@ -65,7 +70,13 @@ def _saved_config(saved: Any, path: Path) -> ml_collections.ConfigDict:
             f'--checkpoint={path.parent} and --config=configs/TASK.py:PRESET instead of --workdir'
         )
     saved = check_json(saved, Settings, path, RESTORE)
-    config = default_config()
+    objective = saved.get('rl', {}).get('objective', default_config().rl.objective)
+    if not isinstance(objective, str):
+        raise ValueError(f'{path}: rl.objective is {objective!r}, expected str; {RESTORE}')
+    try:
+        config = default_config(objective)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
     for group, settings in config.items():
         for key in settings.keys() & saved.get(group, {}).keys():
             _set(config, group, key, saved[group][key], path)

@@ -10,12 +10,14 @@ import ml_collections
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
+from spg_jax.method import SPG
+from spg_jax.rl.objectives import group_of, source_file
 from spg_jax.runs import policies
 
 Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
 
 # Settings that change how a training computes and what it keeps, and not what it learns. A training
-# may go on with other values of them, for example on another machine.
+# may go on with other values of them, for example on another machine. Of a recipe the values count.
 FREE = frozenset(
     {
         *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
@@ -23,6 +25,7 @@ FREE = frozenset(
         *('model.remat', 'model.scan_unroll', 'model.attention'),
         *('sampling.prompt_buckets', 'task.data_dir', 'base.cache'),
         *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),
+        'rl.recipe',
     }
 )
 GROWING = frozenset({'train.steps'})  # A training may be made longer, and not shorter.
@@ -44,27 +47,45 @@ def changed_settings(
       ValueError: a setting differs that changes what is learned; the message names the first.
     """
     changes = []
-    defaults = json.loads(default_config().to_json())
+    objective = _objective(wanted)
+    defaults = json.loads(default_config(objective).to_json())
+    saved = _with_group(saved, group_of(objective))
     saved_files, wanted_files = saved.get(FILES, {}), wanted.get(FILES, {})
-    for group in wanted:
+    keys = [(group, name) for group in wanted for name in wanted[group]]
+    keys.sort(key=lambda key: key != ('rl', 'objective'))  # The cause of other differences.
+    for group, name in keys:
         if group == FILES and group not in saved:
             continue
-        for name, value in wanted[group].items():
-            key = f'{group}.{name}'
-            old = saved.get(group, {}).get(name, defaults.get(group, {}).get(name))
-            if old == value or (group == FILES and old is None):  # fetched since the start
-                continue
-            has_moved = bool(saved_files.get(key)) and saved_files[key] == wanted_files.get(key)
-            grows = key in GROWING and old is not None and value > old
-            if key not in FREE and not has_moved and not grows:
-                what = f'another {name}' if group == FILES else f'{key} {old!r}'
-                asked = '' if group == FILES else f', asked for {value!r}'
-                raise ValueError(
-                    f'{workdir} holds a training with {what}{asked}; use another --workdir, or '
-                    f'the settings in its {config_name}'
-                )
-            changes.append(f'{key} {value} instead of {old}')
+        if group == 'rl' and objective == SPG and name in wanted.get(SPG, {}):
+            continue  # another name of the same setting
+        value, key = wanted[group][name], f'{group}.{name}'
+        old = saved.get(group, {}).get(name, defaults.get(group, {}).get(name))
+        if old == value or (group == FILES and old is None):  # fetched since the start
+            continue
+        has_moved = bool(saved_files.get(key)) and saved_files[key] == wanted_files.get(key)
+        grows = key in GROWING and old is not None and value > old
+        if key not in FREE and not has_moved and not grows:
+            what = f'another {name}' if group == FILES else f'{key} {old!r}'
+            asked = '' if group == FILES else f', asked for {value!r}'
+            raise ValueError(
+                f'{workdir} holds a training with {what}{asked}; use another --workdir, or '
+                f'the settings in its {config_name}'
+            )
+        changes.append(f'{key} {value} instead of {old}')
     return changes
+
+
+def _objective(settings: Settings) -> str:
+    return settings.get('rl', {}).get('objective', SPG)
+
+
+def _with_group(saved: Settings, group: str) -> Settings:
+    """Saved settings, in which those of the objective have the group that they have now.
+
+    Settings of SPG were in the group rl first, and a user's own file may have another name now.
+    """
+    before = group_of(_objective(saved))
+    return saved | {group: saved.get(before, saved.get('rl', {}) if before == SPG else {})}
 
 
 def digest_files(
@@ -77,6 +98,8 @@ def digest_files(
       policy_at: finds the directory of a policy in that of a run.
     """
     digests = {}
+    if file := source_file(config.rl.objective):
+        digests['rl.objective'] = digest_path(file)
     if config.task.prompt_template:
         digests['task.prompt_template'] = digest_path(Path(config.task.prompt_template))
     if config.base.checkpoint:

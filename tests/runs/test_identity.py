@@ -47,7 +47,7 @@ def test_a_training_goes_on_elsewhere_and_further_and_says_so(tmp_path, capsys, 
 
 @pytest.mark.parametrize(
     ('key', 'value'),
-    [('rl.beta', 2.0), ('train.steps', 4), ('train.seed', 1), ('rl.group_size', 4)],
+    [('spg.beta', 2.0), ('train.steps', 4), ('train.seed', 1), ('rl.group_size', 4)],
 )
 def test_what_changes_what_is_learned_is_refused(tmp_path, key, value):
     config = countdown.get_config('tiny')
@@ -65,8 +65,8 @@ def test_a_finished_training_answers_only_to_its_own_settings(tmp_path):
     config = countdown.get_config('tiny')
     with claimed(tmp_path, identity(config)):
         pass
-    config.rl.beta = 3.0
-    with pytest.raises(ValueError, match='rl.beta'):
+    config.rl.beta = 3.0  # another name of spg.beta
+    with pytest.raises(ValueError, match='spg.beta 1.5, asked for 3.0'):
         with claimed(tmp_path, identity(config), finished=True):
             pass
     with claimed(tmp_path, identity(config)):  # never got as far as a checkpoint
