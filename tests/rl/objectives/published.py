@@ -22,7 +22,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import REGISTRY, Batch, Objective, Protocol
 from spg_jax.rl.objectives.objective import Readout
 from spg_jax.rl.rollout import Rollout
-from spg_jax.rl.scores import Reader
+from spg_jax.rl.scores import Reader, corrupt, moments
 
 REFERENCE = Path(__file__).parents[2] / 'reference'
 MASK, EOS = 250, 1
@@ -43,14 +43,17 @@ def tiny_llada() -> tuple[Policy, dict[str, Any]]:
 
 
 def objective_of(
-    name: str, group_size: int | None = None, block_length: int = 8, **settings: Any
+    name: str,
+    group_size: int | None = None,
+    sampling: SamplingConfig | None = None,
+    **settings: Any,
 ) -> Objective:
     """An objective with its published settings, some of them changed, for the published rows.
 
     Args:
       name: a name of the registry.
       group_size: G; by default all rows are one group.
-      block_length: positions in a block.
+      sampling: of rollouts; by default two tokens a step in blocks of 8.
       settings: fields of its `Settings`.
     """
     method, (rows, length) = REGISTRY[name], published()['completion'].shape
@@ -64,9 +67,7 @@ def objective_of(
     )
     protocol = Protocol(
         corruption=Corruption(kind='block', draws=2, block_length=8),
-        sampling=SamplingConfig(
-            length=length, steps=length // 2, block_length=block_length, temperature=1.0
-        ),
+        sampling=sampling or SamplingConfig(length, length // 2, 8, temperature=1.0),
         batching=batching,
         steps=100,
     )
@@ -101,6 +102,34 @@ def draws_from(masked: np.ndarray, **fields: Any) -> Draws:
         masked = np.concatenate([clean, masked], axis=2)
     fields = {name: jnp.asarray(value) for name, value in fields.items()}
     return Draws(masked=jnp.asarray(masked), **fields)
+
+
+def draws_over_updates(
+    objective: Objective, rollout: Rollout, updates: int, inner_updates: int = 1
+) -> Draws:
+    """The draws [updates, B, M, ...] of consecutive updates from the first one of a run."""
+
+    def draw(step: jax.Array) -> Draws:
+        return corrupt(
+            objective.corruption, rollout, moments(0, rollout, step, step % inner_updates)
+        )
+
+    return jax.jit(jax.vmap(draw))(jnp.arange(updates, dtype=jnp.int32))
+
+
+def loss_of(
+    objective: Objective,
+    readouts: Any,
+    rollout: Rollout,
+    draws: Draws,
+    rows: slice = slice(None),
+    **others: Any,
+) -> tuple[float, float]:
+    """(loss, weight) of some rows of a batch, from readouts [B, M, C] alone."""
+    batch = Batch(rollout, draws, others, step=None)
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch).replace(step=jnp.int32(0))
+    loss = objective.loss(jnp.asarray(readouts)[rows], batch)
+    return float(loss.total / loss.weight), float(loss.weight)
 
 
 @functools.cache
