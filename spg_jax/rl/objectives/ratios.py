@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from spg_jax.rl.objectives.objective import Batch, Metrics
+from spg_jax.rl.objectives.objective import Batch, Loss, Metrics
 
 
 def clipped(log_ratio: Array, advantage: Array, low: float, high: float | None = None) -> Array:
@@ -63,3 +63,28 @@ def token_losses(
         losses += kl * divergence
         metrics['kl'] = (divergence.sum(), tokens)
     return jnp.where(batch.target, losses, 0.0), metrics
+
+
+def state_losses(logp: Array, batch: Batch, epsilon: float, kl: float) -> Loss:
+    """The mean over draws of a clipped loss, as Gen-Verse/dLLM-RL @ 10b4fd1 takes it.
+
+        loss = mean_draws [ mean_i -min(r_i A, clip(r_i) A) + kl sum_i k3_i ]
+
+    over the positions i in `batch.target` of a draw. The divergence k3 is the one from the
+    behaviour policy, and it is not divided by the number of positions. Draws without a position do
+    not count.
+
+    Args:
+      logp: [b, M, C] of the policy.
+      batch: the rows, with the readouts 'behaviour' among the others.
+      epsilon: the clip range of the ratio r of policy to behaviour.
+      kl: weight of the divergence.
+    """
+    losses, metrics = token_losses(logp, batch, epsilon, kl=0.0)
+    positions = batch.target.sum(axis=2)  # [b, M]
+    losses = losses.sum(axis=2) / jnp.maximum(positions, 1)  # [b, M]
+    divergence = jnp.where(batch.target, k3(batch.others['behaviour'] - logp), 0.0)
+    metrics['kl'] = (divergence.sum(), positions.sum().astype(jnp.float32))
+    if kl:
+        losses += kl * divergence.sum(axis=2)
+    return Loss(losses.sum(), (positions > 0).sum().astype(jnp.float32), metrics)
