@@ -23,6 +23,7 @@ from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.experience import rows_of_update
 from spg_jax.rl.objectives import Batch, Objective
+from spg_jax.rl.objectives.objective import never
 from spg_jax.rl.rollout import Rollout, rollout_metrics
 from spg_jax.rl.scores import Reader, corrupt, moments
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
@@ -252,7 +253,11 @@ def kept_policies(objective: Objective, new_adapters: bool) -> list[str]:
       objective: asks for them.
       new_adapters: whether the trained policy is a model with adapters that change nothing yet.
     """
-    return [name for name in objective.kept if not (new_adapters and name == REFERENCE)]
+    return [
+        name
+        for name, refresh in objective.kept.items()
+        if not (new_adapters and name == REFERENCE and refresh is never)
+    ]
 
 
 def rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> int:

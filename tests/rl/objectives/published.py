@@ -128,7 +128,7 @@ def loss_of(
     """(loss, weight) of some rows of a batch, from readouts [B, M, C] alone."""
     batch = Batch(rollout, draws, others, step=None)
     batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch).replace(step=jnp.int32(0))
-    loss = objective.loss(jnp.asarray(readouts)[rows], batch)
+    loss = jax.jit(objective.loss)(jnp.asarray(readouts)[rows], batch)
     return float(loss.total / loss.weight), float(loss.weight)
 
 
