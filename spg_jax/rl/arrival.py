@@ -15,8 +15,8 @@ from spg_jax.rl.learner import (
     join_parts,
     join_passes,
     other_policies,
-    part_axis,
-    pass_axis,
+    split_parts,
+    split_passes,
 )
 from spg_jax.rl.objectives import Objective
 from spg_jax.rl.rollout import Rollout
@@ -54,11 +54,11 @@ def make_arrival(
                 def read_pass(draws: Draws) -> Any:
                     return reader(policies[name], rows, draws, state.step, None, policies)
 
-                cuts = jax.tree.map(lambda x: pass_axis(x, passes), draws)
+                cuts = jax.tree.map(lambda x: split_passes(x, passes), draws)
                 return jax.tree.map(join_passes, jax.lax.map(read_pass, cuts))
 
             parts = len(rollout.reward) // batching.microbatch
-            pieces = jax.tree.map(lambda x: part_axis(x, parts), (rollout, draws))
+            pieces = jax.tree.map(lambda x: split_parts(x, parts), (rollout, draws))
             return jax.tree.map(join_parts, jax.lax.map(read_rows, pieces))
 
         extras = dict(rollout.extras)

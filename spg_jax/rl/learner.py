@@ -184,14 +184,14 @@ def make_gradient(
             return pull_back(weights)[0], loss
 
         def in_two_stages(rows: Rows) -> tuple[Variables, Any]:
-            parts = jax.tree.map(lambda x: part_axis(x, together // microbatch), rows)
+            parts = jax.tree.map(lambda x: split_parts(x, together // microbatch), rows)
 
             def read_part(part: Rows) -> tuple[Array, dict[str, Array]]:
                 def read_pass(cut: tuple[Draws, Array | None]) -> tuple[Array, dict[str, Array]]:
                     piece = Rows(part.rollout, *cut, {})
                     return read(frozen | trained, piece, piece.dropout), read_others(piece)
 
-                cuts = jax.tree.map(lambda x: pass_axis(x, passes), (part.draws, part.dropout))
+                cuts = jax.tree.map(lambda x: split_passes(x, passes), (part.draws, part.dropout))
                 return jax.tree.map(join_passes, jax.lax.map(read_pass, cuts))
 
             readouts, others = jax.tree.map(join_parts, jax.lax.map(read_part, parts))
@@ -211,12 +211,12 @@ def make_gradient(
                     return jax.tree.map(jnp.add, gradient, jax.grad(weighted)(trained)), None
 
                 cuts = jax.tree.map(
-                    lambda x: pass_axis(x, passes), (rows.draws, rows.dropout, weights)
+                    lambda x: split_passes(x, passes), (rows.draws, rows.dropout, weights)
                 )
                 return jax.lax.scan(add_pass, gradient, cuts)[0], None
 
             zero = jax.tree.map(jnp.zeros_like, trained)
-            weights = jax.tree.map(lambda x: part_axis(x, together // microbatch), weights)
+            weights = jax.tree.map(lambda x: split_parts(x, together // microbatch), weights)
             return jax.lax.scan(add_part, zero, (parts, weights))[0], loss
 
         one_stage = together == microbatch and passes == 1
@@ -227,7 +227,7 @@ def make_gradient(
             return jax.tree.map(jnp.add, gradient, addend), loss
 
         unit = group_size if objective.couples == 'group' else 1
-        parts = jax.tree.map(lambda x: part_axis(x, batch_size // together, unit), rows)
+        parts = jax.tree.map(lambda x: split_parts(x, batch_size // together, unit), rows)
         gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), parts)
         losses = jax.tree.map(lambda x: x.sum(0), losses)
         weight = jnp.maximum(losses.weight, 1.0)
@@ -266,7 +266,7 @@ def rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> 
     return microbatch if whole[couples] else rows
 
 
-def part_axis(x: Array, parts: int, unit: int = 1) -> Array:
+def split_parts(x: Array, parts: int, unit: int = 1) -> Array:
     """[B, ...] -> [parts, B / parts, ...], with neighbours of a unit in one part.
 
     The stride keeps rows on their devices.
@@ -276,16 +276,16 @@ def part_axis(x: Array, parts: int, unit: int = 1) -> Array:
 
 
 def join_parts(x: Array) -> Array:
-    """[parts, b, ...] -> [parts * b, ...]: the inverse of `part_axis` with units of one row."""
+    """[parts, b, ...] -> [parts * b, ...]: the inverse of `split_parts` with units of one row."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
-def pass_axis(x: Array, passes: int) -> Array:
+def split_passes(x: Array, passes: int) -> Array:
     """[b, M, ...] -> [passes, b, M / passes, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
 
 
 def join_passes(x: Array) -> Array:
-    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `pass_axis`."""
+    """[passes, b, m, ...] -> [b, passes * m, ...]: the inverse of `split_passes`."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

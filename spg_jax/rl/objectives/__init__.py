@@ -54,11 +54,20 @@ def _method(module: ModuleType) -> Method:
     return Method(module.Settings, module.build, module.RECIPE)
 
 
-REGISTRY: dict[str, Method] = {
-    module.name: _method(importlib.import_module(f'{__name__}.{module.name}'))
-    for module in pkgutil.iter_modules(__path__)
-    if module.name not in ('objective', 'ratios', 'sequences')
-}
+def _registry() -> dict[str, Method]:
+    """The methods of this folder by their names; a module with no part of one is shared by them."""
+    loaded = {
+        each.name: importlib.import_module(f'{__name__}.{each.name}')
+        for each in pkgutil.iter_modules(__path__)
+    }
+    return {
+        name: _method(module)
+        for name, module in loaded.items()
+        if any(hasattr(module, part) for part in PARTS)
+    }
+
+
+REGISTRY: dict[str, Method] = _registry()
 
 
 def find(name: str) -> Method:

@@ -46,6 +46,7 @@ def objective_of(
     name: str,
     group_size: int | None = None,
     sampling: SamplingConfig | None = None,
+    rows: int = 6,
     **settings: Any,
 ) -> Objective:
     """An objective with its published settings, some of them changed, for the published rows.
@@ -54,9 +55,10 @@ def objective_of(
       name: a name of the registry.
       group_size: G; by default all rows are one group.
       sampling: of rollouts; by default two tokens a step in blocks of 8.
+      rows: B.
       settings: fields of its `Settings`.
     """
-    method, (rows, length) = REGISTRY[name], published()['completion'].shape
+    method, length = REGISTRY[name], published()['completion'].shape[1]
     batching = Batching(
         prompts=rows // (group_size or rows),
         group_size=group_size or rows,
