@@ -53,7 +53,7 @@ END = 100.0  # the tilt that all phases reach together
 RECIPE = {
     'rl.group_size': 6,
     'rl.prompts': 80,
-    'dtm.rows': 768,
+    'dtm.update_rows': 768,
     'optimizer.learning_rate': 4e-6,
     'optimizer.grad_clip': 2.0,
     'sampling.temperature': 1.0,
@@ -73,7 +73,7 @@ class Settings:
     positions: str = setting('active', 'masked positions in the loss: of the active block, or all')
     ring: int = setting(4, 'batches of rl.prompts prompts in the ring')
     every: int = setting(25, 'updates between two refreshes of a batch of prompts')
-    rows: int = setting(0, 'rows of an update; 0 takes as many as a batch of prompts has')
+    update_rows: int = setting(0, 'rows of an update; 0 takes as many as a batch of prompts has')
 
 
 def build(settings: Settings, protocol: Protocol) -> Objective:
@@ -84,11 +84,11 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """
     _check(settings)
     batching = protocol.batching
-    rows = settings.rows or batching.rows
+    rows = settings.update_rows or batching.rows
     if settings.ring * batching.rows < rows:
         raise ValueError(
             f'dtm.ring {settings.ring} x {batching.rows} rows (rl.prompts x rl.group_size) hold '
-            f'fewer than dtm.rows {rows}; use dtm.ring={-(-rows // batching.rows)} or more'
+            f'fewer than dtm.update_rows {rows}; use dtm.ring={-(-rows // batching.rows)} or more'
         )
     tilts = jnp.asarray(tilts_of_phases(settings.tilt), jnp.float32)
 
@@ -189,7 +189,12 @@ def _check(settings: Settings) -> None:
         ('final_share', settings.final_share, 0 <= settings.final_share <= 1, 'a share in [0, 1]'),
         ('ring', settings.ring, settings.ring >= 1, 'a positive integer'),
         ('every', settings.every, settings.every >= 1, 'a positive integer'),
-        ('rows', settings.rows, settings.rows >= 0, '0, or the rows of an update'),
+        (
+            'update_rows',
+            settings.update_rows,
+            settings.update_rows >= 0,
+            '0, or the rows of an update',
+        ),
         ('positions', settings.positions, settings.positions in ('active', 'all'), 'active or all'),
     ):
         if not fine:

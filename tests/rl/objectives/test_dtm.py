@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.rl.objectives import Batch, Moment, View
 from spg_jax.rl.objectives.dtm import read_distributions, share_of_rate, tilts_of_phases
@@ -112,7 +113,8 @@ def test_a_tilt_of_nothing_leaves_the_cross_entropy_with_the_teacher():
 def masks(block_length, k):
     """The draws of many keys whose number of masked positions is k."""
     row = jax.tree.map(lambda x: x[0], published_rollout())
-    corruption = objective_of('dtm', block_length=block_length).corruption
+    sampling = SamplingConfig(32, 16, block_length, temperature=1.0)
+    corruption = objective_of('dtm', sampling=sampling).corruption
 
     def draw(key):
         nothing = jnp.int32(0)
@@ -187,7 +189,7 @@ def test_a_phase_ends_with_the_average_or_the_policy():
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'rows': 100}, 'fewer than dtm.rows 100'),
+        ({'update_rows': 100}, 'fewer than dtm.update_rows 100'),
         ({'tilt': 0.0}, 'dtm.tilt is 0.0'),
         ({'positions': 'some'}, 'dtm.positions is some'),
     ],
