@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from spg_jax import tasks
 from spg_jax.data.batches import LONG_PROMPTS
+from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.errors import check_one_of
@@ -118,6 +119,23 @@ def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> N
                 f'divide; use a multiple of {shards}'
             )
     parts.batching.local_prompts(mesh)
+
+
+def check_base(config: ml_collections.ConfigDict, parts: Parts, demonstrator: bool = True) -> None:
+    """Refuses to train a base policy on a task that lacks a part that this needs.
+
+    Args:
+      config: the settings; without base.checkpoint the task needs a vocabulary.
+      parts: what the settings describe.
+      demonstrator: whether the answers to imitate are those of the task.
+
+    Raises:
+      ValueError: one line that names the part.
+    """
+    if not config.base.checkpoint:
+        word_tokenizer(parts.task)
+    if demonstrator:
+        parts.task.check_demonstrations(stage.right_share for stage in parts.stages if stage.steps)
 
 
 def model_of(

@@ -33,7 +33,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
 
     config = c(
         task=c(
-            name='countdown',  # the task: countdown, gsm8k, math500 or sudoku
+            # The dotted path of a module, such as my_package.my_task, names a task of your own.
+            name='countdown',  # the task: countdown, gsm8k, math500, sudoku or a dotted path
             # A run that trains on 'published_train' is evaluated on 'published_eval'.
             format='compact',  # the format of prompts and answers: compact or published_train
             prompt_template='',  # a file with the wording of the prompt; '' uses our wording

@@ -23,11 +23,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, check_mesh, model_of
+from spg_jax.assembly import Parts, assemble, check_base, check_mesh, model_of
 from spg_jax.data.batches import check_room
 from spg_jax.data.demonstrations import Demonstrations, Lessons, Record, read_demonstrations
 from spg_jax.data.prompts import prompt_lengths
-from spg_jax.data.tokenizers import SPECIALS, Tokenizer, WordTokenizer
+from spg_jax.data.tokenizers import SPECIALS, Tokenizer, word_tokenizer
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.method import complete
 from spg_jax.models.number_features import with_number_features
@@ -42,6 +42,7 @@ from spg_jax.random import Purpose, example_keys, root_key, step_key
 from spg_jax.runs import policies
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import Settings, digest, policy_of_run
+from spg_jax.runs.identity import FILES, digest_task
 from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Example, Task
 from spg_jax.training import optimizers
@@ -60,7 +61,10 @@ FLAGS = flags.FLAGS
 
 def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
     """Everything that makes the base policy of a configuration, wording of the prompt included."""
-    return {
+    # The group of files is there only for a task in a file of the user, so that the directories of
+    # base policies keep the names that they had before there were such tasks.
+    files = {FILES: digests} if (digests := digest_task(task)) else {}
+    return files | {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
         'model': {name: x for name, x in config.model.items() if name not in EXECUTION},
         'base': {
@@ -271,7 +275,7 @@ def _starting_point(
             )
         execution = parts.execution | {'quantize': ''}  # only frozen parameters are quantised
         return policies.load_policy(start_from, mesh, **execution)
-    tokenizer = WordTokenizer(parts.task.vocabulary)
+    tokenizer = word_tokenizer(parts.task)
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
     model = dataclasses.replace(model, quantize='')
     policy = policies.make_policy(model, tokenizer)
@@ -336,6 +340,7 @@ def main(_: list[str]) -> None:
     cli.compile_cache()
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
+    check_base(config, parts, demonstrator=not FLAGS.demonstrations)
     records = None
     if FLAGS.demonstrations:
         records = read_demonstrations(FLAGS.demonstrations, parts.task)

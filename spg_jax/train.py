@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, check_mesh
+from spg_jax.assembly import Parts, assemble, check_base, check_mesh
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.explain import print_explanation
 from spg_jax.method import complete
@@ -252,6 +252,8 @@ def main(_: list[str]) -> None:
     parts = assemble(config)
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
+    if not config.base.checkpoint:
+        check_base(config, parts)
     workdir = local_path(FLAGS.workdir or str(default_workdir(config)), saves=True)
     print(f'{opening_line(config, parts, mesh)}\nworkdir {workdir}', flush=True)
     if config.train.wandb:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from spg_jax.tasks.task import Task
+
 MASK, EOS, PAD = '<mask>', '<eos>', '<pad>'
 SPECIALS = (MASK, EOS, PAD)
 _SPACE = re.compile(r'\s*')
@@ -158,3 +160,17 @@ class WordTokenizer:
     def save(self, directory: Path) -> dict[str, Any]:
         """Returns the words for the policy's description; they need no file in `directory`."""
         return {'words': self.words}
+
+
+def word_tokenizer(task: Task) -> WordTokenizer:
+    """Returns the tokenizer of a policy that is trained here from nothing.
+
+    Raises:
+      ValueError: the task has no vocabulary, or one that cannot be used.
+    """
+    if not task.vocabulary:
+        raise ValueError(
+            f'task {task.name} has no vocabulary, from which a policy could be trained here; set '
+            'base.checkpoint, or define the vocabulary in the file of an own task'
+        )
+    return WordTokenizer(task.vocabulary)

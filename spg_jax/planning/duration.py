@@ -3,7 +3,7 @@
 import ml_collections
 
 from spg_jax.assembly import Parts, model_of
-from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.planning.costs import forward
 from spg_jax.rl.experience import collections_due
 
@@ -26,7 +26,7 @@ def cpu_seconds(
       cores: that compute.
       base_exists: whether the base policy is there already.
     """
-    model = model_of(config, WordTokenizer(parts.task.vocabulary).size, 'cpu')
+    model = model_of(config, word_tokenizer(parts.task).size, 'cpu')
     sampling, batching, evaluation = parts.sampling, parts.batching, parts.evaluation
     prompt = parts.prompt_lengths[-1]
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, model_of
-from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
 from spg_jax.models.llada import configuration
@@ -139,7 +139,7 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
     """
     parts = assemble(config)
     if not config.base.checkpoint:
-        tokenizer = WordTokenizer(parts.task.vocabulary)
+        tokenizer = word_tokenizer(parts.task)
         policy = policies.make_policy(model_of(config, tokenizer.size, platform), tokenizer)
         model = dataclasses.replace(policy.config, lora=parts.lora)
         return dataclasses.replace(policy, config=model)

@@ -1,6 +1,7 @@
 """Collecting a rollout: a batch of prompts becomes groups of completions with rewards."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
 from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import constrain, own_rows, own_values, put_batch
+from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
 Generate = Callable[[Variables, Array, Array, Array], sampling.Completion]
@@ -100,6 +102,7 @@ def make_collect(
         tokens = own_values(completion.tokens)
         texts = decode(tokenizer, tokens)
         rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
+        check_rewards(task, rewards, texts)
         rows = {
             'completion': tokens,
             'commit_step': own_values(completion.commit_step),
@@ -128,6 +131,20 @@ def make_collect(
         return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))
 
     return collect
+
+
+def check_rewards(task: Task, rewards: Sequence[float], texts: Sequence[str]) -> None:
+    """Refuses rewards that no update could use, which the task of a user may give by mistake.
+
+    Raises:
+      ValueError: a reward is NaN or infinite.
+    """
+    for reward, text in zip(rewards, texts, strict=True):
+        if not math.isfinite(reward):
+            raise ValueError(
+                f'the reward of task {task.name} is {reward} for the completion '
+                f'{reading.shown(text)}; return a finite number for every text'
+            )
 
 
 def one_ahead(items: Iterable[Any]) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from spg_jax.config import default_config
 from spg_jax.method import SPG
 from spg_jax.rl.objectives import group_of, source_file
 from spg_jax.runs import policies
+from spg_jax.tasks.task import Task
 
 Settings = dict[str, dict[str, Any]]  # group -> name -> JSON value
 
@@ -107,11 +108,18 @@ def digest_files(
         digests['base.checkpoint'] = digest_path(directory)
         if policies.is_policy(directory) and policies.base_of(directory) != directory:
             digests['base of base.checkpoint'] = digest_path(policies.base_of(directory))
-    for file in assemble(config).task.given_files(Path(config.task.data_dir)):
+    task = assemble(config).task
+    digests |= digest_task(task)
+    for file in task.given_files(Path(config.task.data_dir)):
         digests[f'{file.name} in task.data_dir'] = digest_path(file)
     if config.lora.adapter:
         digests['lora.adapter'] = digest_path(Path(config.lora.adapter))
     return digests
+
+
+def digest_task(task: Task) -> dict[str, str]:
+    """A digest of each file of the user that defines a task; {} if the task is the package's."""
+    return {f'{name} of task.name': digest_path(path) for name, path in task.own_files().items()}
 
 
 def digest_path(path: Path) -> str:

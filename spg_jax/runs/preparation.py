@@ -22,6 +22,7 @@ from spg_jax.rl.experience import collections_due, experience_shapes, make_keep
 from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.rollout import Rollout
 from spg_jax.runs import policies
+from spg_jax.tasks.listed import Listed
 from spg_jax.tasks.source import Source
 from spg_jax.tasks.task import Example
 from spg_jax.training import optimizers
@@ -29,7 +30,7 @@ from spg_jax.training.train_state import Metrics, TrainState, initial_state, sha
 
 # What changes what a run learns though no setting names it, in words.
 ORIGINS = {
-    'problems': 'set of problems in task.data_dir',
+    'problems': 'set of problems',
     'base_policy': 'base policy in base.cache',
 }
 
@@ -40,7 +41,7 @@ class ProblemSets(NamedTuple):
     train: batches.Problems
     validation: list[Example]
     test: list[Example]
-    digest: str  # of all of them, as they lie on disk; '' if they are only in memory
+    digest: str  # of all of them; '' if nobody knows one
 
 
 def read_problems(
@@ -61,7 +62,7 @@ def read_problems(
     )
     if message:
         print(message, flush=True)
-    digest = source.digest() if isinstance(source, Source) else ''
+    digest = source.digest() if isinstance(source, Source | Listed) else ''
     return ProblemSets(train, validation[: config.evaluation.problems], list(test), digest)
 
 

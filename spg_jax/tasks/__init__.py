@@ -4,13 +4,13 @@ Builders of problems and tasks import `problems` modules, and a task imports its
 module in this package imports the package itself, so that imports never run in a circle.
 """
 
-from spg_jax.errors import check_one_of
-from spg_jax.tasks import reading
+from spg_jax.tasks import own
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.tasks.gsm8k import GSM8K
 from spg_jax.tasks.math500 import Math500
+from spg_jax.tasks.source import Example
 from spg_jax.tasks.sudoku import Sudoku
-from spg_jax.tasks.task import EXAMPLES, RULES, Example, Score, Task, fill, read_template
+from spg_jax.tasks.task import Score, Task
 
 __all__ = ['Example', 'Score', 'TASKS', 'Task', 'get']
 
@@ -28,7 +28,8 @@ def get(
     """Returns the task `name` in a format; call this instead of the constructor of a Task.
 
     Args:
-      name: a key of TASKS.
+      name: a key of TASKS, or the dotted path of a module with a task of the user, which has one
+        wording and one set of rules.
       format: 'compact' (small models), or the published instructions as 'published_train' or
         'published_eval'.
       prompt_template: a file with another wording of the prompt; '' is the built-in wording.
@@ -40,20 +41,5 @@ def get(
       ValueError: name, format, rules or a name in fields are unknown, the format has fewer
         examples than `shots`, or the template cannot be used; the message lists the known values.
     """
-    check_one_of('task', name, sorted(TASKS))
-    task = TASKS[name]
-    check_one_of(f'format of task {name}', format, task.formats)
-    check_one_of(f'task.rules of {name}', rules, RULES)
-    examples = task.formats[format].examples
-    if shots not in range(len(examples) + 1):
-        limit = f'has examples for 0 to {len(examples)}' if examples else 'has no worked examples'
-        raise ValueError(f'task.shots is {shots}; format {format} of task {name} {limit}')
-    if prompt_template:
-        # With shots, the file must say where in the prompt the worked examples stand.
-        required = (*task.placeholders, EXAMPLES) if shots else task.placeholders
-        optional = (EXAMPLES,) if examples else ()
-        template = read_template(prompt_template, required, optional)
-    else:
-        template = task.formats[format].template
-    reading.with_own_keys(task.usual_columns, fields)  # Fail early: files are read much later.
-    return task(format, fill(template, {EXAMPLES: ''.join(examples[:shots])}), rules, fields)
+    kind = TASKS[name] if name in TASKS else own.load(name, sorted(TASKS))
+    return kind.with_settings(format, prompt_template, shots, rules, fields)

@@ -24,7 +24,8 @@ from spg_jax.tasks import extraction, mended
 from spg_jax.tasks.equivalence import equivalent
 from spg_jax.tasks.gsm8k import GSM8K
 from spg_jax.tasks.math500 import Math500
-from spg_jax.tasks.task import Example, Score, Task
+from spg_jax.tasks.source import Example
+from spg_jax.tasks.task import Score, Task
 
 NAME = 'math-verify'
 TIMEOUT = 4.0  # seconds for one verdict, so that with all around it 5 are never needed

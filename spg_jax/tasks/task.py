@@ -1,22 +1,22 @@
-"""The interface of every task: prompts, rewards, scores, demonstrations and problems."""
+"""The interface of every task: prompts, rewards, scores and problems, and what else it may have."""
 
 import abc
-import re
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from spg_jax.tasks import mended
-from spg_jax.tasks.reading import Columns, with_own_keys
-from spg_jax.tasks.source import Example, Source
+from spg_jax.errors import check_one_of
+from spg_jax.tasks import listed
+from spg_jax.tasks.source import SPLITS, Example
 
 RULES = ('released', 'mended')
-EXAMPLES = 'examples'  # the placeholder that worked examples replace, if a prompt has it
-# Only {name} is a placeholder: braces around anything else, as in \boxed{}, are text.
-_PLACEHOLDER = re.compile(r'\{([A-Za-z_]+)\}')
+FORMATS = ('compact', 'published_train', 'published_eval')
+_PACKAGE = __name__.partition('.')[0]
 
 
 class Score(NamedTuple):
@@ -28,87 +28,122 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
-    """How problem and answer are written, and which scorer judges the answer."""
-
-    template: str  # the prompt, with the task's placeholders
-    completion: str  # a demonstration, with {answer}; that of word problems has {reasoning} too
-    separator: str  # the text between the numbers or cells of a prompt
-    scorer: str  # 'compact' | 'published'; the name that figures carry
-    prefill: str = ''  # the start of every completion; it follows the chat template, if any
-    examples: tuple[str, ...] = ()  # worked examples, of which the prompt shows the first `shots`
-
-
-@dataclass(frozen=True)
 class Task(abc.ABC):
-    """A family of problems in one format. Build one with `spg_jax.tasks.get`; every method is pure.
+    """A family of problems. Build one with `spg_jax.tasks.get`; every method is pure.
+
+    A subclass needs `prompt`, `reward`, `score` and `problems`. Every other part is optional, and
+    whatever needs a part that is missing says so in one line.
 
     A completion is hostile text. Methods that take one never raise, never hang and never return
     NaN.
     """
 
-    format: str
-    template: str  # the wording of the prompt, with placeholders
-    rules: str  # of reward and score: one of RULES
+    format: str = 'compact'  # one of FORMATS; a task with one wording need not look at it
+    template: str = ''  # the wording of the prompt, with placeholders, if the prompt has a template
+    rules: str = 'released'  # of reward and score: one of RULES
     own_keys: str = ''  # the setting task.fields: the keys of given files where they are not usual
 
-    name: ClassVar[str]
-    formats: ClassVar[Mapping[str, Format]]
-    placeholders: ClassVar[tuple[str, ...]]
-    vocabulary: ClassVar[tuple[str, ...]]  # every word the compact format needs
-    usual_columns: ClassVar[Columns]  # the keys of a problem in given files
+    name: ClassVar[str] = ''  # a task in a file of the user has the name of its module
+    # The problems of a task without a source of its own, or a method that returns them: a list of
+    # dictionaries of JSON values, the path of a JSON-lines file from the folder of the task's file,
+    # or a dictionary with one of these for each split that the user has cut.
+    problems: ClassVar[Any] = None
+    # Every word of prompts and answers. A task without it needs the tokenizer of a checkpoint.
+    vocabulary: ClassVar[tuple[str, ...]] = ()
     # The name of the share of examples solved; '' where an answer is a single item.
     solved_figure: ClassVar[str] = ''
-    # What making the problems means; a line on the screen says so on the first run.
-    preparation: ClassVar[str] = 'making them'
+
+    @classmethod
+    def with_settings(
+        cls,
+        format: str,
+        prompt_template: str = '',
+        shots: int = 0,
+        rules: str = 'released',
+        fields: str = '',
+    ) -> Self:
+        """Returns the task as the settings of the group `task` ask for it; see `tasks.get`.
+
+        Raises:
+          ValueError: a setting asks for something that the task does not have.
+        """
+        check_one_of('task.format', format, FORMATS)
+        for setting, value, only_value in (
+            ('task.prompt_template', prompt_template, ''),
+            ('task.shots', shots, 0),
+            ('task.rules', rules, 'released'),
+            ('task.fields', fields, ''),
+        ):
+            if value != only_value:
+                raise ValueError(
+                    f'{setting} is {value!r}, which task {cls.name} has no part for; use '
+                    f'{only_value!r}, or change the prompt, rules or problems in its file'
+                )
+        return cls(format)
 
     @property
     def scorer(self) -> str:
-        """'compact', 'published' or 'mended': the name that stands beside every figure."""
-        if self.rules == 'mended':
-            return mended.SCORER
-        return self.formats[self.format].scorer
+        """The name of the scorer, which stands beside every figure."""
+        return 'own'
 
     @property
     def prefill(self) -> str:
         """The text every completion starts with; `prompt` leaves it out. '' in most formats."""
-        return self.formats[self.format].prefill
+        return ''
 
-    @property
-    def columns(self) -> Columns:
-        """The keys under which given files have the values of a problem.
-
-        Raises:
-          ValueError: the setting task.fields is not a list of pairs with known names.
-        """
-        return with_own_keys(self.usual_columns, self.own_keys)
-
+    @abc.abstractmethod
     def prompt(self, example: Example) -> str:
         """Returns the problem in this task's wording, without any chat template."""
-        return fill(self.template, self.fields(example))
 
-    def demonstration(self, example: Example, rng: np.random.Generator, right_share: float) -> str:
-        """Returns a completion to imitate: right with probability `right_share`, else a shortcut.
+    @abc.abstractmethod
+    def reward(self, completion: str, example: Example) -> float:
+        """Returns the training reward on the scale published for the task, by the task's rules."""
 
-        This mixture defines the base policy that RL starts from: a model that knows how to answer
-        but often does not. Both answers depend on the problem alone, so that a small model learns
-        a choice between two ways of answering and not the noise of a demonstrator.
-        """
-        answer_of = self.right_answer if rng.random() < right_share else self.shortcut_answer
-        return fill(self.formats[self.format].completion, {'answer': answer_of(example)})
+    @abc.abstractmethod
+    def score(self, completion: str, example: Example) -> Score:
+        """Returns the evaluation verdict of `scorer`; mended rules agree with the reward."""
 
-    def source(self, split: str, data_dir: str | Path) -> Source:
-        """Returns the examples of a split (`source.SPLITS`), made under `data_dir` on first use.
+    def source(self, split: str, data_dir: str | Path) -> Sequence[Example]:
+        """Returns the examples of a split (`source.SPLITS`), cut from `problems` by a fixed rule.
+
+        Args:
+          split: one of SPLITS.
+          data_dir: the folder of prepared problems, which `problems` does not need.
 
         Raises:
-          ValueError: the split is unknown, or the data cannot be read; the message says what to do.
+          ValueError: the split is unknown, or the problems cannot be used; the message is one line.
         """
-        folder = Path(data_dir)
-        return Source(self.builder(), split, folder, self.preparation, self.given_files)
+        check_one_of('split', split, SPLITS)
+        return self._splits[split]
+
+    @functools.cached_property
+    def _splits(self) -> dict[str, listed.Listed]:
+        return listed.cut(_problems_of(self), self._folder, f'task {self.name}')
+
+    @property
+    def _folder(self) -> Path:
+        return Path(inspect.getfile(type(self))).parent
 
     def given_files(self, data_dir: Path) -> list[Path]:
         """Returns the files under `data_dir` that the problems are made of, if there are any."""
         return []
+
+    def own_files(self) -> dict[str, Path]:
+        """Returns the files of the user that define the task, by their paths from its folder.
+
+        They are the modules of its class and of the tasks that it derives from, and the files of
+        its problems. A task that comes with the package has none.
+        """
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, Task)]
+        modules = [
+            Path(inspect.getfile(kind))
+            for kind in kinds
+            if kind.__module__.partition('.')[0] != _PACKAGE
+        ]
+        if not modules:
+            return {}
+        paths = [*modules, *listed.files(_problems_of(self), self._folder)]
+        return listed.named_from(paths, self._folder)
 
     def figures(self, scores: Sequence[Score]) -> dict[str, Any]:
         """Returns the figures of a set of verdicts; accuracy is items right / items asked for.
@@ -131,92 +166,76 @@ class Task(abc.ABC):
             figures[self.solved_figure] = sum(score.solved for score in scores) / len(scores)
         return figures | {'scorer': self.scorer}
 
-    @abc.abstractmethod
-    def fields(self, example: Example) -> dict[str, str]:
-        """Returns the text for each placeholder."""
+    def demonstration(self, example: Example, rng: np.random.Generator, right_share: float) -> str:
+        """Returns a completion to imitate: right with probability `right_share`, else a shortcut.
 
-    @abc.abstractmethod
-    def reward(self, completion: str, example: Example) -> float:
-        """Returns the training reward on the scale published for the task, by the task's rules."""
+        This mixture defines the base policy that RL starts from: a model that knows how to answer
+        but often does not. Both answers depend on the problem alone, so that a small model learns
+        a choice between two ways of answering and not the noise of a demonstrator.
+        """
+        answer_of = self.right_answer if rng.random() < right_share else self.shortcut_answer
+        return answer_of(example)
 
-    @abc.abstractmethod
-    def score(self, completion: str, example: Example) -> Score:
-        """Returns the evaluation verdict of `scorer`; mended rules agree with the reward."""
+    def check_demonstrations(self, right_shares: Iterable[float]) -> None:
+        """Fails early if the task cannot give demonstrations with these shares of right answers.
 
-    @abc.abstractmethod
+        Raises:
+          ValueError: a part is missing; the message says which.
+        """
+        if self._has('demonstration'):
+            return
+        shares = list(right_shares)
+        if any(share > 0 for share in shares) and not self._has('right_answer'):
+            raise self._lacks_demonstrations('right_answer')
+        if any(share < 1 for share in shares) and not self._has('shortcut_answer'):
+            raise self._lacks_demonstrations('shortcut_answer')
+
     def right_answer(self, example: Example) -> str:
-        """Returns the one canonical right answer."""
+        """Returns the one canonical right answer, which is a whole completion in most own tasks."""
+        raise self._lacks_demonstrations('right_answer')
 
-    @abc.abstractmethod
     def shortcut_answer(self, example: Example) -> str:
         """Returns the answer of a model that avoids the work."""
+        raise self._lacks_demonstrations('shortcut_answer')
 
-    @abc.abstractmethod
-    def builder(self) -> Callable[..., Any]:
-        """Returns the TFDS builder class of this task's problems."""
-
-    @abc.abstractmethod
     def read_published(self, path: str | Path) -> list[Example]:
-        """Returns the problems of the published test set.
+        """Returns the problems of a test file, by default JSON lines like those of `problems`.
 
         Raises:
           ValueError: a line is wrong; the message names file and line, and quotes the line.
         """
+        return listed.indexed(listed.read(path))
 
-    @abc.abstractmethod
     def read_record(self, question: Any, ground_truth: Any) -> Example:
         """Returns the problem behind one line of published generations.
 
         Raises:
           ValueError: the values are wrong; the message says what was found and expected.
         """
-
-
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """Returns `template` with each {name} replaced; names not in `fields` stay as they are."""
-    return _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), template)
-
-
-def read_template(
-    path: str | Path, placeholders: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> str:
-    """Returns the wording in a `task.prompt_template` file, verbatim but for a byte order mark.
-
-    Args:
-      path: the file.
-      placeholders: the names that it must hold in braces.
-      optional: further names that it may hold in braces.
-
-    Raises:
-      ValueError: the path is a pipe, the file cannot be read, or its placeholders are not those of
-        the task.
-    """
-    required = ' and '.join(f'{{{name}}}' for name in placeholders)
-    try:
-        if Path(path).is_fifo():
-            raise ValueError(
-                f'task.prompt_template: {path} is a pipe, and the wording is read several times; '
-                'save it in a file'
-            )
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f'task.prompt_template: {path} cannot be read ({_reason(error)}); '
-            f"give a UTF-8 text file with {required}, or '' for the built-in wording"
-        ) from error
-    names = set(_PLACEHOLDER.findall(text))
-    for name in sorted(names - {*placeholders, *optional}):
-        raise ValueError(
-            f'{path}: unknown placeholder {{{name}}}; this task fills in {required} '
-            '(inside literal braces, put a space)'
+            f'task {self.name} has no read_record, which finds the problem of a question and a '
+            'ground_truth; define it to score files'
         )
-    for name in placeholders:
-        if name not in names:
-            raise ValueError(
-                f'{path}: placeholder {{{name}}} is missing; this task needs {required}'
-            )
-    return text
+
+    @classmethod
+    def missing_parts(cls) -> list[str]:
+        """Returns the names of the needed parts that a class does not have."""
+        missing = sorted(cls.__abstractmethods__)
+        if cls.problems is None and not cls._has('source'):
+            missing.append('problems')
+        return missing
+
+    @classmethod
+    def _has(cls, part: str) -> bool:
+        return getattr(cls, part) is not getattr(Task, part)
+
+    def _lacks_demonstrations(self, part: str) -> ValueError:
+        return ValueError(
+            f'task {self.name} has no {part}, so that it cannot show answers to a base policy; '
+            'define it, or set base.checkpoint'
+        )
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, 'strerror', None) or type(error).__name__
+@functools.lru_cache(maxsize=8)  # A task is made several times in a run, and its problems once.
+def _problems_of(task: Task) -> Any:
+    return task.problems() if callable(task.problems) else task.problems

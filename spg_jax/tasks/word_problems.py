@@ -6,15 +6,16 @@ from typing import ClassVar
 
 import numpy as np
 
+from spg_jax.tasks.formats import Format, FormattedTask, fill
 from spg_jax.tasks.reading import given_file
-from spg_jax.tasks.task import Example, Format, Task, fill
+from spg_jax.tasks.source import Example
 
 # A completion from the end of the opening reasoning tag to the start of the answer.
 WORKED_START = '\n{reasoning}\n</reasoning>\n<answer>\n'
 _NUMBER = re.compile('[0-9]+')
 
 
-class WordProblems(Task):
+class WordProblems(FormattedTask):
     """Examples: {'question': text, 'answer': text, 'solution': text, 'index': int}.
 
     The solution ends before the answer and may be ''. There is no compact format, because no small

@@ -21,7 +21,8 @@ EXAMPLES = {
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ValueError, match="task is 'sudocu'; use one of countdown, gsm8k, math500, sudoku"
+        ValueError,
+        match="task is 'sudocu', perhaps sudoku; use one of countdown, gsm8k, math500, sudoku, or",
     ):
         tasks.get('sudocu')
     with pytest.raises(

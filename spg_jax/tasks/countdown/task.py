@@ -10,7 +10,9 @@ from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate, exact_value
 from spg_jax.tasks.countdown import problems
 from spg_jax.tasks.countdown.solver import solve
-from spg_jax.tasks.task import Example, Format, Score, Task
+from spg_jax.tasks.formats import Format, FormattedTask
+from spg_jax.tasks.source import Example
+from spg_jax.tasks.task import Score
 
 TOLERANCE = 1e-5
 FORMAT_REWARD = 0.1  # earned by an answer tag whose content is wrong
@@ -25,7 +27,7 @@ _EQUATION = re.compile(r'(?<![0-9+\-*/() ])([0-9+\-*/() ]++)=[0-9. ]')
 _LATEX = {r'\div': '/', r'\times': '*', r'\cdot': '*'}
 
 
-class Countdown(Task):
+class Countdown(FormattedTask):
     """Examples: {'numbers': list of int, 'target': int, 'index': int}.
 
     A completion is compact as `<answer> 30 + 93 - 100 </answer>`. The reward is 1 for a right

@@ -9,8 +9,10 @@ from typing import Any
 
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS, exact_value
+from spg_jax.tasks.formats import Format
 from spg_jax.tasks.gsm8k import problems
-from spg_jax.tasks.task import Example, Format, Score
+from spg_jax.tasks.source import Example
+from spg_jax.tasks.task import Score
 from spg_jax.tasks.word_problems import WORKED_START, WordProblems
 
 TAG_REWARD = 0.125  # earned by each of four tags in its place

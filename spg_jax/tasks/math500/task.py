@@ -5,8 +5,10 @@ from typing import Any
 
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.equivalence import equivalent, equivalent_by_mended_rules
+from spg_jax.tasks.formats import Format
 from spg_jax.tasks.math500 import problems
-from spg_jax.tasks.task import Example, Format, Score
+from spg_jax.tasks.source import Example
+from spg_jax.tasks.task import Score
 from spg_jax.tasks.word_problems import WORKED_START, WordProblems
 
 RIGHT_REWARD = 2.0

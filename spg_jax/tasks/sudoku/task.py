@@ -7,10 +7,12 @@ from typing import Any
 
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS
+from spg_jax.tasks.formats import Format, FormattedTask
+from spg_jax.tasks.source import Example
 from spg_jax.tasks.sudoku import problems
 from spg_jax.tasks.sudoku.problems import CELLS
 from spg_jax.tasks.sudoku.solver import UNITS, work_out
-from spg_jax.tasks.task import Example, Format, Score, Task
+from spg_jax.tasks.task import Score
 
 _WORDING = Path(__file__).with_name('published_prompt.txt').read_text(encoding='utf-8')
 _COMPLETION = '\nI fill in each row.\n</reasoning>\n<answer>\n{answer}\n</answer>'
@@ -35,7 +37,7 @@ _MENDED_FENCE = re.compile(r'```(?:text)?\n([^`]*+)```')
 _CELLS = re.compile(r'[0-4._]{16}')
 
 
-class Sudoku(Task):
+class Sudoku(FormattedTask):
     """Examples: {'puzzle': 16 digits, 0 where empty, 'solution': 16 digits, 'index': int}.
 
     A compact completion is the whole grid, `<answer> 4 3 1 2 … </answer>`. In every format the
