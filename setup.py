@@ -54,6 +54,7 @@ setup(
         'math': ['math-verify>=0.9'],
         'plan': ['libtpu'],  # the compiler for TPUs, which needs none of them
         'quantize': ['qwix>=0.1.8,<0.2'],
+        'reasoning-gym': ['reasoning-gym>=0.1.25,<0.2'],  # its pycosat needs a C compiler
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'wandb': ['wandb>=0.19'],

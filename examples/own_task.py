@@ -27,9 +27,9 @@ class Sorting(Task):
         return f'{" ".join(map(str, example["digits"]))} :'
 
     def reward(self, completion: str, example: Example) -> float:
-        """Returns the share of the three places that are right; text after them earns nothing."""
+        """Returns the share of places that are right, among three places or however many it has."""
         words, right = completion.split(), self.right_answer(example).split()
-        return sum(map(str.__eq__, words, right)) / 3 if len(words) == 3 else 0.0
+        return sum(map(str.__eq__, words, right)) / max(3, len(words))
 
     def score(self, completion: str, example: Example) -> Score:
         solved = completion.split() == self.right_answer(example).split()
