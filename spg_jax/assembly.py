@@ -89,7 +89,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     return Parts(
         task=_task(config, config.task.format),
         evaluation_task=_evaluation_task(config),
-        sampling=sampling,
+        sampling=_recording(sampling, objective, config.rl.objective),
         evaluation=_evaluation(config),
         objective=objective,
         batching=batching,
@@ -164,7 +164,22 @@ def _evaluation_task(config: ml_collections.ConfigDict) -> tasks.Task:
 
 
 def _sampling(config: ml_collections.ConfigDict) -> SamplingConfig:
-    return SamplingConfig(**{field: config.sampling[field] for field in _fields(SamplingConfig)})
+    settings = set(_fields(SamplingConfig)) - {'records', 'influence_window'}
+    return SamplingConfig(**{field: config.sampling[field] for field in settings})
+
+
+def _recording(sampling: SamplingConfig, objective: Objective, name: str) -> SamplingConfig:
+    """The sampler of rollouts, which records what the objective asks for."""
+    records = set(objective.records)
+    if objective.needs_law:
+        records.add('log_prob')
+        if not sampling.exact_law:
+            raise ValueError(
+                f'rl.objective {name!r} needs the law of completions, which sampling.commit '
+                f'{sampling.commit!r} does not record at temperature {sampling.temperature}; use '
+                'random, left_to_right, entropy or margin'
+            )
+    return dataclasses.replace(sampling, records=tuple(sorted(records)))
 
 
 def _lora(config: ml_collections.ConfigDict) -> LoRA | None:

@@ -98,8 +98,11 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             steps=128,  # denoising steps over the whole completion; each commits some tokens [A]
             block_length=32,  # positions in a block, which is finished before the next starts [A]
             temperature=0.9,  # temperature of the choice of tokens; 0 takes the likeliest [C]
-            # 'low_confidence' is the published name for keeping the most probable tokens.
-            commit='low_confidence',  # kept tokens: low_confidence, random, entropy or margin [C]
+            # 'low_confidence' is the published name for keeping the most probable tokens; the other
+            # rules are random, entropy, margin and left_to_right.
+            commit='low_confidence',  # the rule by which a step keeps some tokens [C]
+            top_k=0,  # tokens are drawn among this many likeliest ids; 0 takes all
+            top_p=1.0,  # the share of probability, in likeliest ids, that tokens are drawn from
             guidance=0.0,  # scale of classifier-free guidance; 0 switches it off [C]
             # The released code does not stop early and decodes all blocks.
             stop_early=True,  # whether a completion ends with the block that holds its first EOS

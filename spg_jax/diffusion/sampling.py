@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from spg_jax.diffusion import informed, token_law
 from spg_jax.errors import check_one_of
 
-COMMITS = ('low_confidence', 'random', 'entropy', 'margin')
+COMMITS = ('low_confidence', 'random', 'entropy', 'margin', 'left_to_right')
+RECORDS = ('log_prob', 'entropy', 'kept', 'influence')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,17 @@ class SamplingConfig:
       temperature: of the Gumbel-max choice of tokens; 0 takes the most likely token.
       commit: which predicted tokens a step keeps. 'low_confidence' keeps the most probable ones;
         its published name says that tokens of low confidence are masked again. 'random' keeps
-        random ones, 'entropy' those whose distribution has the lowest entropy, and 'margin' those
-        whose two likeliest allowed tokens differ most in probability.
+        random ones, 'entropy' those whose distribution has the lowest entropy, 'margin' those
+        whose two likeliest allowed tokens differ most in probability, and 'left_to_right' the
+        first ones.
       guidance: s of classifier-free guidance, logits_u + (1 + s)(logits_c - logits_u); 0 is off.
       stop_early: whether a completion ends with the block that holds its first EOS.
+      top_k: tokens are drawn among that many likeliest ids only; 0 is off.
+      top_p: tokens are drawn among the fewest likeliest ids that have this probability; 1 is off.
+      records: what is recorded of each token when it is committed, names of RECORDS: 'log_prob',
+        'entropy' and 'kept' of the law that it was drawn from (`token_law.record`), and its
+        'influence' on masked positions (`informed`). An objective asks for them, not a user.
+      influence_window: how far from a token its influence is measured.
 
     Raises:
       ValueError: for settings that cannot be decoded with; the message names the fix.
@@ -49,6 +58,10 @@ class SamplingConfig:
     commit: str = 'low_confidence'
     guidance: float = 0.0
     stop_early: bool = True
+    top_k: int = 0
+    top_p: float = 1.0
+    records: tuple[str, ...] = ()
+    influence_window: int = informed.WINDOW
 
     def __post_init__(self) -> None:
         for name in ('length', 'steps', 'block_length'):
@@ -74,7 +87,13 @@ class SamplingConfig:
             )
         if not 0.0 <= self.temperature < float('inf'):
             raise ValueError(f'sampling.temperature is {self.temperature}; use 0 or more')
+        if self.top_k < 0:
+            raise ValueError(f'sampling.top_k is {self.top_k}; use 1 or more, or 0 for all ids')
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f'sampling.top_p is {self.top_p}; use a share above 0 and at most 1')
         check_one_of('sampling.commit', self.commit, COMMITS)
+        for name in self.records:
+            check_one_of('a record of the sampler', name, RECORDS)
 
     @property
     def blocks(self) -> int:
@@ -84,6 +103,23 @@ class SamplingConfig:
     def steps_per_block(self) -> int:
         return self.steps // self.blocks
 
+    @property
+    def exact_law(self) -> bool:
+        """Whether the product of the recorded probabilities is the law of the completion.
+
+        It is where positions are chosen without a look at the tokens drawn there: the law of the
+        tokens, given the positions, is then the product. (Random positions are drawn apart.)
+
+        'low_confidence' ranks positions by the probability of the token that was *drawn*. Take two
+        positions with probabilities (.7, .3) and (.6, .4), and one commit. The first position is
+        committed exactly when it drew its likelier token. Given that it was chosen, its token is
+        certain, while .7 is recorded. The second is committed with its likelier token with
+        probability .3 x .6, while .6 is recorded: the .3 depends on the policy too, and is recorded
+        nowhere. Without noise, or where a step commits all that is left, nothing is chosen.
+        """
+        chooses = self.temperature > 0.0 and self.steps_per_block > 1
+        return self.commit != 'low_confidence' or not chooses
+
 
 @struct.dataclass
 class Completion:
@@ -91,6 +127,8 @@ class Completion:
 
     tokens: Array  # [B, C] int32, EOS in the blocks after an early stop
     commit_step: Array  # [B, C] int32, step that committed each token, -1 after an early stop
+    # `SamplingConfig.records` by name, [B, C], but 'kept' [B, C, V / 8]; 0 after an early stop
+    extras: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -100,6 +138,9 @@ class _Carry:
     step: Array  # [] int32, the next denoising step, counted over the whole completion
     tokens: Array  # [B, L] int32, prompt and completion, MASK where not yet committed
     commit_step: Array  # [B, C] int32
+    extras: dict[str, Array]  # as in `Completion`
+    # [B, C] float32, top-1 probabilities of the step before, where they were read; or None
+    confidence: Array | None
 
 
 def generate(
@@ -157,9 +198,16 @@ def generate(
             [prompt.astype(jnp.int32), jnp.full(shape, mask_id, jnp.int32)], axis=1
         ),
         commit_step=jnp.full(shape, -1, jnp.int32),
+        extras={
+            name: jnp.zeros((*shape, -(-allowed.size // 8)), jnp.uint8)
+            if name == 'kept'
+            else jnp.zeros(shape)
+            for name in config.records
+        },
+        confidence=jnp.zeros(shape) if 'influence' in config.records else None,
     )
     final = jax.lax.while_loop(decoder.unfinished, decoder.denoise, initial)
-    completion = Completion(final.tokens[:, prompt.shape[1] :], final.commit_step)
+    completion = Completion(final.tokens[:, prompt.shape[1] :], final.commit_step, final.extras)
     return _end_at_eos(completion, eos_id, config) if config.stop_early else completion
 
 
@@ -191,8 +239,8 @@ class _Decoder:
         config = self.config
         start = carry.step // config.steps_per_block * config.block_length  # []
         tokens = _block(carry.tokens, self.prompt_length + start, config.block_length)  # [B, b]
-        logits = self.logits(carry.tokens, start)  # [B, b, V]
-        prediction, score = _predict(logits, self.keys, carry.step, self.allowed, config)
+        carry, logits = self.look_around(carry, start)  # logits [B, b, V]
+        prediction, score, records = _predict(logits, self.keys, carry.step, self.allowed, config)
         commit = _most_confident(  # [B, b]
             score, tokens == self.mask_id, _commits(config)[carry.step % config.steps_per_block]
         )
@@ -200,25 +248,61 @@ class _Decoder:
         commit_step = _block(carry.commit_step, start, config.block_length)  # [B, b]
         commit_step = jnp.where(commit, carry.step, commit_step)
         put = jax.lax.dynamic_update_slice_in_dim
-        return _Carry(
+        extras = dict(carry.extras)
+        for name, value in records.items():
+            before = _block(extras[name], start, config.block_length)  # [B, b, ...]
+            is_new = commit.reshape(commit.shape + (1,) * (value.ndim - 2))
+            extras[name] = put(extras[name], jnp.where(is_new, value, before), start, axis=1)
+        return carry.replace(
             step=carry.step + 1,
             tokens=put(carry.tokens, tokens, self.prompt_length + start, axis=1),
             commit_step=put(carry.commit_step, commit_step, start, axis=1),
+            extras=extras,
         )
 
-    def logits(self, tokens: Array, start: Array) -> Array:
-        """The logits [B, b, V], with guidance, of the block at completion position `start`."""
-        conditional = self._unguided(tokens, start)
+    def look_around(self, carry: _Carry, start: Array) -> tuple[_Carry, Array]:
+        """The logits [B, b, V] of the block at `start`, after noting what changed around it.
+
+        To measure influence, the pass also reads the positions of the next blocks that are near
+        enough to be influenced, and gives the tokens of the step before their influence.
+        """
+        size = self.config.block_length
+        if carry.confidence is None:
+            return carry, self.logits(carry.tokens, start, size)
+        length = self.config.length
+        window = min(size + self.config.influence_window, length)  # W
+        first = jnp.minimum(start, length - window)  # []
+        logits = self.logits(carry.tokens, first, window)  # [B, W, V]
+        best = jnp.where(self.allowed[None, None, :], logits, -jnp.inf).max(-1)  # [B, W]
+        confidence = jax.lax.dynamic_update_slice_in_dim(
+            carry.confidence, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1)), first, axis=1
+        )
+        change = informed.change_around(
+            carry.confidence,
+            confidence,
+            carry.tokens[:, self.prompt_length :] == self.mask_id,
+            self.config.influence_window,
+        )
+        is_latest = (carry.commit_step == carry.step - 1) & (carry.commit_step >= 0)
+        influence = jnp.where(is_latest, change, carry.extras['influence'])
+        extras = carry.extras | {'influence': influence}
+        return carry.replace(extras=extras, confidence=confidence), _block(
+            logits, start - first, size
+        )
+
+    def logits(self, tokens: Array, start: Array, size: int) -> Array:
+        """The logits, with guidance, of `size` completion positions from `start`, [B, size, V]."""
+        conditional = self._unguided(tokens, start, size)
         if self.config.guidance == 0.0:
             return conditional
         promptless = tokens.at[:, : self.prompt_length].set(self.mask_id)
-        unconditional = self._unguided(promptless, start)
+        unconditional = self._unguided(promptless, start, size)
         return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
 
-    def _unguided(self, tokens: Array, start: Array) -> Array:
-        """The logits [B, b, V] of the model itself."""
+    def _unguided(self, tokens: Array, start: Array, size: int) -> Array:
+        """The logits [B, size, V] of the model itself."""
         hidden = self.hidden_fn(tokens, self.valid)  # [B, L, D]
-        return self.unembed_fn(_block(hidden, self.prompt_length + start, self.config.block_length))
+        return self.unembed_fn(_block(hidden, self.prompt_length + start, size))
 
 
 def _block(x: Array, start: Array, size: int) -> Array:
@@ -237,7 +321,7 @@ def _commits(config: SamplingConfig) -> Array:
 
 def _predict(
     logits: Array, keys: Array, step: Array, allowed: Array, config: SamplingConfig
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, dict[str, Array]]:
     """Predicts a token for each position of the block, with a score for committing it.
 
     Args:
@@ -247,7 +331,8 @@ def _predict(
       allowed: [V] bool.
 
     Returns:
-      token [B, b] int32 and score [B, b] float32; a step commits the tokens of highest score.
+      token [B, b] int32 and score [B, b] float32, of which a step commits those of highest score,
+      and what is recorded of the law that the tokens were drawn from, by name.
     """
 
     def draw(sampler: Callable, purpose: int, shape: tuple[int, ...]) -> Array:
@@ -260,28 +345,42 @@ def _predict(
     # that are not allowed.
     floored = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # [B, b, V]
     choosable = jnp.where(allowed[None, None, :], floored, -jnp.inf)  # [B, b, V]
-    noisy = choosable
+    noisy = drawable = choosable
     if config.temperature > 0.0:
-        noisy = choosable + config.temperature * draw(jax.random.gumbel, 0, logits.shape[1:])
+        if config.top_k or config.top_p < 1.0:
+            kept = token_law.kept_ids(choosable, config.temperature, config.top_k, config.top_p)
+            drawable = jnp.where(kept, choosable, -jnp.inf)
+        noisy = drawable + config.temperature * draw(jax.random.gumbel, 0, logits.shape[1:])
     token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)  # [B, b]
+    records = token_law.record(config.records, drawable, token, config.temperature)
+    return token, _score(logits, choosable, token, draw, config), records
+
+
+def _score(
+    logits: Array, choosable: Array, token: Array, draw: Callable, config: SamplingConfig
+) -> Array:
+    """The score [B, b] by which tokens are committed; the arguments are those of `_predict`."""
     if config.commit == 'random':
-        return token, draw(jax.random.uniform, 1, logits.shape[1:2])
+        return draw(jax.random.uniform, 1, logits.shape[1:2])
+    if config.commit == 'left_to_right':
+        positions = jnp.arange(logits.shape[1], dtype=logits.dtype)
+        return jnp.broadcast_to(-positions, logits.shape[:2])
     # Scores come from the distribution over all ids at temperature 1 without noise: they express
     # what the model believes and not how the token was sampled.
     log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, b]
     if config.commit == 'entropy':
         log_prob = logits - log_z[..., None]  # [B, b, V]
         prob = jnp.exp(log_prob)  # [B, b, V]
-        return token, jnp.where(prob > 0.0, prob * log_prob, 0.0).sum(-1)
+        return jnp.where(prob > 0.0, prob * log_prob, 0.0).sum(-1)
     if config.commit == 'margin':
         best_id = jnp.argmax(choosable, axis=-1)[..., None]  # [B, b, 1]
         ids = jnp.arange(logits.shape[-1])[None, None, :]  # [1, 1, V]
         best = choosable.max(-1)  # [B, b]
         second = jnp.where(ids == best_id, -jnp.inf, choosable).max(-1)  # [B, b]
-        return token, jnp.exp(best - log_z) - jnp.exp(second - log_z)
+        return jnp.exp(best - log_z) - jnp.exp(second - log_z)
     # The log-probability orders tokens as the probability does, without ties near 0 and 1.
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]  # [B, b]
-    return token, chosen - log_z
+    return chosen - log_z
 
 
 def _most_confident(score: Array, eligible: Array, count: Array) -> Array:
@@ -309,16 +408,26 @@ def _most_confident(score: Array, eligible: Array, count: Array) -> Array:
 
 
 def _end_at_eos(completion: Completion, eos_id: int, config: SamplingConfig) -> Completion:
-    """Writes EOS and commit_step -1 into the blocks after the one with the first EOS of a row.
+    """Writes EOS, commit_step -1 and extras 0 into the blocks after that of a row's first EOS.
 
     These include the blocks that the loop did not reach: it stops early only when every row has an
-    EOS.
+    EOS. The step that ends a row is its last one, after which no influence is measured, whether
+    other rows go on or not.
     """
     is_eos = completion.tokens == eos_id  # [B, C]
     first = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1), config.length)  # [B]
     block_of_position = jnp.arange(config.length) // config.block_length  # [C]
     after = block_of_position[None, :] > (first // config.block_length)[:, None]  # [B, C]
+    extras = {
+        name: jnp.where(after.reshape(after.shape + (1,) * (x.ndim - 2)), jnp.zeros_like(x), x)
+        for name, x in completion.extras.items()
+    }
+    if 'influence' in extras:
+        last_step = (first // config.block_length + 1) * config.steps_per_block - 1  # [B]
+        ends = completion.commit_step == last_step[:, None]  # [B, C]
+        extras['influence'] = jnp.where(ends, 0.0, extras['influence'])
     return Completion(
         tokens=jnp.where(after, eos_id, completion.tokens),
         commit_step=jnp.where(after, -1, completion.commit_step),
+        extras=extras,
     )

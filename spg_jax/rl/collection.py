@@ -47,7 +47,7 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
             policy.eos_id,
             policy.allowed,
         )
-        return jax.tree.map(lambda x: constrain(x, 'rows', None), completion)
+        return jax.tree.map(lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)), completion)
 
     return generate
 
@@ -98,7 +98,7 @@ def make_collect(
 
     def finish(
         completion: sampling.Completion, examples: Sequence[Example]
-    ) -> tuple[dict[str, np.ndarray], list[str]]:
+    ) -> tuple[dict[str, Any], list[str]]:
         tokens = own_values(completion.tokens)
         texts = decode(tokenizer, tokens)
         rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
@@ -107,6 +107,7 @@ def make_collect(
             'completion': tokens,
             'commit_step': own_values(completion.commit_step),
             'reward': np.asarray(rewards, np.float32),
+            'extras': {name: own_values(x) for name, x in completion.extras.items()},
         }
         return rows, texts
 
@@ -125,7 +126,7 @@ def make_collect(
             for part in parts
         )
         finished, texts = zip(*[finish(*part) for part in one_ahead(started)], strict=True)
-        rows |= {name: np.concatenate([part[name] for part in finished]) for name in finished[0]}
+        rows |= jax.tree.map(lambda *parts: np.concatenate(parts), *finished)
         rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
         rows['advantage'] = np.asarray(advantage(rows['reward'], group_size))
         return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))

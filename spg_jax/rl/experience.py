@@ -82,6 +82,8 @@ def experience_shapes(
       sharding: of every field.
     """
     shapes = rollout_shapes(batching.rows, prompt_length, length, sharding)
+    recorded = jax.ShapeDtypeStruct((batching.rows, length), jnp.float32, sharding=sharding)
+    shapes = shapes.replace(extras=dict.fromkeys(objective.records, recorded))
     if arrival:
         shapes = jax.eval_shape(arrival, state, shapes)
     ring = objective.experience

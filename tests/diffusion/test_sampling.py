@@ -141,6 +141,7 @@ def plain_loop(toy, prompt, key, config):
                 'random': at_random[i - block_start],
                 'entropy': (probability * np.log(probability)).sum(),
                 'margin': best[0] - best[1],
+                'left_to_right': -i,
             }[config.commit]
         count = config.block_length // steps + (within < config.block_length % steps)
         for i in sorted(score, key=score.__getitem__, reverse=True)[:count]:
@@ -182,6 +183,7 @@ def check(toy, config, seed=0):
         ('random', 1.0, 9, 4),
         ('entropy', 1.0, 9, 4),
         ('margin', 1.0, 9, 4),
+        ('left_to_right', 1.0, 9, 4),
         ('low_confidence', 0.0, 12, 4),
         ('low_confidence', 1.0, 5, 12),
         ('random', 0.0, 5, 12),
@@ -337,6 +339,9 @@ def test_logits_that_are_not_finite_still_give_allowed_tokens_and_no_mask(commit
         ({'block_length': 0}, 'block_length is 0; use at least 1'),
         ({'temperature': -0.1}, 'temperature is -0.1; use 0 or more'),
         ({'commit': 'best'}, "commit is 'best'; use one of low_confidence, random"),
+        ({'top_k': -1}, 'top_k is -1; use 1 or more, or 0 for all ids'),
+        ({'top_p': 0.0}, 'top_p is 0.0; use a share above 0 and at most 1'),
+        ({'records': ('law',)}, "a record of the sampler is 'law'; use one of log_prob"),
     ],
 )
 def test_impossible_configurations_are_refused_with_the_fix(options, message):

@@ -187,7 +187,10 @@ class Objective:
       rate: the learning rate as a share of `optimizer.learning_rate`, of the updates since the
         optimiser started; None is the configured schedule.
       compares: whether completions are compared within their group, which then needs two or more.
-      needs_law: whether the sampler must record the law of the completions, and not only tokens.
+      records: what the sampler records of each token, names of `sampling.RECORDS`; they are
+        extras of the rollout.
+      needs_law: whether the product of the recorded probabilities, 'log_prob', must be the law of
+        the completions. A sampler where it is not is refused.
     """
 
     corruption: Corrupt
@@ -206,6 +209,7 @@ class Objective:
     phase: Phase | None = None
     rate: Callable[[Array], Array] | None = None
     compares: bool = True
+    records: tuple[str, ...] = ()
     needs_law: bool = False
 
 
