@@ -89,7 +89,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     return Parts(
         task=_task(config, config.task.format),
         evaluation_task=_evaluation_task(config),
-        sampling=_recording(sampling, objective, config.rl.objective),
+        sampling=_recording(config, sampling, objective),
         evaluation=_evaluation(config),
         objective=objective,
         batching=batching,
@@ -168,18 +168,22 @@ def _sampling(config: ml_collections.ConfigDict) -> SamplingConfig:
     return SamplingConfig(**{field: config.sampling[field] for field in settings})
 
 
-def _recording(sampling: SamplingConfig, objective: Objective, name: str) -> SamplingConfig:
+def _recording(
+    config: ml_collections.ConfigDict, sampling: SamplingConfig, objective: Objective
+) -> SamplingConfig:
     """The sampler of rollouts, which records what the objective asks for."""
     records = set(objective.records)
     if objective.needs_law:
         records.add('log_prob')
         if not sampling.exact_law:
             raise ValueError(
-                f'rl.objective {name!r} needs the law of completions, which sampling.commit '
-                f'{sampling.commit!r} does not record at temperature {sampling.temperature}; use '
-                'random, left_to_right, entropy or margin'
+                f'rl.objective {config.rl.objective!r} needs the law of completions, which '
+                f'sampling.commit {sampling.commit!r} does not record at temperature '
+                f'{sampling.temperature}; use random, left_to_right, entropy or margin'
             )
-    return dataclasses.replace(sampling, records=tuple(sorted(records)))
+    return dataclasses.replace(
+        sampling, records=tuple(sorted(records)), influence_window=config.corruption.window
+    )
 
 
 def _lora(config: ml_collections.ConfigDict) -> LoRA | None:
@@ -240,9 +244,17 @@ def _objective(
         block_length=config.sampling.block_length,
         prompt_rate=config.corruption.prompt_rate,
         block_draw=config.corruption.block_draw,
+        informed=config.corruption.informed,
+        strength=config.corruption.strength,
     )
     settings = method.settings(**config[group_of(config.rl.objective)])
-    return method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
+    objective = method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
+    if corruption.informed and not set(corruption.records) <= set(objective.records):
+        raise ValueError(
+            f'corruption.informed is on, but rl.objective {config.rl.objective!r} draws masks of '
+            'its own, which informed masking would break; turn it off, or use rl.objective spg'
+        )
+    return objective
 
 
 def _check_groups(name: str, objective: Objective, batching: Batching) -> None:

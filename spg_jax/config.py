@@ -115,6 +115,11 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             prompt_rate=0.15,  # probability that a token of the prompt is masked [A]
             # The released choice is neither uniform nor free of repeats.
             block_draw='balanced',  # how draws choose blocks: balanced or released
+            # Informed masking (arXiv 2609.25927) keeps the number of masked positions, and prefers
+            # tokens that constrain others little.
+            informed=False,  # whether influence decides which positions are masked
+            strength=1.5,  # d, how strongly positions of little influence are preferred
+            window=10,  # w, the distance in tokens up to which influence is measured
         ),
         rl=c(
             # Its own settings are the group with its name, such as spg (spg_jax/method.py).

@@ -19,6 +19,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
         (
             'sampling.prompt_length',
+            'corruption.window',
             'train.steps',
             'train.max_skipped',
             'base.batch_size',

@@ -47,3 +47,49 @@ def test_an_objective_that_needs_the_law_refuses_a_sampler_that_does_not_record_
         assert assemble(config).sampling.records == ('log_prob',)
     config.sampling.update(commit='low_confidence', temperature=0.0)
     assert assemble(config).sampling.exact_law
+
+
+def test_informed_masking_makes_the_sampler_measure_influence():
+    config = default_config()
+    config.corruption.update(informed=True, window=5)
+    sampling = assemble(config).sampling
+    assert (sampling.records, sampling.influence_window) == (('influence',), 5)
+    assert not assemble(default_config()).objective.records
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'corruption.kind': 'full'}, "corruption.kind 'full'.* use uniform or block"),
+        ({'corruption.window': 0}, 'corruption.window is 0; use a positive integer'),
+        ({'spg.estimator': 'block'}, "rl.estimator 'block' needs positions masked uniformly"),
+        ({'sampling.top_p': 1.5}, 'sampling.top_p is 1.5'),
+    ],
+)
+def test_informed_masking_that_cannot_work_is_refused(change, message):
+    config = default_config()
+    config.corruption.informed = True
+    for name, value in change.items():
+        group, leaf = name.split('.')
+        config[group][leaf] = value
+    with pytest.raises(ValueError, match=message) as error:
+        assemble(config)
+    assert '\n' not in str(error.value)
+
+
+def test_informed_masking_is_refused_around_masks_of_other_methods(monkeypatch):
+    """d1 under the settings of SPG, since it reads none of them."""
+    d1 = REGISTRY['d1']
+    monkeypatch.setitem(
+        REGISTRY,
+        'spg',
+        dataclasses.replace(
+            REGISTRY['spg'], build=lambda settings, protocol: d1.build(d1.settings(), protocol)
+        ),
+    )
+    config = default_config()
+    assemble(config)
+    config.corruption.informed = True
+    with pytest.raises(ValueError, match="'spg' draws masks of its own.*turn it off") as error:
+        assemble(config)
+    assert '\n' not in str(error.value)

@@ -76,7 +76,8 @@ def check_pairing(name: str, corruption: Corruption) -> None:
     Args:
       name: name of the estimator, as in `estimator`.
       corruption: the corruption that draws the masks. The block estimator needs one that leaves
-        earlier blocks clean and chooses blocks uniformly.
+        earlier blocks clean and chooses blocks uniformly. Both 'paper' and 'block' need positions
+        that are chosen uniformly, without informed masking.
     """
     check_one_of('spg.estimator', name, PAIRINGS)
     if corruption.kind not in PAIRINGS[name]:
@@ -93,6 +94,11 @@ def check_pairing(name: str, corruption: Corruption) -> None:
         raise ValueError(
             "spg.estimator 'block' needs blocks drawn uniformly, found corruption.block_draw "
             f"{corruption.block_draw!r}; use 'balanced', or estimator 'released'"
+        )
+    if name != 'released' and corruption.informed:
+        raise ValueError(
+            f'rl.estimator {name!r} needs positions masked uniformly, found corruption.informed '
+            "True; turn it off, or use estimator 'released'"
         )
 
 

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from spg_jax.diffusion.informed import STRENGTH, gumbel, masking_preference
 from spg_jax.errors import check_one_of
 
 KINDS = ('full', 'uniform', 'block', 'block_full')
 BLOCK_KINDS = ('block', 'block_full')
+INFORMED_KINDS = ('uniform', 'block')  # those that mask a part of a region
 BLOCK_DRAWS = ('balanced', 'released')
 
 
@@ -53,6 +55,9 @@ class Corruption:
     estimator bounds a likelihood only if earlier blocks stay clean. Unmasked tokens of the chosen
     block are never perturbed.
 
+    With `informed` masking (arXiv 2609.25927) as many positions are masked as without, but which
+    ones is drawn by their influence on other positions: see `informed`.
+
     Attributes:
       kind: one of KINDS.
       draws: M, the number of draws of a sequence.
@@ -62,9 +67,12 @@ class Corruption:
         again if M exceeds their number. 'released' reproduces the published code, randperm(all
         blocks) modulo the blocks reached, which is neither uniform nor free of repeats.
       perturb_completion: whether completion tokens before the chosen block are perturbed as well.
+      informed: whether positions of little influence are preferred.
+      strength: d of informed masking; with 0 no position is preferred.
 
     Raises:
-      ValueError: on an unknown kind or block_draw, or a number out of range.
+      ValueError: on an unknown kind or block_draw, a number out of range, or informed masking with
+        a kind that masks whole regions.
     """
 
     kind: str
@@ -73,6 +81,8 @@ class Corruption:
     prompt_rate: float = 0.15
     block_draw: str = 'balanced'
     perturb_completion: bool = True
+    informed: bool = False
+    strength: float = STRENGTH
 
     def __post_init__(self) -> None:
         check_one_of('corruption.kind', self.kind, KINDS)
@@ -87,14 +97,29 @@ class Corruption:
             raise ValueError(
                 f'corruption.prompt_rate is {self.prompt_rate}; a probability lies within [0, 1]'
             )
+        if self.informed and self.kind not in INFORMED_KINDS:
+            raise ValueError(
+                f'corruption.informed is on with corruption.kind {self.kind!r}, which masks all of '
+                f'its region, so that there is nothing to choose; use {" or ".join(INFORMED_KINDS)}'
+            )
+        if not 0.0 <= self.strength < float('inf'):
+            raise ValueError(f'corruption.strength is {self.strength}; use a number of at least 0')
 
-    def __call__(self, key: Array, prompt_mask: Array, scored: Array) -> Draws:
+    @property
+    def records(self) -> tuple[str, ...]:
+        """What the sampler must record for this corruption."""
+        return ('influence',) if self.informed else ()
+
+    def __call__(
+        self, key: Array, prompt_mask: Array, scored: Array, influence: Array | None = None
+    ) -> Draws:
         """Draws the M masks of one example.
 
         Args:
           key: typed PRNG key of this example at this step, the only source of randomness.
           prompt_mask: [P] bool, False on padding.
           scored: [C] bool, True from the first completion token through the first EOS.
+          influence: [C] float32 of each token, for informed masking; others do not read it.
 
         Returns:
           Draws with masked [M, P + C] and block [M]. Draw k is the same whatever M is.
@@ -113,7 +138,9 @@ class Corruption:
             noise = jax.random.uniform(key, (1 + 2 * length + prompt_mask.size,))
             choice, earlier, prompt = jnp.split(noise, [1 + length, 1 + 2 * length])
             prompt = prompt[::-1]  # [P]
-            completion = self._mask_completion(choice, earlier < self.prompt_rate, scored, block)
+            completion = self._mask_completion(
+                choice, earlier < self.prompt_rate, scored, block, influence
+            )
             return jnp.concatenate([(prompt < self.prompt_rate) & prompt_mask, completion])
 
         return Draws(masked=jax.vmap(draw)(keys[1:], block), block=block)
@@ -131,7 +158,12 @@ class Corruption:
         return jnp.argsort(sort_key)[turn % reached].astype(jnp.int32)
 
     def _mask_completion(
-        self, choice: Array, perturbed: Array, scored: Array, block: Array
+        self,
+        choice: Array,
+        perturbed: Array,
+        scored: Array,
+        block: Array,
+        influence: Array | None,
     ) -> Array:
         """One draw over the completion.
 
@@ -140,36 +172,49 @@ class Corruption:
           perturbed: [C] bool, where a token is masked if it lies before the chosen block.
           scored: [C] bool.
           block: [] int32, the chosen block.
+          influence: [C] float32, which informed masking needs.
 
         Returns:
           [C] bool.
         """
+
+        def subset(region: Array) -> Array:
+            if not self.informed:
+                return _random_subset(choice, region)
+            preference = masking_preference(influence, region, self.strength)
+            return _random_subset(choice, region, preference)
+
         if self.kind == 'full':
             return jnp.ones_like(scored)
         if self.kind == 'uniform':
-            return _random_subset(choice, scored) | ~scored
+            return subset(scored) | ~scored
         block_of_position = jnp.arange(len(scored)) // self.block_length  # [C]
         in_block = (block_of_position == block) & scored
         if self.kind == 'block':
-            in_block = _random_subset(choice, in_block)
+            in_block = subset(in_block)
         masked = in_block | (block_of_position > block) | ~scored
         if self.perturb_completion:
             masked |= perturbed & (block_of_position < block)
         return masked
 
 
-def _random_subset(noise: Array, eligible: Array) -> Array:
+def _random_subset(noise: Array, eligible: Array, preference: Array | None = None) -> Array:
     """A random subset, of uniformly drawn size and at least one position, of those eligible.
 
     Args:
       noise: [1 + C] uniform in [0, 1); the first entry gives the size, the others rank positions.
       eligible: [C] bool.
+      preference: [C] float32; positions are drawn without replacement from its softmax over those
+        eligible. Without it all are equally likely.
 
     Returns:
       [C] bool.
     """
     count = 1 + jnp.floor(noise[0] * eligible.sum()).astype(jnp.int32)  # []
-    return subset_of_size(noise[1:], eligible, count)
+    if preference is None:
+        return subset_of_size(noise[1:], eligible, count)
+    key = -(preference + gumbel(noise[1:]))  # [C], the Gumbel top-k trick
+    return subset_of_size(jnp.argsort(jnp.argsort(key)) / key.size, eligible, count)
 
 
 def subset_of_size(noise: Array, eligible: Array, count: Array) -> Array:

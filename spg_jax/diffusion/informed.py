@@ -37,7 +37,7 @@ def change_around(before: Array, after: Array, masked: Array, window: int) -> Ar
     )
 
 
-def preference(influence: Array, region: Array, strength: float) -> Array:
+def masking_preference(influence: Array, region: Array, strength: float) -> Array:
     """How much a position is preferred to be masked, [C] float32; no meaning outside the region.
 
     Args:

@@ -126,8 +126,13 @@ def never(step: Array, kept: Any, trained: Any) -> Any:
 
 
 def configured(corruption: Corruption) -> Corrupt:
-    """The corruption of `config.corruption`, for an objective that has none of its own."""
-    return lambda row, moment: corruption(moment.row, row.prompt_mask, row.scored)
+    """The corruption of `config.corruption`, for an objective that has none of its own.
+
+    The objective then takes over `Corruption.records`, which informed masking needs.
+    """
+    return lambda row, moment: corruption(
+        moment.row, row.prompt_mask, row.scored, row.extras.get('influence')
+    )
 
 
 @dataclasses.dataclass(frozen=True)

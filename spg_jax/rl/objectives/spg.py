@@ -85,6 +85,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     return Objective(
         corruption=configured(corruption),
         draws=corruption.draws,
+        records=corruption.records,
         couples='group' if group_size else 'row',
         loss=partial(
             spg_loss,
