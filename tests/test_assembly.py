@@ -93,3 +93,21 @@ def test_informed_masking_is_refused_around_masks_of_other_methods(monkeypatch):
     with pytest.raises(ValueError, match="'spg' draws masks of its own.*turn it off") as error:
         assemble(config)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', [name for name in REGISTRY if name != 'dtm'])
+def test_a_group_of_one_cannot_be_compared(name):
+    config = default_config(name)
+    config.rl.update(group_size=1, microbatch=16)
+    if name == 'just_grpo':
+        config.sampling.commit = 'left_to_right'
+        config.sampling.steps = config.sampling.length
+    with pytest.raises(ValueError, match=f'rl.group_size is 1; {name} compares') as error:
+        assemble(config)
+    assert '\n' not in str(error.value)
+
+
+def test_discrete_tilt_matching_compares_nothing():
+    config = default_config('dtm')
+    config.rl.update(group_size=1, microbatch=16)
+    assert assemble(config).batching.group_size == 1

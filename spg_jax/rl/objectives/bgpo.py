@@ -36,7 +36,6 @@ from spg_jax.rl.objectives.objective import (
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     cut_at_eos,
     draw_scores,
     random_masks,
@@ -67,9 +66,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or a setting has no meaning.
+      ValueError: if a setting has no meaning.
     """
-    check_group('bgpo', protocol)
     check_one_of('bgpo.tokens', settings.tokens, TOKENS)
     if settings.cap < 1:
         raise ValueError(f'bgpo.cap is {settings.cap}; ratios lie around 1, use 1 or more')

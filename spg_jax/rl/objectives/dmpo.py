@@ -34,7 +34,7 @@ from spg_jax.rl.objectives.objective import (
     over_groups,
     setting,
 )
-from spg_jax.rl.objectives.sequences import after_clean_prompt, check_group, draw_scores
+from spg_jax.rl.objectives.sequences import after_clean_prompt, draw_scores
 from spg_jax.rl.rollout import Rollout
 
 LOG_RATIO = 'log_ratio'  # extras: s_ref - s_beh [B], nats
@@ -59,9 +59,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or alpha is not positive.
+      ValueError: if alpha is not positive.
     """
-    check_group('dmpo', protocol)
     if not settings.alpha > 0:
         raise ValueError(
             f'dmpo.alpha is {settings.alpha}; rewards are divided by it, use a number above 0'

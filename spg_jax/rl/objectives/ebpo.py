@@ -34,7 +34,6 @@ from spg_jax.rl.objectives.objective import (
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     clipped_rows,
     cut_at_eos,
 )
@@ -57,12 +56,7 @@ class Settings:
 
 
 def build(settings: Settings, protocol: Protocol) -> Objective:
-    """Makes the objective.
-
-    Raises:
-      ValueError: if groups have one completion.
-    """
-    check_group('ebpo', protocol)
+    """Makes the objective."""
     block_length = protocol.sampling.block_length
 
     def in_blocks(x: Array) -> Array:

@@ -39,7 +39,6 @@ from spg_jax.rl.objectives.objective import (
 from spg_jax.rl.objectives.ratios import k2
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     clipped_rows,
     draw_scores,
     random_masks,
@@ -66,12 +65,7 @@ class Settings:
 
 
 def build(settings: Settings, protocol: Protocol) -> Objective:
-    """Makes the objective.
-
-    Raises:
-      ValueError: if groups have one completion.
-    """
-    check_group('espo', protocol)
+    """Makes the objective."""
 
     def loss(logp: Array, batch: Batch) -> Loss:
         """logp: [b, M, C], pairs being neighbours."""

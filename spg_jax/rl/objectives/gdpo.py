@@ -32,7 +32,6 @@ from spg_jax.rl.objectives.objective import (
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     clipped_rows,
     cut_at_eos,
     draw_scores,
@@ -62,9 +61,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or a setting has no meaning.
+      ValueError: if a setting has no meaning.
     """
-    check_group('gdpo', protocol)
     check_one_of('gdpo.ratio', settings.ratio, RATIOS)
     if settings.points < 1:
         raise ValueError(f'gdpo.points is {settings.points}; the rule needs 1 node or more')

@@ -27,7 +27,7 @@ from spg_jax.rl.advantages import leave_one_out
 from spg_jax.rl.objectives.espo import spread_pairs
 from spg_jax.rl.objectives.objective import Batch, Loss, Objective, Protocol, never, setting
 from spg_jax.rl.objectives.ratios import k2
-from spg_jax.rl.objectives.sequences import check_group, draw_scores
+from spg_jax.rl.objectives.sequences import draw_scores
 
 WEIGHTS = ('equal', 'tlc')
 RECIPE = {
@@ -53,9 +53,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or a setting has no meaning.
+      ValueError: if a setting has no meaning.
     """
-    check_group('gdsd', protocol)
     check_one_of('gdsd.weights', settings.weights, WEIGHTS)
     if not 0 < settings.epsilon < 1:
         raise ValueError(

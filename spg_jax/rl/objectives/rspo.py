@@ -34,7 +34,6 @@ from spg_jax.rl.objectives.objective import (
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     draw_scores,
     random_masks,
 )
@@ -55,9 +54,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or lambda is not positive.
+      ValueError: if lambda is not positive.
     """
-    check_group('rspo', protocol)
     if not settings.strength > 0:
         raise ValueError(
             f'rspo.strength is {settings.strength}; the advantage is divided by it, use a number '

@@ -11,22 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.corruption import Draws, subset_of_size
-from spg_jax.rl.objectives.objective import Batch, Metrics, Protocol
+from spg_jax.rl.objectives.objective import Batch, Metrics
 from spg_jax.rl.objectives.ratios import clipped, is_clipped
 from spg_jax.rl.rollout import Rollout
-
-
-def check_group(name: str, protocol: Protocol) -> None:
-    """Refuses groups of one completion.
-
-    Raises:
-      ValueError: if completions have no others of their prompt to be compared with.
-    """
-    if protocol.batching.group_size < 2:
-        raise ValueError(
-            f'rl.group_size is {protocol.batching.group_size}; {name} compares a completion with '
-            'its group, use 2 or more'
-        )
 
 
 def random_masks(key: Array, eligible: Array, counts: Array) -> Array:

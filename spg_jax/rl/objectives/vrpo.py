@@ -37,7 +37,6 @@ from spg_jax.rl.objectives.objective import (
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
-    check_group,
     cut_at_eos,
     draw_scores,
     random_masks,
@@ -62,9 +61,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     """Makes the objective.
 
     Raises:
-      ValueError: if groups have one completion, or a score has another name.
+      ValueError: if a score has another name.
     """
-    check_group('vrpo', protocol)
     check_one_of('vrpo.score', settings.score, SCORES)
     group_size = protocol.batching.group_size
 

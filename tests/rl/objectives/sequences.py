@@ -1,7 +1,6 @@
 """What the tests of objectives with scores of sequences are made of."""
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.testing import assert_allclose
 
 from spg_jax.diffusion.corruption import Draws
-from spg_jax.rl.objectives import REGISTRY, Batch, Objective
+from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from tests.rl.objectives.published import published_rollout
@@ -116,12 +115,3 @@ def assert_mean_over_groups(objective: Objective, logp: Any, batch: Batch) -> No
     ]
     assert abs(alone[0] - alone[1]) > 1e-3
     assert_allclose(both, np.mean(alone), rtol=1e-5)
-
-
-def build_with_group_of_one(name: str) -> Objective:
-    """Builds an objective as a protocol without groups would."""
-    protocol = SimpleNamespace(
-        batching=SimpleNamespace(group_size=1, rows=6),
-        sampling=SimpleNamespace(length=32, block_length=8),
-    )
-    return REGISTRY[name].build(REGISTRY[name].settings(), protocol)

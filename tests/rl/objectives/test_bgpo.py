@@ -13,7 +13,6 @@ from tests.rl.objectives.published import (
     published_rollout,
 )
 from tests.rl.objectives.sequences import (
-    build_with_group_of_one,
     ends,
     hand_batch,
     many_draws,
@@ -136,7 +135,6 @@ def test_masks_are_drawn_once_a_rollout_with_counts_spread_over_the_draws(tokens
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('bgpo'), 'rl.group_size is 1; bgpo compares'),
         (lambda: objective_of('bgpo', tokens='none'), "bgpo.tokens is 'none'"),
         (lambda: objective_of('bgpo', cap=0.5), 'bgpo.cap is 0.5'),
     ],

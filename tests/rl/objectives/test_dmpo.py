@@ -16,7 +16,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     hand_batch,
     many_draws,
     value_and_gradient,
@@ -128,7 +127,6 @@ def test_masks_and_their_complements_cover_all_positions_at_rates_from_a_tenth_t
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('dmpo'), 'rl.group_size is 1; dmpo compares'),
         (lambda: objective_of('dmpo', alpha=0.0), 'dmpo.alpha is 0.0'),
     ],
 )

@@ -13,7 +13,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     ends,
     hand_batch,
     many_draws,
@@ -104,8 +103,3 @@ def test_every_block_is_partly_masked_at_levels_on_an_even_grid():
     frequency = np.bincount(counts[:, 0].reshape(-1), minlength=9)[1:] / counts[:, 0].size
     assert_allclose(frequency, 1 / 8, atol=0.01)
     assert_allclose(masked[:, 0].mean((0, 1)), 4.5 / 8, atol=0.08)
-
-
-def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match='rl.group_size is 1; ebpo compares'):
-        build_with_group_of_one('ebpo')

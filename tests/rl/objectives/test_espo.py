@@ -14,7 +14,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     hand_batch,
     many_draws,
     readouts_with,
@@ -129,8 +128,3 @@ def test_pairs_cover_each_position_once_and_their_counts_are_spread_over_the_bat
     assert_allclose(frequency, 1 / 33, atol=0.025)  # three deviations are 0.021
     assert (counts[:, 0, 0] != counts[:, 0, 1]).mean() > 0.9  # each pair has its own k
     assert_allclose(masked[:, :, 0::2].mean((0, 1, 2)), 0.5, atol=0.05)  # no position is preferred
-
-
-def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match='rl.group_size is 1; espo compares'):
-        build_with_group_of_one('espo')

@@ -13,7 +13,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     ends,
     hand_batch,
     many_draws,
@@ -105,7 +104,6 @@ def test_draws_lie_at_the_nodes_of_the_rule_and_end_at_the_eos(points):
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('gdpo'), 'rl.group_size is 1; gdpo compares'),
         (lambda: objective_of('gdpo', ratio='word'), "gdpo.ratio is 'word'"),
         (lambda: objective_of('gdpo', points=0), 'gdpo.points is 0'),
     ],

@@ -14,7 +14,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     hand_batch,
     many_draws,
     readouts_with,
@@ -142,7 +141,6 @@ def test_it_takes_the_draws_and_advantages_of_espo():
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('gdsd'), 'rl.group_size is 1; gdsd compares'),
         (lambda: objective_of('gdsd', epsilon=1.0), 'gdsd.epsilon is 1.0'),
         (lambda: objective_of('gdsd', weights='none'), 'gdsd.weights'),
     ],

@@ -14,7 +14,6 @@ from tests.rl.objectives.published import (
 )
 from tests.rl.objectives.sequences import (
     assert_mean_over_groups,
-    build_with_group_of_one,
     hand_batch,
     many_draws,
     value_and_gradient,
@@ -117,7 +116,6 @@ def test_masks_have_the_law_of_a_uniform_rate_drawn_again_where_none_is_masked()
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('rspo'), 'rl.group_size is 1; rspo compares'),
         (lambda: objective_of('rspo', strength=0.0), 'rspo.strength is 0.0'),
     ],
 )

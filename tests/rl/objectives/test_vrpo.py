@@ -13,7 +13,6 @@ from tests.rl.objectives.published import (
     published_rollout,
 )
 from tests.rl.objectives.sequences import (
-    build_with_group_of_one,
     ends,
     hand_batch,
     many_draws,
@@ -122,7 +121,6 @@ def test_counts_are_spread_over_the_draws_of_a_row():
 @pytest.mark.parametrize(
     ('build', 'message'),
     [
-        (lambda: build_with_group_of_one('vrpo'), 'rl.group_size is 1; vrpo compares'),
         (lambda: objective_of('vrpo', score='word'), "vrpo.score is 'word'"),
     ],
 )
