@@ -1,0 +1,69 @@
+"""Runs of objectives that carry more than SPG does are cut, and go on bit for bit.
+
+DTM has a ring, phases and kept policies; d2 couples groups, replays states of the rollout, and
+looks at the behaviour policy and at the reference.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from spg_jax.method import set_objective
+from spg_jax.process.interruption import Interruption
+from spg_jax.runs import policies
+from spg_jax.train import train
+from tests import adapted
+from tests.meshes import mesh_of
+
+SETTINGS = {
+    'dtm': {'phase': 2, 'every': 1, 'ring': 2, 'average': 0.5, 'tilt': 1.0},
+    'd2': {'segments': 2},
+}
+
+
+class CutAt(Interruption):
+    """Asks to stop after some updates."""
+
+    def __init__(self, updates: int):
+        super().__init__()
+        self._left = updates
+
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def updates_of(workdir):
+    """The metrics of the updates, without their clock."""
+    rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: row[name] for name in row if name != 'seconds'} for row in rows if 'loss' in row]
+
+
+@pytest.mark.parametrize('objective', SETTINGS)
+def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch, objective):
+    adapted.simplify(monkeypatch)
+    config = adapted.get_config()
+    with config.unlocked():
+        set_objective(config, objective)
+    config[objective].update(SETTINGS[objective])
+    config.train.steps, config.lora.dropout = 4, 0.0
+    config.update_from_flattened_dict(adapted.prepare(tmp_path))
+    mesh, found = mesh_of(), {}
+    for name, cuts in (('whole', ()), ('cut', (3,))):
+        workdir = tmp_path / name
+        with jax.set_mesh(mesh):
+            for updates in cuts:
+                with CutAt(updates) as cut:
+                    assert not train(config, workdir, mesh, cut)
+            with Interruption() as interruption:
+                assert train(config, workdir, mesh, interruption)
+        policy, _, variables = policies.load_policy(workdir / 'best', mesh)
+        found[name] = updates_of(workdir), jax.device_get(variables['lora'])
+    (updates, params), (cut_updates, cut_params) = found['whole'], found['cut']
+    assert len(updates) == 4 and all(row['gradient_norm'] > 0 for row in updates)
+    assert cut_updates == updates
+    for leaf, expected in zip(jax.tree.leaves(cut_params), jax.tree.leaves(params), strict=True):
+        assert_array_equal(np.asarray(leaf), np.asarray(expected))
