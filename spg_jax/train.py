@@ -246,7 +246,8 @@ def _describe(run: Run) -> str:
 def main(_: list[str]) -> None:
     config = FLAGS.config
     if FLAGS.explain:
-        print_explanation(config, sources())
+        if distributed.is_leader():
+            print_explanation(config, sources())
         assemble(config)  # Refuse what cannot work, as a run would.
         return
     parts = assemble(config)

@@ -378,6 +378,8 @@ WRONG = {
     'config.json of a run': {
         'rl': (5, None, [], 'x'),
         'rl.beta': ('x', None, True, []),
+        'rl.objective': (5, None, [], '', 'spgg', 'nowhere.spg', 'json'),
+        'spg.beta': ('x', None, True, []),
         'train.steps': ('5', 1.5, None, True, []),
         'model.remat': (1, 'x', None),
         'evaluation.lengths': (5, '12', None, {}),
