@@ -86,6 +86,12 @@ def test_settings_of_the_named_objective_can_be_set(monkeypatch, order):
     assert assemble(config).objective.behaviour
 
 
+def test_flags_of_a_file_count_as_well(monkeypatch, tmp_path):
+    (tmp_path / 'flags').write_text('--config.rl.objective=d1\n--config.d1.epsilon=0.2\n')
+    config, _ = parse_config(monkeypatch, TINY, f'--flagfile={tmp_path}/flags')
+    assert (config.rl.objective, config.d1.epsilon) == ('d1', 0.2)
+
+
 def test_a_file_may_name_the_objective_and_set_its_settings(monkeypatch, tmp_path):
     (tmp_path / 'own.py').write_text(
         'from spg_jax.config import default_config\n'

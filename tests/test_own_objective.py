@@ -83,7 +83,7 @@ def test_the_example_is_built_by_flags_and_its_gradient_is_that_of_its_equation(
         result = objective.loss(logp, batch)
         return result.total / result.weight
 
-    gradient = jax.grad(loss)(jnp.asarray(-rng.random((2, M, C)), jnp.float32))
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(-rng.random((2, M, C)), jnp.float32))
     expected = np.zeros((2, M, C))
     for j in range(2):
         weight = np.exp(advantage[j] / 0.5) * length[j] / M / length.sum()
@@ -121,6 +121,10 @@ COMPLETE = objective_lines.EXAMPLE.read_text()
         (
             re.sub(r'temperature: float = .*', 'temperature: float', COMPLETE),
             'Settings.temperature has no default value',
+        ),
+        (
+            re.sub(r'temperature: float = .*', 'temperature: float = None', COMPLETE),
+            'Settings.temperature is None; use text, a bool, a number or a tuple',
         ),
         ('import nothing_like_it\n', "my_objective.py:1: ModuleNotFoundError: No module named 'no"),
         ('\nx = 1 / 0\n', 'my_objective.py:2: ZeroDivisionError: division by zero'),

@@ -47,6 +47,11 @@ def _method(module: ModuleType) -> Method:
     for field in dataclasses.fields(module.Settings):
         if field.default is dataclasses.MISSING:
             raise ValueError(f'{module.__file__}: Settings.{field.name} has no default value')
+        if not isinstance(field.default, str | bool | int | float | tuple):
+            raise ValueError(
+                f'{module.__file__}: Settings.{field.name} is {field.default!r}; use text, a bool, '
+                'a number or a tuple'
+            )
     if not callable(module.build):
         raise ValueError(f'{module.__file__}: build is no function; use {PARTS["build"]}')
     if not isinstance(module.RECIPE, Mapping):
