@@ -40,7 +40,9 @@ USAGE = 'expected --task=NAME FILE... or --verify FILE, and nothing else'
 
 def define_flags() -> None:
     """Defines the flags of this command; a mere import of this module defines none."""
-    flags.DEFINE_string('task', None, f'task of the completions: {", ".join(tasks.TASKS)}')
+    flags.DEFINE_string(
+        'task', None, f'task of the completions: {", ".join(tasks.TASKS)} or a dotted path'
+    )
     flags.DEFINE_enum(
         'judge',
         'published',

@@ -54,7 +54,10 @@ def _measure(task: Task, tokenizer: Tokenizer, source: Sequence[Example]) -> np.
 
 def _kept_file(task: Task, tokenizer: Tokenizer, source: Source) -> Path:
     identity = [task.name, task.format, task.template, task.prefill, tokenizer.identity()]
-    text = json.dumps([*identity, source.digest()])
+    # The prompts of a task of the user may change with its file alone.
+    files = [path.read_bytes() for path in task.defining_files().values()]
+    digests = [hashlib.sha256(contents).hexdigest() for contents in files]
+    text = json.dumps([*identity, source.digest(), *digests])
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     return source.directory / f'prompt_lengths-{name}.npz'
 

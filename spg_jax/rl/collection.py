@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -138,12 +139,12 @@ def check_rewards(task: Task, rewards: Sequence[float], texts: Sequence[str]) ->
     """Refuses rewards that no update could use, which the task of a user may give by mistake.
 
     Raises:
-      ValueError: a reward is NaN or infinite.
+      ValueError: a reward is no number, NaN or infinite.
     """
     for reward, text in zip(rewards, texts, strict=True):
-        if not math.isfinite(reward):
+        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
             raise ValueError(
-                f'the reward of task {task.name} is {reward} for the completion '
+                f'the reward of task {task.name} is {reading.shown(reward)} for the completion '
                 f'{reading.shown(text)}; return a finite number for every text'
             )
 

@@ -15,8 +15,9 @@ from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
 from spg_jax.random import Purpose, example_keys
-from spg_jax.rl.collection import Generate, decode, make_generate
+from spg_jax.rl.collection import Generate, check_rewards, decode, make_generate
 from spg_jax.sharding import own_rows, own_values, put_batch, row_shards
+from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Score, Task
 
 Figures = dict[str, Any]  # JSON values; accuracies are fractions in [0, 1]
@@ -104,6 +105,7 @@ class Evaluator:
             self._task.reward(text, examples[row])
             for row, text in zip(completions.rows, texts, strict=True)
         ]
+        check_rewards(self._task, rewards, texts)
         figures = self._task.figures(self._scores(completions, examples, samples=1))
         mean_reward = completions.of_all_processes(np.array(rewards)).mean()
         return figures | {'reward': float(mean_reward)}
@@ -146,6 +148,7 @@ class Evaluator:
             self._task.score(text, examples[row // samples])
             for row, text in zip(completions.rows, texts, strict=True)
         ]
+        check_scores(self._task, scores)
         table = np.array(scores, np.int32).reshape(-1, len(Score._fields))
         return [
             Score(int(right), int(total), bool(solved))
@@ -203,3 +206,17 @@ class Evaluator:
         length = padded_length(longest, self._evaluation.prompt_lengths)
         encoded = left_pad(rows, length, self._tokenizer.pad_id)
         return dict(zip(places.tolist(), zip(*encoded, strict=True), strict=True))
+
+
+def check_scores(task: Task, scores: Sequence[Any]) -> None:
+    """Refuses verdicts of another type, which the task of a user may give by mistake.
+
+    Raises:
+      ValueError: a verdict is no Score.
+    """
+    for score in scores:
+        if not isinstance(score, Score):
+            raise ValueError(
+                f'the score of task {task.name} is {reading.shown(score)}; return a '
+                'spg_jax.tasks.Score'
+            )

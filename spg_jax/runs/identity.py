@@ -119,7 +119,9 @@ def digest_files(
 
 def digest_task(task: Task) -> dict[str, str]:
     """A digest of each file of the user that defines a task; {} if the task is the package's."""
-    return {f'{name} of task.name': digest_path(path) for name, path in task.own_files().items()}
+    return {
+        f'{name} of task.name': digest_path(path) for name, path in task.defining_files().items()
+    }
 
 
 def digest_path(path: Path) -> str:

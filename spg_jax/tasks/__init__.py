@@ -4,7 +4,7 @@ Builders of problems and tasks import `problems` modules, and a task imports its
 module in this package imports the package itself, so that imports never run in a circle.
 """
 
-from spg_jax.tasks import own
+from spg_jax.tasks import modules
 from spg_jax.tasks.countdown import Countdown
 from spg_jax.tasks.gsm8k import GSM8K
 from spg_jax.tasks.math500 import Math500
@@ -41,5 +41,5 @@ def get(
       ValueError: name, format, rules or a name in fields are unknown, the format has fewer
         examples than `shots`, or the template cannot be used; the message lists the known values.
     """
-    kind = TASKS[name] if name in TASKS else own.load(name, sorted(TASKS))
+    kind = TASKS[name] if name in TASKS else modules.load(name, sorted(TASKS))
     return kind.with_settings(format, prompt_template, shots, rules, fields)

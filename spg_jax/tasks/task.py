@@ -128,7 +128,7 @@ class Task(abc.ABC):
         """Returns the files under `data_dir` that the problems are made of, if there are any."""
         return []
 
-    def own_files(self) -> dict[str, Path]:
+    def defining_files(self) -> dict[str, Path]:
         """Returns the files of the user that define the task, by their paths from its folder.
 
         They are the modules of its class and of the tasks that it derives from, and the files of

@@ -14,6 +14,7 @@ from spg_jax import score, tasks
 from spg_jax.assembly import assemble, check_base
 from spg_jax.pretrain import base_directory, made_of
 from spg_jax.rl.collection import check_rewards
+from spg_jax.rl.evaluator import check_scores
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import identity
 
@@ -122,6 +123,24 @@ def test_a_name_that_leads_nowhere_is_refused(write, name, message):
 def test_a_class_that_others_derive_from_is_not_the_task(write):
     source = f'{ECHO}\nclass Louder(Echo):\n    vocabulary = ("a",)\nSame = Louder'
     assert type(tasks.get(write(source))).__name__ == 'Louder'
+
+
+def test_a_task_of_the_package_with_another_reward(write, tmp_path):
+    source = """
+from spg_jax.tasks.countdown import Countdown
+
+class Short(Countdown):
+    def reward(self, completion, example):
+        return super().reward(completion, example) - len(completion) / 1000
+"""
+    config = config_of(write(source))
+    parts, released = assemble(config), tasks.get('countdown')
+    check_base(config, parts)
+    example = {'numbers': [30, 100, 93], 'target': 23, 'index': 0}
+    assert parts.task.prompt(example) == released.prompt(example)
+    answer = '<answer> 93 + 30 - 100 </answer>'
+    assert parts.task.reward(answer, example) == pytest.approx(1 - len(answer) / 1000)
+    assert list(identity(config)['files']) == ['my_task.py of task.name']
 
 
 @pytest.mark.parametrize(
@@ -288,6 +307,13 @@ def test_a_task_of_the_package_adds_nothing_to_the_identity():
 def test_a_reward_that_no_update_can_use_is_refused():
     task = SimpleNamespace(name='my_task')
     check_rewards(task, [0.0, -1.5], ['a', 'b'])
-    for reward in (math.nan, math.inf):
+    for reward in (math.nan, math.inf, None):
         with pytest.raises(ValueError, match=f"reward of task my_task is {reward} .* 'b'; return"):
             check_rewards(task, [0.0, reward], ['a', 'b'])
+
+
+def test_a_verdict_that_is_no_score_is_refused():
+    task = SimpleNamespace(name='my_task')
+    check_scores(task, [tasks.Score(1, 1, True)])
+    with pytest.raises(ValueError, match='score of task my_task is True; return a spg_jax.tasks.S'):
+        check_scores(task, [tasks.Score(1, 1, True), True])
