@@ -86,7 +86,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             losses, metrics = token_losses(logp, batch, settings.epsilon, kl=0.0)
         else:
             log_ratio = jnp.where(batch.target, logp - jax.lax.stop_gradient(logp), 0.0)
-            losses = -batch.target * jnp.exp(log_ratio) * batch.advantage[:, None, None]
+            surrogate = jnp.exp(log_ratio) * batch.advantage[:, None, None]
+            losses = -jnp.where(batch.target, surrogate, 0.0)
             metrics = {}
         rows = (batch.advantage != 0).sum().astype(jnp.float32)
         likelihood = jnp.where(batch.target, logp, 0.0).sum()
