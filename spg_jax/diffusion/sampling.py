@@ -131,6 +131,16 @@ class Completion:
     extras: dict[str, Array] = struct.field(default_factory=dict)
 
 
+def record_shapes(
+    config: SamplingConfig, rows: int, vocab_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """`Completion.extras` of `rows` completions, B, over V = `vocab_size` ids."""
+    shape = (rows, config.length)
+    number = jax.ShapeDtypeStruct(shape, jnp.float32)
+    bits = jax.ShapeDtypeStruct((*shape, -(-vocab_size // 8)), jnp.uint8)
+    return {name: bits if name == 'kept' else number for name in config.records}
+
+
 @struct.dataclass
 class _Carry:
     """What one denoising step hands to the next."""
@@ -199,10 +209,8 @@ def generate(
         ),
         commit_step=jnp.full(shape, -1, jnp.int32),
         extras={
-            name: jnp.zeros((*shape, -(-allowed.size // 8)), jnp.uint8)
-            if name == 'kept'
-            else jnp.zeros(shape)
-            for name in config.records
+            name: jnp.zeros(record.shape, record.dtype)
+            for name, record in record_shapes(config, len(prompt), allowed.size).items()
         },
         confidence=jnp.zeros(shape) if 'influence' in config.records else None,
     )

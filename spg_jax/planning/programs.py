@@ -225,7 +225,8 @@ def _abstract_rollout(
             arrival,
             state,
             parts.prompt_lengths[-1],
-            parts.sampling.length,
+            parts.sampling,
+            policy.config.vocab_size,
             sharding.batch_sharding(mesh),
         )
 

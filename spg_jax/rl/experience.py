@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from spg_jax.diffusion.sampling import SamplingConfig, record_shapes
 from spg_jax.random import Purpose, step_key
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import Objective, Ring
@@ -68,7 +69,8 @@ def experience_shapes(
     arrival: Callable[[TrainState, Rollout], Rollout] | None,
     state: TrainState,
     prompt_length: int,
-    length: int,
+    decoding: SamplingConfig,
+    vocab_size: int,
     sharding: Any = None,
 ) -> Rollout:
     """The shapes of what updates learn from, as it is saved.
@@ -78,12 +80,12 @@ def experience_shapes(
       arrival: adds extras to a rollout; None adds none.
       state: a train state, or its shapes.
       prompt_length: P.
-      length: C.
+      decoding: how completions are decoded, and what is recorded of them.
+      vocab_size: V, of the model.
       sharding: of every field.
     """
-    shapes = rollout_shapes(batching.rows, prompt_length, length, sharding)
-    recorded = jax.ShapeDtypeStruct((batching.rows, length), jnp.float32, sharding=sharding)
-    shapes = shapes.replace(extras=dict.fromkeys(objective.records, recorded))
+    shapes = rollout_shapes(batching.rows, prompt_length, decoding.length, sharding)
+    shapes = shapes.replace(extras=record_shapes(decoding, batching.rows, vocab_size))
     if arrival:
         shapes = jax.eval_shape(arrival, state, shapes)
     ring = objective.experience

@@ -125,7 +125,13 @@ def prepare(
         collect=_make_collect(parts, policy, tokenizer, arrival, seed, mesh),
         due=partial(collections_due, objective, batching),
         shapes=partial(
-            experience_shapes, objective, batching, arrival, state, length=parts.sampling.length
+            experience_shapes,
+            objective,
+            batching,
+            arrival,
+            state,
+            decoding=parts.sampling,
+            vocab_size=policy.config.vocab_size,
         ),
         keep=make_keep(objective, batching, parts.prompt_lengths[-1]),
         update=make_update(policy, objective, optimizer, batching, seed, shardings),

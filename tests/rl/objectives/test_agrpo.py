@@ -14,6 +14,7 @@ from spg_jax.data.batches import PromptBatch
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.rl.collection import make_collect
+from spg_jax.rl.experience import experience_shapes
 from spg_jax.rl.objectives import Batch, Loss, Protocol
 from spg_jax.rl.objectives.agrpo import Settings, build, last_step, states_at, step_law
 from spg_jax.rl.scores import Reader, corrupt, moments
@@ -245,6 +246,10 @@ def test_states_of_a_rollout_give_back_the_law_that_the_sampler_recorded(policy,
     ended = np.asarray(rollout.commit_step) < 0
     assert ended.any() and not ended.all()
     assert set(rollout.extras) == {'log_prob', 'entropy', 'kept'}
+    # Checkpoints are restored into these shapes.
+    shapes = experience_shapes(made, batching, None, None, 4, sampling, policy.config.vocab_size)
+    for array, expected in zip(jax.tree.leaves(rollout), jax.tree.leaves(shapes), strict=True):
+        assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
     assert not any(np.asarray(x)[ended].any() for x in rollout.extras.values())
     kept = np.unpackbits(np.asarray(rollout.extras['kept']), axis=-1).sum(-1)[~ended]
     assert kept.max() == 7 and kept.min() < 7
