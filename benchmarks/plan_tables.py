@@ -19,14 +19,18 @@ from absl import flags
 from rich.console import Console
 
 from configs import gsm8k
+from spg_jax import sharding
 from spg_jax.assembly import assemble
-from spg_jax.planning import memory
+from spg_jax.method import set_objective
+from spg_jax.planning import costs, memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
+from spg_jax.planning.programs import make_plan
 from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.presets import HARDWARE
 from spg_jax.process import cli
 from spg_jax.process.files import write_whole
+from spg_jax.rl.objectives import REGISTRY
 from spg_jax.runs.directory import digest
 
 FLAGS = flags.FLAGS
@@ -34,7 +38,16 @@ TASKS = ('countdown', 'gsm8k', 'math500', 'sudoku')
 STORE = Path('build/plan')
 EFFICIENCY = 0.4  # share of the published rates that times assume
 TOLERANCE = 0.15  # largest error of the formula, as a share of the compiler's peak
-DRAWS_ON = 'v5e:4x4'  # the machine for which more draws are planned
+DRAWS_ON = 'v5e:4x4'  # the machine for which more draws, and every objective, are planned
+# How rollouts must be decoded for an objective, beside the published settings of SPG.
+NEEDS = {'just_grpo': {'commit': 'left_to_right', 'steps': 256}}
+OBJECTIVES = f"""## Every objective on {DRAWS_ON}
+
+GSM8K with 96 completions a rollout and 4 updates on it, each objective with its own numbers of
+draws. Some keep a policy beside the trained one, which stays on the chips, and some read rollouts
+out when they arrive (`arrival`), or look at the reference or a teacher in every update. Peaks are
+in GiB a chip and by formula, which is off from the compiler by what the first table says; FLOPs
+are of all chips together. `--topologies=` prints this table alone."""
 INTRODUCTION = f"""# LLaDA-8B on machines that are not here
 
     python -m benchmarks.plan_tables
@@ -91,7 +104,7 @@ def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
 def main(_: list[str]) -> None:
     jax.config.update('jax_platforms', 'cpu')
     # CPU devices take the place of GPUs, for which nothing is compiled.
-    jax.config.update('jax_num_cpu_devices', 8)
+    jax.config.update('jax_num_cpu_devices', 16)
     rows, details = [], []
     for topology in FLAGS.topologies:
         for task in TASKS:
@@ -100,9 +113,10 @@ def main(_: list[str]) -> None:
             details.append(detail)
             print(detail, flush=True)
     summary = '\n'.join([SUMMARY, *rows])
-    print(f'\n{summary}')
+    objectives = every_objective()
+    print(f'\n{summary}\n\n{objectives}')
     if tuple(FLAGS.topologies) == LISTED:
-        page = [INTRODUCTION, summary, more_draws(), *details]
+        page = [INTRODUCTION, summary, more_draws(), OBJECTIVES, objectives, *details]
         write_whole(Path('docs/plan.md'), '\n\n'.join(page) + '\n')
 
 
@@ -151,6 +165,36 @@ def more_draws() -> str:
         f'The update of GSM8K on {DRAWS_ON} peaks at {peaks[0]:.2f} GiB with M = 2 draws and at '
         f'{peaks[1]:.2f} GiB with M = 8 (`--config.corruption.draws=8`).'
     )
+
+
+def every_objective() -> str:
+    """A table of what each objective needs on one machine, with its own numbers, by formula."""
+    machine = find_machine(DRAWS_ON)
+    mesh = sharding.make_mesh(
+        gsm8k.get_config(preset_for(DRAWS_ON)).mesh, jax.devices('cpu')[: machine.count]
+    )
+    columns = ('objective', 'M', 'stays', 'arrival', 'PFLOP', 'update', 'PFLOP')
+    lines = [f'| {" | ".join(columns)} |', f'|{"---|" * len(columns)}']
+    for name in REGISTRY:
+        config = gsm8k.get_config(preset_for(DRAWS_ON))
+        set_objective(config, name)
+        for key, value in NEEDS.get(name, {}).items():
+            config.sampling[key] = value
+        plan = make_plan(config, mesh, machine.chip.platform)
+        stays = memory.resident(plan.state).total
+        peaks = {
+            program: (stays + sum(memory.estimate(plan, program).values())) / GIB
+            for program in plan.programs
+        }
+        cells = [name, f'{plan.parts.objective.draws}', f'{stays / GIB:.2f}']
+        for program in ('arrival', 'update'):
+            if program not in peaks:
+                cells += ['–', '–']
+                continue
+            work = costs.work(plan, program)
+            cells += [f'{peaks[program]:.2f}', f'{work.flops / 1e15:.2f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':
