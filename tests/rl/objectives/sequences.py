@@ -11,8 +11,7 @@ from numpy.testing import assert_allclose
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.rl.objectives import Batch, Objective
 from spg_jax.rl.rollout import Rollout
-from spg_jax.rl.scores import corrupt, moments
-from tests.rl.objectives.published import published_rollout
+from tests.rl.objectives.published import draws_over_updates, published_rollout
 
 
 def readouts_with(scores: Any, draws: Draws, target: Any) -> np.ndarray:
@@ -82,16 +81,8 @@ def _compiled(loss_of: Any) -> Any:
 
 
 def many_draws(objective: Objective, rollout: Rollout, steps: int, turns: int = 1) -> Draws:
-    """The draws [steps, B, M, ...] of the updates of a run.
-
-    Args:
-      turns: updates on each rollout.
-    """
-
-    def of_step(step: Any) -> Draws:
-        return corrupt(objective.corruption, rollout, moments(0, rollout, step, step % turns))
-
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_step))(jnp.arange(steps)))
+    """The draws [steps, B, M, ...] of the updates of a run, `turns` on each rollout, in NumPy."""
+    return jax.tree.map(np.asarray, draws_over_updates(objective, rollout, steps, turns))
 
 
 def ends(rollout: Rollout) -> np.ndarray:
