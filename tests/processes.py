@@ -42,12 +42,19 @@ def start(
     return process
 
 
-def start_module(*command: str, **variables: str) -> subprocess.Popen[str]:
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """The environment of a program that finds the repository, with more variables.
+
+    It has one device, as a laptop has, because programs for several take longer to compile.
+    """
+    flags = os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')
+    return os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': flags} | variables
+
+
+def start_module(*command: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:
     """A module of the repository as a program, with more environment variables."""
     return start(
-        [sys.executable, '-m', *command],
-        cwd=REPOSITORY,
-        env=os.environ | {'PYTHONPATH': str(REPOSITORY)} | variables,
+        [sys.executable, '-m', *command], cwd=REPOSITORY, env=environment(devices, **variables)
     )
 
 
@@ -81,7 +88,7 @@ def start_pair(*command: str, **variables: str) -> list[subprocess.Popen[str]]:
     return [
         start_module(
             *command,
-            XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
+            devices=4,
             JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
             JAX_NUM_PROCESSES='2',
             JAX_PROCESS_ID=str(number),

@@ -76,13 +76,13 @@ def by_hand(published: Path, prompt: list[int], length: int) -> list[int]:
 
 
 def start(published: Path, module: str, *arguments: str) -> subprocess.Popen:
+    """A command for which prompts of training have at most 20 tokens."""
     return start_module(
         *(f'spg_jax.{module}', f'--checkpoint={published}'),
         f'--config={REPOSITORY}/configs/countdown.py:tiny',
-        *('--config.task.format=published_train', '--config.sampling.prompt_length=400'),
+        *('--config.task.format=published_train', '--config.sampling.prompt_length=20'),
         *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
-        *('--config.evaluation.block_length=1', '--config.evaluation.samples=1'),
-        *('--config.evaluation.batch=2', *arguments),
+        *('--config.evaluation.block_length=1', '--config.evaluation.batch=2', *arguments),
         XDG_CACHE_HOME=str(published.parent),
     )
 
@@ -95,24 +95,21 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
     )
     processes = [
         start(published, 'generate', f'--prompt={QUESTION}'),
-        start(published, 'evaluate', f'--data={problems}'),
-        start(published, 'evaluate', f'--data={problems}', '--config.sampling.prompt_length=100'),
+        start(published, 'evaluate', f'--data={problems}', '--samples=3'),
     ]
-    finished = finish_all(processes)
-    (code, text, error), (measured, report, other), (failed, whole, refused) = finished
+    (code, text, error), (measured, report, other) = finish_all(processes)
     assert code == 0, error
     backend = byte_pairs()
-    expected = by_hand(published, asked(backend, QUESTION, '<reasoning>'), 4)
+    prompt = asked(backend, QUESTION, '<reasoning>')
+    assert len(prompt) > 20  # longer than those of training, and asked whole
+    expected = by_hand(published, prompt, 4)
     if END in expected:
         expected = expected[: expected.index(END)]
     assert text.rstrip('\n') == backend.decode(expected).rstrip('\n')
     assert measured == 0, other
     found = json.loads(report.splitlines()[-1])
     wanted = {'task': 'countdown', 'total': 2, 'correct': 0, 'scorer': 'published', 'length': 4}
-    assert found | wanted == found
-    # Prompts longer than those of training are measured whole: the same problems, the same answer.
-    assert failed == 0, refused
-    assert json.loads(whole.splitlines()[-1]) == found
+    assert found | wanted == found and 'pass_at_3' in found
 
 
 @pytest.mark.parametrize(

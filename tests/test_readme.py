@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ ELSEWHERE = {
     'spg_jax.evaluate --config=configs/gsm8k.py:llada_8b': 'tests/test_published.py',
     'spg_jax.export': 'tests/test_adapted_run.py',
 }
-PROBLEM = {'input': '30,100,93', 'output': '23'}
+PROBLEMS = [{'input': '30,100,93', 'output': '23'}, {'input': '1,2,3', 'output': '6'}]
 GENERATION = {
     'question': '',
     'ground_truth': [[30, 100, 93], 23],
@@ -53,7 +52,7 @@ def run(command: str, workdir: str, directory: Path) -> str:
     done = processes.run(
         [sys.executable, '-m', *words],
         cwd=directory,
-        env=os.environ | {'PYTHONPATH': str(REPOSITORY)},
+        env=processes.environment(),
     )
     assert done.returncode == 0, (command, done.stderr)
     return done.stdout
@@ -68,7 +67,7 @@ def test_every_command_is_run_here_or_elsewhere():
 def test_the_commands_work_in_the_order_of_the_page(tmp_path):
     (tmp_path / 'configs').symlink_to(REPOSITORY / 'configs')
     processes.share_with_runs_in(tmp_path)
-    (tmp_path / 'countdown_test.jsonl').write_text(json.dumps(PROBLEM) + '\n')
+    (tmp_path / 'countdown_test.jsonl').write_text('\n'.join(map(json.dumps, PROBLEMS)))
     (tmp_path / 'generations.jsonl').write_text(json.dumps(GENERATION) + '\n')
     workdir, printed = '', {}
     for command in filter(runs_here, commands()):
@@ -80,7 +79,13 @@ def test_the_commands_work_in_the_order_of_the_page(tmp_path):
     for command, out in printed.items():
         last = out.splitlines()[-1]
         if command.startswith(('spg_jax.evaluate', 'spg_jax.score')):
-            assert 0 <= json.loads(last)['accuracy'] <= 1
+            figures = json.loads(last)
+            assert 0 <= figures['accuracy'] <= 1
+        if '--data=countdown_test.jsonl' in command:
+            stated = {'task': 'countdown', 'total': len(PROBLEMS), 'scorer': 'compact'}
+            stated['files'] = ['countdown_test.jsonl']
+            assert figures | stated == figures
+            assert figures['accuracy'] == figures['correct'] / 2 and 0 <= figures['pass_at_2'] <= 1
         if command.startswith('spg_jax.train'):
             assert 'finished: test ' in out and 'spg_jax.evaluate' in last
         if command.startswith('spg_jax.generate'):

@@ -18,8 +18,11 @@ WALL_CLOCK = ('seconds', 'base_seconds')
 
 
 def training(workdir: Path) -> subprocess.Popen:
-    """A run whose checkpoint after update 5 lies between two updates on one rollout."""
-    return start_module(*tiny_run(workdir))
+    """A run whose checkpoint after update 5 lies between two updates on one rollout.
+
+    It starts as in a notebook whose plots need a package that is not installed here (fault G19).
+    """
+    return start_module(*tiny_run(workdir), MPLBACKEND='module://not_installed.backend')
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -106,34 +109,10 @@ def test_a_run_killed_and_then_cut_goes_on_bit_for_bit(uninterrupted, tmp_path):
         assert np.array_equal(value, found[name]), name
 
 
-def test_evaluate_ends_with_one_json_object(uninterrupted, tmp_path):
-    workdir, _ = uninterrupted
-    published = tmp_path / 'two.jsonl'
-    published.write_text(
-        '{"input": "30,100,93", "output": "23"}\n{"input": "1,2,3", "output": "6"}\n'
-    )
-    arguments = (f'--workdir={workdir}', f'--data={published}', '--samples=3')
-    code, out, error = finish(start_module('spg_jax.evaluate', *arguments))
-    assert code == 0, error
-    found = json.loads(out.splitlines()[-1])
-    expected = {'task': 'countdown', 'total': 2, 'files': [str(published)], 'scorer': 'compact'}
-    assert found | expected == found
-    assert found['accuracy'] == found['correct'] / 2 and 0 <= found['pass_at_3'] <= 1
-
-
 def test_help_names_the_command():
     code, out, error = finish(start_module('spg_jax.train', '--help'))
     assert code == 1, error  # absl's exit status of --help
     assert 'python -m spg_jax.train' in out
-
-
-def test_what_cannot_work_stops_at_once_with_one_line(tmp_path):
-    """tests/test_config.py has every setting."""
-    words = tiny_run(tmp_path / 'run', '--config.base.checkpoint=nowhere')
-    code, _, error = finish(start_module(*words))
-    assert code != 0
-    assert 'Traceback' not in error and 'nowhere' in error
-    assert len([line for line in error.splitlines() if line.startswith('error:')]) == 1
 
 
 def test_a_small_policy_has_no_layout_for_others(uninterrupted, tmp_path):

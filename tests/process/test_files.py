@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import pwd
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,12 @@ def test_a_lock_keeps_a_second_process_out(tmp_path):
         pass
 
 
-def test_data_that_is_there_is_read_without_a_lock(tmp_path):
+def test_data_that_is_there_is_read_without_a_lock(data_dir, tmp_path):
     """Fault G16. A user may only read the data. Root may write everywhere, so the lock is
     something that nobody can open for writing, and what the folder holds must not change."""
-    task = tasks.get('countdown', 'compact')
-    first = task.source('test', tmp_path)[0]
-    (tmp_path / 'lock').unlink()
+    task = tasks.get('sudoku', 'compact')
+    first = task.source('test', data_dir)[0]
+    shutil.copytree(data_dir / 'sudoku', tmp_path / 'sudoku')
     (tmp_path / 'lock').mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
     folders = [path for path in (tmp_path, *tmp_path.rglob('*')) if path.is_dir()]

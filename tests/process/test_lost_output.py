@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import HANG_SECONDS, REPOSITORY, finish, start, tiny_run, wait_until
+from tests.processes import (
+    HANG_SECONDS,
+    REPOSITORY,
+    environment,
+    finish,
+    start,
+    tiny_run,
+    wait_until,
+)
 
 pytestmark = pytest.mark.compiled_as_users_do
 
@@ -39,7 +47,7 @@ def command(workdir: Path) -> list[str]:
     return [sys.executable, '-m', *words, '--config.optimizer.warmup_fraction=0.0']
 
 
-ENVIRONMENT = os.environ | {'PYTHONPATH': str(REPOSITORY)}
+ENVIRONMENT = environment()
 
 
 def begin(words: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
