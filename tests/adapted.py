@@ -7,8 +7,10 @@ an odd number of characters earns a reward.
 import runpy
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
+import numpy as np
 import pytest
 
 from configs import countdown
@@ -59,11 +61,23 @@ def command(workdir: Path, settings: dict[str, str]) -> list[str]:
 
 def simplify(patch: pytest.MonkeyPatch) -> None:
     """The eight problems and their reward; the policy of the last update counts as the best,
-    whatever it is worth."""
+    whatever it is worth. There is no pass@k, whose program would be compiled for it alone."""
     patch.setattr(Countdown, 'reward', lambda self, text, example: float(len(text) % 2))
     patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
-    later_is_better = lambda *_: {'accuracy': time.time(), 'reward': 0.0}  # noqa: E731
-    patch.setattr(Evaluator, 'validate', later_is_better)
+    patch.setattr(Evaluator, 'validate', _later_is_better)
+    patch.setattr(Evaluator, 'pass_at', lambda *_: 0.0)
+
+
+def skip_evaluation(patch: pytest.MonkeyPatch) -> None:
+    """No program for evaluation is compiled; the policy of the last update counts as the best."""
+    figures = {'accuracy': 0.0, 'reward': 0.0, 'pass_at_1': 0.0, 'scorer': 'none'}
+    patch.setattr(Evaluator, 'validate', _later_is_better)
+    patch.setattr(Evaluator, 'report', lambda *_: figures)
+    patch.setattr(Evaluator, 'trace', lambda *_: (np.zeros(1, int), np.zeros(1, int)))
+
+
+def _later_is_better(*_: Any) -> dict[str, float]:
+    return {'accuracy': time.time(), 'reward': 0.0}
 
 
 if __name__ == '__main__':
