@@ -105,7 +105,7 @@ def update_once(task: str, inputs: Arrays) -> Arrays:
         make_gradient(policy, parts.objective, microbatch=rows // 2, draws_per_pass=0)
     )
     loss, gradient, _ = gradient_of(state.trained, {}, rollout, draws)
-    state, _ = apply_gradient(state, gradient, loss, optimizer)
+    state, _ = jax.jit(apply_gradient, static_argnums=3)(state, gradient, loss, optimizer)
     results = {'loss': np.asarray(loss)}
     for kind, tree in (('gradient', gradient), ('updated', state.trained)):
         leaves = jax.tree.leaves(tree['params'])
