@@ -241,9 +241,9 @@ def _lessons(
     if records is None:
         with distributed.leader_first('problems to imitate'):
             source = parts.task.source('train', config.task.data_dir)
-        longest = prompt_lengths(parts.task, tokenizer, source).max(initial=0)
-        check_room(int(longest), config.sampling.prompt_length)
         problems = list(source)
+        longest = prompt_lengths(parts.task, tokenizer, source, problems).max(initial=0)
+        check_room(int(longest), config.sampling.prompt_length)
     lessons = Lessons(
         task=parts.task,
         tokenizer=tokenizer,

@@ -24,16 +24,27 @@ def prompt_tokens(task: Task, tokenizer: Tokenizer, example: Example) -> list[in
     return tokenizer.encode_prompt(task.prompt(example), task.prefill)
 
 
-def prompt_lengths(task: Task, tokenizer: Tokenizer, source: Sequence[Example]) -> np.ndarray:
+def prompt_lengths(
+    task: Task,
+    tokenizer: Tokenizer,
+    source: Sequence[Example],
+    examples: Sequence[Example] | None = None,
+) -> np.ndarray:
     """The number of tokens of every prompt, [N] int32.
 
     Reading 100,000 problems takes many seconds, so the numbers are kept in a file beside them. Its
     name says which wording, tokenizer and problems they are for, by a digest of all three.
+
+    Args:
+      task: writes the prompts.
+      tokenizer: the tokenizer of the policy.
+      source: the problems.
+      examples: all problems of `source`, if they are in memory, so that none is read again.
     """
     kept = _kept_file(task, tokenizer, source) if isinstance(source, Source) else None
     lengths = _read(kept, len(source)) if kept else None
     if distributed.largest(int(lengths is None)):  # all processes measure, or none does
-        lengths = _measure(task, tokenizer, source)
+        lengths = _measure(task, tokenizer, source if examples is None else examples)
         if kept and distributed.is_leader():
             _write(kept, lengths)
     assert lengths is not None
