@@ -1,14 +1,14 @@
-"""Runs of objectives that carry more than SPG does are cut, and go on bit for bit.
+"""A run of an objective that carries more than SPG does is cut, and goes on bit for bit.
 
-DTM has a ring, phases and kept policies; d2 couples groups, replays states of the rollout, and
-looks at the behaviour policy and at the reference.
+`tests/every_mechanism.py` replays states of the rollout, couples groups, looks at four other
+policies, and learns from a ring in phases. `benchmarks.every_method` does the same with every
+objective there is.
 """
 
 import json
 
 import jax
 import numpy as np
-import pytest
 from numpy.testing import assert_array_equal
 
 from spg_jax.method import set_objective
@@ -17,11 +17,6 @@ from spg_jax.runs import policies
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
-
-SETTINGS = {
-    'dtm': {'phase': 2, 'every': 1, 'ring': 2, 'average': 0.5, 'tilt': 1.0},
-    'd2': {'segments': 2},
-}
 
 
 class CutAt(Interruption):
@@ -42,13 +37,11 @@ def updates_of(workdir):
     return [{name: row[name] for name in row if name != 'seconds'} for row in rows if 'loss' in row]
 
 
-@pytest.mark.parametrize('objective', SETTINGS)
-def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch, objective):
+def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch):
     adapted.simplify(monkeypatch)
     config = adapted.get_config()
     with config.unlocked():
-        set_objective(config, objective)
-    config[objective].update(SETTINGS[objective])
+        set_objective(config, 'tests.every_mechanism')
     config.train.steps, config.lora.dropout = 4, 0.0
     config.update_from_flattened_dict(adapted.prepare(tmp_path))
     mesh, found = mesh_of(), {}

@@ -200,7 +200,7 @@ class Objective:
 
     corruption: Corrupt
     draws: int
-    loss: Callable[[Array, Batch], Loss]
+    loss: Callable[[Any, Batch], Loss]
     couples: str = 'row'
     advantage: Advantage = group_advantages
     readout: Readout = token_log_probs
@@ -249,8 +249,8 @@ class Method:
 
 
 def over_groups(
-    loss_of_group: Callable[[Array, Batch], tuple[Array, Metrics]], group_size: int
-) -> Callable[[Array, Batch], Loss]:
+    loss_of_group: Callable[[Any, Batch], tuple[Array, Metrics]], group_size: int
+) -> Callable[[Any, Batch], Loss]:
     """The mean over groups of a loss that is published for one group.
 
     Args:
@@ -259,14 +259,14 @@ def over_groups(
     """
     axes = Batch(rows=0, draws=0, others=0, step=None)
 
-    def loss(readouts: Array, batch: Batch) -> Loss:
-        groups = len(readouts) // group_size
+    def loss(readouts: Any, batch: Batch) -> Loss:
+        groups = len(batch.rows.reward) // group_size
 
         def split(x: Array) -> Array:
             return x.reshape(groups, group_size, *x.shape[1:])
 
         values, metrics = jax.vmap(loss_of_group, (0, axes))(
-            split(readouts),
+            jax.tree.map(split, readouts),
             batch.replace(
                 **jax.tree.map(
                     split, {'rows': batch.rows, 'draws': batch.draws, 'others': batch.others}
