@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.rl.objectives import REGISTRY
+from spg_jax.rl.scores import corrupt, moments
+from tests.rl.conftest import random_rollout
 
 pytestmark = pytest.mark.fast
 
@@ -28,6 +33,7 @@ def objective_with(monkeypatch):
 
 def test_the_sampler_records_what_the_objective_asks_for(objective_with):
     assert assemble(default_config()).sampling.records == ()
+    assert assemble(default_config()).sampling.positions_read == 32
     objective_with(records=('kept', 'entropy'))
     parts = assemble(default_config())
     assert parts.sampling.records == ('entropy', 'kept')
@@ -54,7 +60,27 @@ def test_informed_masking_makes_the_sampler_measure_influence():
     config.corruption.update(informed=True, window=5)
     sampling = assemble(config).sampling
     assert (sampling.records, sampling.influence_window) == (('influence',), 5)
+    assert sampling.positions_read == 32 + 5
     assert not assemble(default_config()).objective.records
+
+
+def test_informed_masks_of_spg_follow_the_influence_in_the_rollout():
+    config = default_config()
+    config.sampling.update(length=8, block_length=4, steps=4)
+    config.corruption.update(draws=40, informed=True, strength=100.0)
+    influence = jnp.tile(jnp.array([0, 9, 9, 9, 9, 9, 9, 0.0]), (4, 1))
+    rows = random_rollout(4, length=8).replace(
+        scored=jnp.ones((4, 8), bool), extras={'influence': influence}
+    )
+    moment = moments(0, rows, jnp.int32(0), jnp.int32(0))
+    draws = jax.jit(lambda moment: corrupt(assemble(config).objective.corruption, rows, moment))(
+        moment
+    )
+    masked = np.asarray(draws.masked)[:, :, -8:].reshape(160, 2, 4)
+    block = np.asarray(draws.block).ravel()
+    chosen = masked[np.arange(160), block]  # [160, 4] of the block that each draw chose
+    assert chosen[np.arange(160), np.where(block == 0, 0, 3)].all()
+    assert 40 < (chosen.sum(1) < 3).sum() < 120
 
 
 @pytest.mark.parametrize(

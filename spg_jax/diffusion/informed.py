@@ -7,7 +7,9 @@ position j,
 
 where "before" is the forward pass of the step that committed i, and "after" is that of the next
 step. Tokens committed together share the change. No step follows the last one, so that the paper
-leaves its scores open: here they are 0. (No code of the authors was found.)
+leaves its scores open: here they are 0. The text counts no j that is committed in the last step
+itself; here they count, because their confidences are read as those of all others are. (No code of
+the authors was found.)
 
 A corruption then masks as many positions of its region as without influence. Which ones are masked
 is drawn without replacement from softmax(preference), by the Gumbel top-k trick, with

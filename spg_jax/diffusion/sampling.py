@@ -104,6 +104,13 @@ class SamplingConfig:
         return self.steps // self.blocks
 
     @property
+    def positions_read(self) -> int:
+        """How many positions a step unembeds: those of a block, and all that it may influence."""
+        if 'influence' not in self.records:
+            return self.block_length
+        return min(self.block_length + self.influence_window, self.length)
+
+    @property
     def exact_law(self) -> bool:
         """Whether the product of the recorded probabilities is the law of the completion.
 
@@ -274,12 +281,10 @@ class _Decoder:
         To measure influence, the pass also reads the positions of the next blocks that are near
         enough to be influenced, and gives the tokens of the step before their influence.
         """
-        size = self.config.block_length
+        size, window = self.config.block_length, self.config.positions_read  # b, W
         if carry.confidence is None:
             return carry, self.logits(carry.tokens, start, size)
-        length = self.config.length
-        window = min(size + self.config.influence_window, length)  # W
-        first = jnp.minimum(start, length - window)  # []
+        first = jnp.minimum(start, self.config.length - window)  # []
         logits = self.logits(carry.tokens, first, window)  # [B, W, V]
         best = jnp.where(self.allowed[None, None, :], logits, -jnp.inf).max(-1)  # [B, W]
         confidence = jax.lax.dynamic_update_slice_in_dim(

@@ -60,7 +60,7 @@ def work(plan: Plan, name: str) -> Work:
         unembedded = plan.parts.sampling.length
         flops = _update_flops(plan) if name == 'update' else _arrival_flops(plan)
     else:
-        unembedded = plan.decoding(name).block_length
+        unembedded = plan.decoding(name).positions_read
         flops = passes * rows * forward(plan.policy.config, length, unembedded).total
     return Work(flops, passes * _traffic(plan, rows, length, unembedded))
 

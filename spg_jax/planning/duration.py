@@ -30,8 +30,8 @@ def cpu_seconds(
     sampling, batching, evaluation = parts.sampling, parts.batching, parts.evaluation
     prompt = parts.prompt_lengths[-1]
 
-    def decoding(length: int, steps: int, block_length: int) -> float:
-        return steps * forward(model, prompt + length, block_length).total
+    def decoding(length: int, steps: int, unembedded: int) -> float:
+        return steps * forward(model, prompt + length, unembedded).total
 
     trained = TRAINING_PASSES * forward(model, prompt + sampling.length, sampling.length).total
     updates = config.train.steps
@@ -47,7 +47,7 @@ def cpu_seconds(
         updates * rows * objective.draws * trained
         + rollouts
         * batching.rows
-        * decoding(sampling.length, sampling.steps, sampling.block_length)
+        * decoding(sampling.length, sampling.steps, sampling.positions_read)
         + (1 + updates // config.evaluation.every) * config.evaluation.problems * decoding(*shape)
         + 2 * config.evaluation.problems * report
     )

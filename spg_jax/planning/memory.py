@@ -78,7 +78,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     if name == 'arrival':
         return _reading(plan)
     decoding = plan.decoding(name)
-    sizes = _sizes(plan, plan.rows(name), decoding.length, decoding.block_length)
+    sizes = _sizes(plan, plan.rows(name), decoding.length, decoding.positions_read)
     in_a_layer = {
         'attention': _attention(plan, sizes, backwards=False),
         'layer': 4 * sizes.hidden,

@@ -54,6 +54,14 @@ def test_influence_probabilities_and_masks_are_the_stored_ones(case):
     assert_array_equal(masked, golden[f'{case}/masked_6'])
 
 
+def test_influence_by_hand():
+    """The first two of five tokens were committed together; the last is too far from the first."""
+    before = jnp.array([[0.9, 0.8, 0.5, 0.4, 0.3]])
+    after = jnp.array([[0.1, 0.1, 0.7, 0.1, 0.2]])
+    change = change_around(before, after, jnp.array([[False, False, True, True, True]]), 3)
+    assert_allclose(change[0, :2], [0.2 + 0.3, 0.2 + 0.3 + 0.1], rtol=1e-5)
+
+
 # ---- The sampler measures influence, here against a loop over a finished rollout
 
 

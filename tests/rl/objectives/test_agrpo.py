@@ -233,7 +233,7 @@ def test_states_of_a_rollout_give_back_the_law_that_the_sampler_recorded(policy,
     tokens = np.arange(8, dtype=np.int32).reshape(2, 4) + 5
     prompts = PromptBatch(tokens, tokens > 5, np.arange(2, dtype=np.uint32), [0, 1])
     tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
-    mesh = mesh_of()
+    mesh = mesh_of(2, 1, 1)
     with jax.set_mesh(mesh):
         variables = {'params': random_params(policy.model, mesh=mesh)}
         rollout, _ = make_collect(
