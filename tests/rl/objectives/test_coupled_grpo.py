@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from spg_jax.diffusion.corruption import Draws
+from spg_jax.rl.learner import kept_policies
 from tests.rl.objectives.published import (
     MASK,
     assert_published,
@@ -49,10 +50,8 @@ def test_loss_and_gradient_are_the_published_ones(case):
         behaviour=views(arrays['coupled_grpo/old_logp']),
         reference=views(arrays['coupled_grpo/ref_logp']),
     )
-    ratio = np.exp(arrays['coupled_grpo/logp'] - arrays['coupled_grpo/old_logp'])
-    advantage = arrays['advantages'][:, None]
-    stopped = ((ratio > 1 + epsilon) & (advantage > 0)) | ((ratio < 1 - epsilon) & (advantage < 0))
-    assert metrics['clip_share'][0] == (stopped & (arrays['completion_mask'] > 0)).sum() > 0
+    clipped, tokens = metrics['clip_share']
+    assert_allclose(clipped / tokens, arrays[f'coupled_grpo/{case}/clip_fraction'], rtol=1e-6)
 
 
 def test_two_sequences_by_hand():
@@ -131,6 +130,15 @@ def test_the_reference_takes_in_six_tenths_of_the_policy_every_64_updates():
     for step in (64, 128):
         found = refresh(jnp.int32(step), kept, trained)['params']
         assert_allclose(found, [1.6, -4.0], rtol=1e-6)
+
+
+def test_a_reference_that_changes_is_kept_beside_new_adapters_too():
+    objective = objective_of('coupled_grpo')
+    for has_initial in (True, False):
+        assert kept_policies(objective, has_initial) == ['reference']
+    unchanged = objective_of('coupled_grpo', refresh_every=0)
+    assert kept_policies(unchanged, has_initial=True) == []
+    assert kept_policies(unchanged, has_initial=False) == ['reference']
 
 
 def test_settings_without_a_meaning_are_refused():

@@ -45,7 +45,8 @@ def test_loss_gradient_and_states_are_the_published_ones(shrink):
     rollout = published_rollout(kept=ALL_KEPT)
     draws, _, old = published_states(shrink)
     metrics = assert_published(case, objective, rollout, draws, behaviour=old)
-    assert metrics['clip_share'][0] > 0
+    clipped, tokens = metrics['clip_share']
+    assert_allclose(clipped / tokens, arrays[f'{case}/clip_fraction'], rtol=1e-6)
     # The released run scores tokens after the EOS, which it did not know.
     without_eos = rollout.replace(scored=jnp.ones_like(rollout.scored))
     ours = jax.tree.map(lambda x: x[0], draws_over_updates(objective, without_eos, 1))
