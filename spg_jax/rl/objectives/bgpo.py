@@ -19,7 +19,6 @@ lie evenly spread over 1 to n, as in vrpo.
 import dataclasses
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -38,8 +37,7 @@ from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
     cut_at_eos,
     draw_scores,
-    random_masks,
-    spread_counts,
+    spread_masks,
 )
 from spg_jax.rl.rollout import Rollout
 
@@ -74,15 +72,11 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
 
     def scored(rollout: Rollout) -> Array:
         """[..., C] bool, the n tokens that are scored."""
-        if settings.tokens == 'all':
-            return jnp.ones_like(rollout.scored)
-        return rollout.scored
+        return rollout.scored | (settings.tokens == 'all')
 
     def corruption(row: Rollout, moment: Moment) -> Draws:
-        count_key, mask_key = jax.random.split(moment.row_at_rollout)
         eligible = scored(row)
-        counts = spread_counts(count_key, eligible.sum(), settings.draws)
-        masked = random_masks(mask_key, eligible, counts)
+        masked, counts = spread_masks(moment.row_at_rollout, eligible, settings.draws)
         valid = cut_at_eos(row.replace(scored=eligible), settings.draws)
         weight = eligible.sum() / counts
         return after_clean_prompt(row, masked, target=masked, valid=valid, weight=weight)

@@ -4,6 +4,7 @@ Letters of axes: `b` rows, `M` draws, `P` tokens of a prompt, `C` positions of a
 P + C.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Draws, subset_of_size
 from spg_jax.rl.objectives.objective import Batch, Metrics
-from spg_jax.rl.objectives.ratios import clipped, is_clipped
 from spg_jax.rl.rollout import Rollout
 
 
@@ -28,19 +28,25 @@ def random_masks(key: Array, eligible: Array, counts: Array) -> Array:
     return jax.vmap(subset_of_size, (0, None, 0))(noise, eligible, counts)
 
 
-def spread_counts(key: Array, length: Array, draws: int) -> Array:
-    """Numbers of masked positions that lie evenly spread over 1 to n, [M] int32.
+def spread_masks(key: Array, eligible: Array, draws: int) -> tuple[Array, Array]:
+    """Random subsets of the n eligible positions, whose sizes lie evenly spread over 1 to n.
 
     x_i = ((round(k + i n / M) - 1) mod n) + 1 for i = 0 to M - 1, with k uniform over 1 to n.
 
     Args:
       key: a typed key.
-      length: [] int32, n, at least 1.
+      eligible: [C] bool, at least one True.
       draws: M.
+
+    Returns:
+      (the subsets [M, C] bool, their sizes [M] int32).
     """
-    first = jax.random.randint(key, (), 1, length + 1)
+    size_key, mask_key = jax.random.split(key)
+    length = eligible.sum()
+    first = jax.random.randint(size_key, (), 1, length + 1)
     counts = jnp.round(first + jnp.arange(draws) * length / draws).astype(jnp.int32)
-    return (counts - 1) % length + 1
+    counts = (counts - 1) % length + 1
+    return random_masks(mask_key, eligible, counts), counts
 
 
 def after_clean_prompt(row: Rollout, masked: Array, **fields: Any) -> Draws:
@@ -73,6 +79,10 @@ def draw_scores(readouts: Array, batch: Batch) -> Array:
 def clipped_rows(log_ratio: Array, batch: Batch, epsilon: float) -> tuple[Array, Metrics]:
     """-min(r A, clip(r, 1 - e, 1 + e) A) with one ratio r = exp(log_ratio) for each row.
 
+    The clip is of the logarithm, because the ratio of a sequence can be too large for a float, and
+    the gradient would then be NaN although it is stopped. At the clip itself the gradient is whole,
+    so that a clip range of 0 still learns where the policies are equal.
+
     Args:
       log_ratio: [b].
       batch: the rows.
@@ -81,9 +91,11 @@ def clipped_rows(log_ratio: Array, batch: Batch, epsilon: float) -> tuple[Array,
     Returns:
       ([b], metrics with clip_share, the share of rows whose gradient is stopped).
     """
-    stopped = is_clipped(log_ratio, batch.advantage, epsilon)
+    advantage = batch.advantage
+    high, low = math.log1p(epsilon), math.log1p(-epsilon) if epsilon < 1 else -math.inf
+    bound = jnp.where(advantage > 0, high, low)
+    stopped = jnp.where(advantage > 0, log_ratio > high, (log_ratio < low) & (advantage < 0))
+    log_ratio = jnp.where(stopped, bound, jnp.where(advantage == 0, 0.0, log_ratio))
     rows = jnp.float32(len(log_ratio))
-    return (
-        -clipped(log_ratio, batch.advantage, epsilon),
-        {'clip_share': (stopped.sum().astype(jnp.float32), rows)},
-    )
+    share = (stopped.sum().astype(jnp.float32), rows)
+    return -advantage * jnp.exp(log_ratio), {'clip_share': share}

@@ -39,8 +39,7 @@ from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
     cut_at_eos,
     draw_scores,
-    random_masks,
-    spread_counts,
+    spread_masks,
 )
 from spg_jax.rl.rollout import Rollout
 
@@ -67,12 +66,10 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     group_size = protocol.batching.group_size
 
     def corruption(row: Rollout, moment: Moment) -> Draws:
-        count_key, mask_key = jax.random.split(moment.row)
-        length = row.scored.sum()
-        counts = spread_counts(count_key, length, settings.draws)
-        masked = random_masks(mask_key, row.scored, counts)
-        weight = length / (settings.draws * counts)
-        return after_clean_prompt(row, masked, valid=cut_at_eos(row, settings.draws), weight=weight)
+        masked, counts = spread_masks(moment.row, row.scored, settings.draws)
+        weight = row.scored.sum() / (settings.draws * counts)
+        valid = cut_at_eos(row, settings.draws)
+        return after_clean_prompt(row, masked, valid=valid, weight=weight)
 
     def loss_of_group(logp: Array, batch: Batch) -> tuple[Array, Metrics]:
         """logp: [G, M, C]."""

@@ -96,11 +96,17 @@ def random_batch(rows=4):
     )
 
 
-def test_on_policy_its_direction_is_that_of_spg_with_the_elbo():
-    """Where nothing lies after the EOS, the two gradients differ by the factor (C + 1) / C."""
+@pytest.mark.parametrize('epsilon', [0.2, 0.0])
+def test_on_policy_its_direction_is_that_of_spg_with_the_elbo(epsilon):
+    """Where nothing lies after the EOS, the two gradients differ by the factor (C + 1) / C.
+
+    A clip range of 0, which is published for Countdown, does not change that.
+    """
     logp, batch = random_batch()
     batch = batch.replace(others={'behaviour': np.asarray(logp, np.float32)})
-    _, gradient = value_and_gradient(objective_of('espo', 2, kl=0.0, pairs=1), logp, batch)
+    _, gradient = value_and_gradient(
+        objective_of('espo', 2, epsilon=epsilon, kl=0.0, pairs=1), logp, batch
+    )
     _, spg = value_and_gradient(objective_of('spg', 2, negative='elbo'), logp, batch)
     assert np.abs(spg).max() > 0.01
     assert_allclose(gradient, np.asarray(spg) * 7 / 6, rtol=1e-5)

@@ -72,6 +72,18 @@ def test_two_sequences_by_hand(ratio):
     assert_allclose(gradient, expected, rtol=1e-5)
 
 
+def test_ratios_too_large_for_a_float_leave_the_gradient_finite():
+    masked = np.ones((3, 1, 4), bool)
+    batch = hand_batch(masked, [1.0, 0.0, -1.0], behaviour=np.full(masked.shape, -50.0))
+    batch = with_draws(batch, weight=np.ones((3, 1)))
+    logp = np.full(masked.shape, -0.1)  # Ratios of e^200, and of 1 for the worse row.
+    logp[2] = -50.0
+    objective = objective_of('gdpo', 3, points=1, ratio='sequence')
+    loss, gradient = value_and_gradient(objective, logp, batch)
+    assert_allclose(loss, (-1.5 + 1) / 4 / 3, rtol=1e-5)
+    assert_allclose(gradient, np.array([0, 0, 1 / 12])[:, None, None] * masked, rtol=1e-4)
+
+
 def test_several_groups_are_averaged():
     rng = np.random.default_rng(0)
     masked = rng.random((4, 3, 5)) < 0.7
