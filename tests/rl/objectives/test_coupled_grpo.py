@@ -134,11 +134,11 @@ def test_the_reference_takes_in_six_tenths_of_the_policy_every_64_updates():
 
 def test_a_reference_that_changes_is_kept_beside_new_adapters_too():
     objective = objective_of('coupled_grpo')
-    for has_initial in (True, False):
-        assert kept_policies(objective, has_initial) == ['reference']
+    for new_adapters in (True, False):
+        assert kept_policies(objective, new_adapters) == ['reference']
     unchanged = objective_of('coupled_grpo', refresh_every=0)
-    assert kept_policies(unchanged, has_initial=True) == []
-    assert kept_policies(unchanged, has_initial=False) == ['reference']
+    assert kept_policies(unchanged, new_adapters=True) == []
+    assert kept_policies(unchanged, new_adapters=False) == ['reference']
 
 
 def test_settings_without_a_meaning_are_refused():
