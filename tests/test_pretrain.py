@@ -25,6 +25,8 @@ from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 
+# Most trainings here run the program of the fixture `whole`, which is compiled once.
+pytestmark = pytest.mark.compiled_as_users_do
 GOOD_LINE = json.dumps(
     {
         'example': {'numbers': [1, 2, 3], 'target': 6},
@@ -33,6 +35,7 @@ GOOD_LINE = json.dumps(
 )
 
 
+STEPS = 20
 # Reading all that the task's own source has would take longer than the trainings.
 SUMS = [
     {'numbers': [a, b, c], 'target': a + b + c}
@@ -57,7 +60,7 @@ def config():
 
 def two_stages():
     config = countdown.get_config('tiny')
-    config.base.stages = ((12, 1.0), (8, 0.3))
+    config.base.stages = ((12, 1.0), (STEPS - 12, 0.3))
     return config
 
 
@@ -73,9 +76,7 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.compiled_as_users_do
-@pytest.mark.parametrize('cut', [5, 12])
-def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cut):
+def test_a_training_that_is_cut_twice_goes_on_exactly(config, whole, tmp_path, monkeypatch):
     """Interrupted within the first stage, and on the border of the two."""
     done = 0
     put_batch = sharding.put_batch
@@ -83,15 +84,16 @@ def test_a_cut_training_goes_on_exactly(config, whole, tmp_path, monkeypatch, cu
     def interrupting(*arguments):
         nonlocal done
         done += 1
-        if done == cut:
+        if done in (5, 12):
             os.kill(os.getpid(), signal.SIGTERM)
         return put_batch(*arguments)
 
     monkeypatch.setattr(sharding, 'put_batch', interrupting)
-    assert not run(config, tmp_path / 'cut')
-    assert not policies.is_policy(tmp_path / 'cut')
+    for steps in (5, 12):
+        assert not run(config, tmp_path / 'cut')
+        assert done == steps and not policies.is_policy(tmp_path / 'cut')
     assert run(config, tmp_path / 'cut')
-    assert done == 20
+    assert done == STEPS
     found, expected = (
         policies.load_policy(path, mesh_of())[2] for path in (tmp_path / 'cut', whole)
     )
@@ -102,38 +104,40 @@ def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
     """The loss that a step reports is that of a plain loop, in which masked tokens are MASK."""
     parts, mesh = assemble(config), mesh_of()
     policy, tokenizer, variables = pretrain._starting_point(config, parts, mesh, None)
-    optimizer = optimizers.for_pretraining(1e-3, 0.0, 1.0, 10)
+    base, rows = config.base, config.base.batch_size
+    optimizer = optimizers.for_pretraining(
+        base.learning_rate, base.weight_decay, base.grad_clip, STEPS
+    )
     state = initial_state(variables, optimizer, policy, mesh, average=True)
-    pairs = [(problem, parts.task.right_answer(problem)) for problem in PROBLEMS[:8]]
+    pairs = [(problem, parts.task.right_answer(problem)) for problem in PROBLEMS[:rows]]
     pairs = [(problem, f'<answer> {answer} </answer>') for problem, answer in pairs]
     batch = encode_pairs(parts.task, tokenizer, pairs, 6, 12)
-    rows = example_keys(7, Purpose.CORRUPT, 0, batch.index)
-    masked = np.asarray(stratified_masks(step_key(7, Purpose.CORRUPT, 0), rows, 12))
+    keys = example_keys(base.seed, Purpose.CORRUPT, 0, batch.index)
+    masked = np.asarray(stratified_masks(step_key(base.seed, Purpose.CORRUPT, 0), keys, 12))
     total, (prompt, valid, completion, _) = 0.0, batch
-    for row in range(8):
-        noisy = [
-            policy.mask_id if m else t for m, t in zip(masked[row], completion[row], strict=True)
-        ]
-        logits = policy.completion_logits(
-            variables, prompt[row][None], valid[row][None], jnp.asarray(noisy)[None]
-        )[0]
-        logp = np.asarray(jax.nn.log_softmax(logits))[np.arange(12), completion[row]]
-        total -= logp[masked[row]].mean() / 8
-    step = pretrain.make_step(policy, optimizer, 7, 0.9, shardings_of(state))
-    _, metrics = step(state, batch)
+    noisy = [
+        [policy.mask_id if m else t for m, t in zip(*row, strict=True)]
+        for row in zip(masked, completion, strict=True)
+    ]
+    logits = jax.jit(policy.completion_logits)(variables, prompt, valid, np.array(noisy))
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    for row in range(rows):
+        chosen = logp[row, np.arange(12), completion[row]]
+        total -= chosen[masked[row]].mean() / rows
+    step = pretrain.make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
+    _, metrics = step(state, sharding.put_batch(mesh, batch))
     assert_allclose(metrics['loss'][0], total, 1e-5)
 
 
-def test_fine_tuning_imitates_what_it_is_given(config, tmp_path):
-    assert run(config, tmp_path / 'base')
+def test_fine_tuning_imitates_what_it_is_given(config, whole, tmp_path):
     config.base.stages = ((60, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
     pairs = read_demonstrations(str(records), assemble(config).task)
-    assert run(config, tmp_path / 'tuned', tmp_path / 'base', pairs)
+    assert run(config, tmp_path / 'tuned', whole, pairs)
     losses = [
-        json.loads((tmp_path / f'{name}.training' / 'metrics.jsonl').read_text().splitlines()[-1])
-        for name in ('base', 'tuned')
+        json.loads((training / 'metrics.jsonl').read_text().splitlines()[-1])
+        for training in (whole.with_name('base.training'), tmp_path / 'tuned.training')
     ]
     assert losses[1]['loss'] < 0.3 * losses[0]['loss']
 
@@ -173,18 +177,19 @@ def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
 
 def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path, monkeypatch):
     """At its second start as well, when it has no step left."""
-    monkeypatch.setattr(pretrain, 'CHECKPOINT_EVERY', 1)
+    monkeypatch.setattr(pretrain, 'CHECKPOINT_EVERY', STEPS - 1)
     make = sharding.init_params
     monkeypatch.setattr(
         sharding, 'init_params', lambda *args: jax.tree.map(lambda x: x * jnp.nan, make(*args))
     )
-    config.base.stages, config.train.max_skipped = ((3, 1.0),), 3
+    config.train.max_skipped = STEPS
     for _ in range(2):
-        with pytest.raises(FloatingPointError, match='3 non-finite updates in a row'):
+        with pytest.raises(FloatingPointError, match=f'{STEPS} non-finite updates in a row'):
             run(config, tmp_path / 'base')
         assert not policies.is_policy(tmp_path / 'base')
     checkpoints = (tmp_path / 'base.training' / 'checkpoints').iterdir()
-    assert {path.name for path in checkpoints} == {'2', '3'}  # an older one to fall back to
+    # There is an older one to fall back to.
+    assert {path.name for path in checkpoints} == {str(STEPS - 1), str(STEPS)}
 
 
 def test_what_is_no_policy_is_not_replaced_by_one(config, tmp_path):
@@ -207,10 +212,8 @@ def test_who_waits_for_a_base_policy_leaves_when_asked_to(config, tmp_path):
 
 
 def test_base_policies_are_named_by_what_makes_them(config, tmp_path):
-    same, other = countdown.get_config('tiny'), countdown.get_config('tiny')
-    same.update(config)
+    same, other = two_stages(), two_stages()
     same.rl.beta, same.train.seed, same.task.data_dir = 3.0, 5, 'elsewhere'
-    other.update(config)
     same.data.long_prompts = 'truncate_left'
     other.base.seed = 1
     assert pretrain.base_directory(same) == pretrain.base_directory(config)
