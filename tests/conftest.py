@@ -59,6 +59,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(processes.end_all)
 
 
+@pytest.fixture(scope='session')
+def data_dir():
+    """The folder of problems that whole runs share; a test that changes it takes a copy."""
+    return processes.SHARED / 'data'
+
+
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
     yield

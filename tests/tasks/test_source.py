@@ -13,16 +13,10 @@ from spg_jax.tasks.countdown import problems as countdown
 from spg_jax.tasks.sudoku import problems as sudoku
 
 
-@pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')
-    tasks.get('sudoku').source('train', folder)
-    return folder
-
-
 @pytest.fixture
 def copy(data_dir, tmp_path):
-    return shutil.copytree(data_dir, tmp_path / 'data')
+    tasks.get('sudoku').source('train', data_dir)
+    return shutil.copytree(data_dir / 'sudoku', tmp_path / 'data' / 'sudoku').parent
 
 
 def train_file(folder):
@@ -42,9 +36,9 @@ def test_sudoku_reads_back_what_was_generated(data_dir):
         assert source.__getitems__([5, 3]) == [expected[5], expected[3]]
 
 
-def test_countdown_reads_back_what_was_generated(tmp_path):
+def test_countdown_reads_back_what_was_generated(data_dir):
     for split, drawn in countdown.generate().items():
-        source = tasks.get('countdown').source(split, tmp_path)
+        source = tasks.get('countdown').source(split, data_dir)
         assert len(source) == len(drawn)
         for index in (0, 100, len(drawn) - 1):
             numbers, target = drawn[index]
@@ -53,10 +47,10 @@ def test_countdown_reads_back_what_was_generated(tmp_path):
             assert {type(value) for value in (*example['numbers'], example['target'])} == {int}
 
 
-def test_made_once(data_dir):
-    before = train_file(data_dir).stat().st_mtime_ns
-    tasks.get('sudoku').source('test', data_dir)
-    assert train_file(data_dir).stat().st_mtime_ns == before
+def test_made_once(copy):
+    before = train_file(copy).stat().st_mtime_ns
+    tasks.get('sudoku').source('test', copy)
+    assert train_file(copy).stat().st_mtime_ns == before
 
 
 PROGRAM = """
