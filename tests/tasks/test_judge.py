@@ -101,13 +101,14 @@ def test_gsm8k(judged, reference, completion, right):
     assert judged('gsm8k', reference, completion) == right
 
 
-def test_no_completion_takes_more_than_five_seconds(judged):
+def test_no_completion_takes_more_than_a_second_beyond_the_limit(judged, monkeypatch):
     """The limit holds for one hostile completion after another, and good ones between them."""
     assert judge.TIMEOUT <= 4
+    monkeypatch.setattr(judge, 'TIMEOUT', 2)
     for box in (r'10!!!!!', '9^{9^{9^{9}}}', '5', r'\frac{' * 400, '9' * 100_000, '(' * 1000, '5'):
         started = time.monotonic()
         assert judged('math500', '5', rf'\boxed{{{box}}}') == (box == '5')
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 3
 
 
 @pytest.mark.skipif(not Path('/proc/self/limits').exists(), reason='the system tells no limits')
