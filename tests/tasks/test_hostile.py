@@ -91,7 +91,12 @@ WRAPPERS = [
 
 @pytest.mark.parametrize(
     ('name', 'format'),
-    [(name, format) for name, task in sorted(tasks.TASKS.items()) for format in task.formats],
+    [
+        (name, format)
+        for name, task in sorted(tasks.TASKS.items())
+        # One format for each scorer: the others differ in the wording of their prompts.
+        for format in {each.scorer: format for format, each in task.formats.items()}.values()
+    ],
 )
 @pytest.mark.parametrize('rules', RULES)
 @pytest.mark.parametrize('content', CONTENTS)
