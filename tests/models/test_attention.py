@@ -65,9 +65,12 @@ def outcome(implementation, q, k, v, valid):
 
 @pytest.mark.fast
 @pytest.mark.parametrize('implementation', HERE)
-@pytest.mark.parametrize(('N', 'K'), [(4, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(('N', 'K'), [(4, 2), (3, 1)])
 def test_output_is_the_formula(implementation, N, K):
-    """The length is odd, although cuDNN accepts even lengths only."""
+    """The length is odd, although cuDNN accepts even lengths only.
+
+    tests/models/test_transformer.py has a key for every query.
+    """
     exact = implementation in PRECISE
     arrays = inputs(7, N, K, 'float32' if exact else 'bfloat16')
     mixed = jax.jit(HERE[implementation])(*arrays)
