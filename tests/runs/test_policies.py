@@ -10,7 +10,6 @@ import pytest
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax import sharding
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.export import export
@@ -21,6 +20,7 @@ from spg_jax.models.policy import with_adapters
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.runs import policies
 from tests.meshes import mesh_of
+from tests.parameters import random_params
 from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
 from tests.runs.disks import full_disk
 
@@ -36,7 +36,7 @@ def originals(tmp_path_factory):
         vocab_size=tokenizer.size, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24
     )
     policy = policies.make_policy(config, tokenizer)
-    variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh_of())}
+    variables = {'params': random_params(policy.model)}
     policies.save_policy(root / 'policy', variables, config, tokenizer, {'made': 'here'})
     lora = LoRA(rank=4, alpha=8.0)
     adapted, every = with_adapters(policy, variables, lora, 0, mesh_of())
@@ -58,7 +58,7 @@ def published(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
 def test_a_policy_comes_back_on_any_mesh(saved, sizes):
     directory, variables = saved
     policy, tokenizer, loaded = policies.load_policy(directory, mesh_of(*sizes))
@@ -169,10 +169,10 @@ def test_a_checkpoint_that_does_not_fit_names_its_directory(saved, damage):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
 def test_a_published_checkpoint_is_a_policy_and_comes_back_from_where_it_is_saved(
-    published, tmp_path, sizes
+    published, tmp_path
 ):
+    sizes = (2, 2, 2)
     policy, tokenizer, variables = policies.load_policy(published, mesh_of(*sizes))
     assert (policy.mask_id, policy.eos_id, tokenizer.pad_id) == (MASK, END, END)
     assert np.flatnonzero(policy.allowed).tolist() == list(range(SIZE))
