@@ -157,8 +157,18 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             seed=0,  # the seed of order of prompts, sampling and corruption
             # A non-finite update leaves the parameters as they are.
             max_skipped=20,  # the run stops after this many non-finite updates in a row
+            # Entropy, and divergences from before and from the base policy, cost a forward pass.
+            diagnose_every=20,  # updates between two diagnoses of the policy; 0 makes none
             # Logging to Weights & Biases needs the extra 'wandb'.
             wandb='',  # the project that metrics are also sent to; '' sends none
+        ),
+        guard=c(  # against collapse; spg_jax/runs/guard.py says what a sign and a collapse are
+            # A rollback changes what is learned, so the published recipe has none and only warns.
+            rollbacks=0,  # times that a collapsed run goes back, at half the learning rate
+            window=20,  # updates over which signs of collapse are averaged
+            reward_fall=0.5,  # the share of its best reward whose loss is a collapse
+            accuracy_fall=0.5,  # the share of its best validation accuracy whose loss is one
+            skipped=5,  # so many non-finite updates in a row are one as well
         ),
         evaluation=c(  # on the validation and test splits, at temperature 0 except for pass@k
             lengths=(128, 256, 512),  # lengths of completions in tokens, all of them reported [E]

@@ -23,6 +23,7 @@ class Purpose(enum.IntEnum):
     DROPOUT = 4
     SHARED = 5  # what all rows of an update share
     RING = 6  # which rows of a ring an update takes
+    DIAGNOSE = 7  # what is masked where a policy is diagnosed
 
 
 SEEDS = 2**32  # seeds from 0 to this number give different keys

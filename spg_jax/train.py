@@ -11,8 +11,8 @@ events, completions.jsonl, curves.png, best/ (the policy that validated best) an
 
 import json
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -35,14 +35,13 @@ from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
-from spg_jax.rl.rollout import Rollout, zeros_like
 from spg_jax.runs import plots, policies
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import default_workdir, identity
+from spg_jax.runs.guard import Guard, Rules
 from spg_jax.runs.preparation import Programs, check_origins, origins_of, prepare
 from spg_jax.runs.report import (
     RESULT,
-    check_record,
     closing_lines,
     is_finished,
     quality,
@@ -51,6 +50,7 @@ from spg_jax.runs.report import (
     validation_row,
 )
 from spg_jax.runs.run import Run
+from spg_jax.runs.saved import Arrays, go_back, restored_by, slowed
 from spg_jax.runs.wandb_log import check_wandb
 from spg_jax.tasks.task import Example
 from spg_jax.training.train_state import TrainState
@@ -72,22 +72,26 @@ def train(
     base = find_or_make_base(config, mesh, interruption)
     if base is None:
         return False
-    run = Run(workdir, config.checkpoint.keep, config.train.wandb, config.to_dict())
+    guard = Guard(Rules(**config.guard), config.evaluation.problems, partial(print, flush=True))
+    settings = config.to_dict()
+    run = Run(workdir, config.checkpoint.keep, config.train.wandb, settings, guard.read)
     # A run that is made longer keeps the length of its warm-up.
     planned = run.record.get('planned_steps', config.train.steps)
     state, problems, programs = prepare(config, parts, base, mesh, planned)
-    validation = Validation(config, run, programs, problems.validation, base)
+    validation = Validation(config, run, guard, programs, problems.validation, base)
     origins = origins_of(parts, problems, base)
     patience = min(config.train.max_skipped, config.train.steps)
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        state, rollout = restore(run, state, programs, mesh)
+        arrays = restore(run, state, parts, programs, mesh)
+        programs = slowed(programs, run.record)
+        guard.memory |= run.record.get('guard', {})
         check_origins(workdir, run.record.get('origins', {}), origins)
         run.check_progress(patience, STUCK)
         programs.prompts.set_state(run.record['prompts'])
     else:
-        rollout = None
+        arrays = Arrays(state, None, None)
         print('evaluating the base policy', flush=True)
         run.record['base'] = programs.evaluator.report(state.variables, problems.test)
         validation.look_at(state)
@@ -95,12 +99,27 @@ def train(
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
-        for collected in range(programs.due(step)):  # if none, the checkpoint had the experience
+        due = programs.due(step)  # If none, the checkpoint had the experience.
+        if due:
+            run.flush()  # The samples come from the update under way, so all wait for it anyway.
+            if guard.has_given_up():
+                print(f'update {step}: {guard.collapse}, and no rollback is left; the run ends')
+                break
+            if guard.goes_back():
+                arrays, programs = go_back(run, guard, arrays, parts, programs, mesh)
+        state, rollout, probe = arrays
+        for collected in range(due):
             batch = next(programs.prompts)
             fresh, texts = programs.collect(state, batch, step)
             run.samples.write(step, batch.examples, texts, fresh)
             rollout = programs.keep(rollout, fresh, step, collected)
+            if step == collected == 0 and programs.diagnosis:
+                probe = programs.diagnosis.begin(state, fresh)
         state, metrics = programs.update(state, rollout)
+        if probe and programs.diagnosis and (step + 1) % config.train.diagnose_every == 0:
+            probe, figures = programs.diagnosis.look(state, probe)
+            metrics |= figures
+        arrays = Arrays(state, rollout, probe)
         run.push(metrics)
         last, stop = run.step == config.train.steps, interruption.requested()
         if last:
@@ -109,9 +128,16 @@ def train(
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
             validation.look_at(state)
-        if last or stop or stuck or run.step % config.checkpoint.every == 0:
+        scheduled = last or run.step % config.checkpoint.every == 0
+        if scheduled:
+            run.flush()
+            guard.mark(run.step)
+        if scheduled or stop or stuck:
             run.save(
-                (state.replace(frozen={}), rollout),
+                arrays.to_save(),
+                guard=guard.memory,
+                needed=guard.needed,
+                probe_length=probe and probe.rows.prompt.shape[1],
                 prompts=programs.prompts.get_state(),
                 prompt_length=rollout.prompt.shape[1],
                 planned_steps=planned,
@@ -122,9 +148,10 @@ def train(
         if stop:
             print(f'stopped after update {run.step}, saved; run the same command to go on')
             return False
+    run.record['guard'] = guard.memory
     run.close()
     interruption.release()
-    best = state.frozen | policies.load_trained(workdir / 'best', programs.policy, mesh)
+    best = arrays.state.frozen | policies.load_trained(workdir / 'best', programs.policy, mesh)
     report(config, parts, run, programs, best, problems.test, base)
     return True
 
@@ -136,11 +163,13 @@ class Validation:
         self,
         config: ml_collections.ConfigDict,
         run: Run,
+        guard: Guard,
         programs: Programs,
         problems: list[Example],
         base: Path,
     ):
         self._config, self._run, self._programs = config, run, programs
+        self._guard = guard
         self._problems, self._base = problems, policies.base_of(base)
 
     def look_at(self, state: TrainState) -> None:
@@ -148,6 +177,7 @@ class Validation:
         run, programs = self._run, self._programs
         figures = programs.evaluator.validate(state.variables, self._problems)
         run.write(validation_row(figures))
+        self._guard.read_validation(run.step, figures['accuracy'])
         if 'best' in run.record and quality(figures) <= quality(run.record['best']):
             return
         run.record['best'] = {'step': run.step} | figures
@@ -162,10 +192,8 @@ class Validation:
         )
 
 
-def restore(
-    run: Run, state: TrainState, programs: Programs, mesh: Mesh
-) -> tuple[TrainState, Rollout]:
-    """The train state and the rollout of the newest checkpoint, on the devices of this start.
+def restore(run: Run, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh) -> Arrays:
+    """The arrays of the newest checkpoint, on the devices of this start.
 
     Raises:
       FileNotFoundError: the best policy of the run is gone, which its report would need.
@@ -178,13 +206,8 @@ def restore(
             '--workdir'
         )
     policies.load_trained(best, programs.policy, mesh)  # Fail early: the report reads it again.
-
-    def saved_arrays(record: dict[str, Any]) -> tuple[TrainState, Rollout]:
-        check_record(record, run.directory / 'checkpoints')
-        return state.replace(frozen={}), zeros_like(programs.shapes(record['prompt_length']), mesh)
-
-    saved, rollout = run.restore(saved_arrays)
-    return saved.replace(frozen=state.frozen), rollout
+    target, arrays = restored_by(run, state, parts, programs, mesh)
+    return arrays(run.restore(target))
 
 
 def report(

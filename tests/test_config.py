@@ -185,6 +185,9 @@ def test_the_published_recipe(preset):
         ({'sampling.prompt_buckets': (128, 64)}, 'sampling.prompt_buckets is (128, 64)'),
         ({'sampling.prompt_buckets': (64, 200)}, 'below sampling.prompt_length 200'),
         ({'checkpoint.every': 0}, 'checkpoint.every'),
+        ({'train.diagnose_every': -1}, 'train.diagnose_every'),
+        ({'guard.rollbacks': -1}, 'guard.rollbacks is -1'),
+        ({'guard.reward_fall': 1.0}, 'guard.reward_fall is 1.0'),
     ],
 )
 def test_what_cannot_work_is_refused_with_key_and_value(change, message):

@@ -23,7 +23,7 @@ from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.experience import rows_of_update
 from spg_jax.rl.objectives import Batch, Objective
-from spg_jax.rl.objectives.objective import never
+from spg_jax.rl.objectives.objective import never, token_log_probs
 from spg_jax.rl.rollout import Rollout, rollout_metrics
 from spg_jax.rl.scores import Reader, corrupt, moments
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
@@ -95,7 +95,9 @@ def make_update(
         )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
         state = after_update(objective, optimizer, state)
-        metrics |= applied | rollout_metrics(rollout, batching.group_size, policy.eos_id)
+        metrics |= applied | rollout_metrics(
+            rollout, batching.group_size, policy.eos_id, policy.config.vocab_size
+        )
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
@@ -169,6 +171,8 @@ def make_gradient(
         def loss_of(readouts: Array, rows: Rows, others: dict[str, Array]) -> tuple[Array, Any]:
             batch = Batch(rows.rollout, rows.draws, rows.others | others, step)
             loss = objective.loss(readouts, batch)
+            if objective.readout is token_log_probs:
+                loss = loss.replace(metrics=loss.metrics | elbo_spread(readouts, batch))
             return loss.total, loss
 
         weights_of = jax.grad(loss_of, has_aux=True)  # -> (d loss / d readouts, Loss)
@@ -234,6 +238,29 @@ def make_gradient(
         return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
 
     return gradient_of
+
+
+def elbo_spread(log_probs: Array, batch: Batch) -> Metrics:
+    """How far the draws of a completion disagree about its likelihood, in nats per token.
+
+    Each draw estimates the ELBO per token by the mean of its log-probabilities. The metric is the
+    standard deviation of these estimates, without bias in its square, as a mean over the rows of
+    which two draws or more have a token in the loss.
+
+    Args:
+      log_probs: [b, M, C] in nats.
+      batch: the rows and their draws.
+    """
+    target = batch.target  # [b, M, C]
+    tokens = target.sum(-1)  # [b, M]
+    estimate = jnp.where(target, log_probs, 0.0).sum(-1) / jnp.maximum(tokens, 1)  # [b, M]
+    draws = (tokens > 0).sum(-1)  # [b]
+    mean = jnp.where(tokens > 0, estimate, 0.0).sum(-1) / jnp.maximum(draws, 1)  # [b]
+    squares = jnp.where(tokens > 0, jnp.square(estimate - mean[:, None]), 0.0).sum(-1)  # [b]
+    spread = jnp.sqrt(squares / jnp.maximum(draws - 1, 1))
+    counted = draws > 1
+    total = jnp.where(counted, spread, 0.0).sum()
+    return {'elbo_spread': (total, counted.sum().astype(jnp.float32))}
 
 
 def other_policies(frozen: Variables, kept: Mapping[str, Variables]) -> dict[str, Variables]:

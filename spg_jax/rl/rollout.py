@@ -87,10 +87,19 @@ def empty_rollout(rows: int, prompt_length: int, length: int, mesh: Mesh) -> Rol
 
 
 def rollout_metrics(
-    rollout: Rollout, group_size: int, eos_id: int
+    rollout: Rollout, group_size: int, eos_id: int, vocab_size: int
 ) -> dict[str, tuple[Array, Array]]:
-    """Figures that describe a rollout, each as (sum, weight)."""
+    """Figures that describe a rollout, each as (sum, weight).
+
+    `commonest_token` is the share of the most frequent token among all tokens through the first
+    EOS, and `repeats` the share of those tokens that equal the one before them. Both rise where a
+    policy collapses into few tokens.
+    """
     rows = jnp.float32(len(rollout.reward))
+    scored = rollout.scored
+    ones = scored.reshape(-1).astype(jnp.int32)
+    counts = jnp.bincount(rollout.completion.reshape(-1), ones, length=vocab_size)  # [V]
+    repeats = (rollout.completion[:, 1:] == rollout.completion[:, :-1]) & scored[:, 1:]
     groups = rollout.completion.reshape(-1, group_size, rollout.completion.shape[1])
     same = jnp.all(groups[:, :, None, :] == groups[:, None, :, :], axis=-1)  # [B/G, G, G]
     # A completion counts as distinct if no earlier member of its group equals it.
@@ -103,8 +112,14 @@ def rollout_metrics(
             rollout.reward.reshape(-1, group_size).max(1).sum(),
             jnp.float32(len(groups)),
         ),
-        'groups_with_signal': (signal.sum().astype(jnp.float32), jnp.float32(len(groups))),
-        'distinct_completions': (is_distinct.sum().astype(jnp.float32), rows),
-        'length': (rollout.scored.sum().astype(jnp.float32), rows),
-        'eos_rate': (ended.sum().astype(jnp.float32), rows),
+        'groups_with_signal': (_float(signal.sum()), jnp.float32(len(groups))),
+        'distinct_completions': (_float(is_distinct.sum()), rows),
+        'length': (_float(scored.sum()), rows),
+        'eos_rate': (_float(ended.sum()), rows),
+        'commonest_token': (_float(counts.max()), _float(scored.sum())),
+        'repeats': (_float(repeats.sum()), _float(scored[:, 1:].sum())),
     }
+
+
+def _float(count: Array) -> Array:
+    return count.astype(jnp.float32)

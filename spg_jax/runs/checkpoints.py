@@ -5,6 +5,7 @@ a record of JSON values with digests of both. A checkpoint appears whole or not 
 believed only if its digests agree. Policies, which are for use, are in `spg_jax.runs.policies`.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -19,6 +20,7 @@ from spg_jax.runs.arrays import abstract, restored, saving
 from spg_jax.training.digests import digest_arrays
 
 Record = dict[str, Any]  # JSON values
+NEEDED = 'needed'  # in a record: steps of the checkpoints that are kept as long as this one
 DAMAGED = '.damaged'  # ends the name of a checkpoint that could not be read
 T = TypeVar('T')
 
@@ -53,6 +55,8 @@ class RunCheckpoints:
     def save(self, step: int, arrays: Any, record: Record) -> None:
         """Writes a checkpoint, reads it back, and deletes the ones that are no longer kept.
 
+        The newest are kept, and those that the record of one of the newest says it needs.
+
         Raises:
           OSError: it could not be written, or what was read back is not what was written.
         """
@@ -62,8 +66,10 @@ class RunCheckpoints:
         with saving(path):
             ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata=metadata)
             self.load(step, lambda _: abstract(arrays))
+        steps = self.steps()
+        needed = {old for step in steps[-self._keep :] for old in self._needed(step)}
         if distributed.is_leader():
-            for old in self.steps()[: -self._keep]:
+            for old in set(steps[: -self._keep]) - needed:
                 shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
     def record(self, step: int) -> Record:
@@ -105,11 +111,8 @@ class RunCheckpoints:
         """
         failures: dict[int, ValueError] = {}
         for step in reversed(self.steps()):
-            path = self.directory / str(step)
             try:
-                # Orbax waits for all processes, so none of them may begin to load alone.
-                _agreed(path, lambda step=step: self.record(step))
-                arrays, record = _agreed(path, lambda step=step: self.load(step, target_of))
+                arrays, record = self.load_agreed(step, target_of)
             except ValueError as error:
                 failures[step] = error
                 continue
@@ -122,6 +125,19 @@ class RunCheckpoints:
             f'{newest}; no older checkpoint is whole either: restore one, or move '
             f'{self.directory.parent} away to begin anew'
         )
+
+    def load_agreed(self, step: int, target_of: Callable[[Record], Any]) -> tuple[Any, Record]:
+        """`load`, which counts only if every process can; raises ValueError as it does."""
+        path = self.directory / str(step)
+        # Orbax waits for all processes, so none of them may begin to load alone.
+        _agreed(path, lambda: self.record(step))
+        return _agreed(path, lambda: self.load(step, target_of))
+
+    def _needed(self, step: int) -> list[int]:
+        """The checkpoints that one needs; [] if its record cannot be read."""
+        with contextlib.suppress(ValueError):
+            return self.record(step).get(NEEDED, [])
+        return []
 
     def _set_aside(self, step: int) -> Path:
         path, number = self.directory / str(step), 1

@@ -27,9 +27,11 @@ FREE = frozenset(
         *('sampling.prompt_buckets', 'task.data_dir', 'base.cache'),
         *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),
         'rl.recipe',
+        'train.diagnose_every',
     }
 )
-GROWING = frozenset({'train.steps'})  # A training may be made longer, and not shorter.
+# A training may be made longer, and not shorter; one that collapsed may be allowed to go back.
+GROWING = frozenset({'train.steps', 'guard.rollbacks'})
 FILES = 'files'  # the group in which the digests of files are compared
 
 WHOLE = 64 * 2**20  # bytes up to which a file is digested as a whole

@@ -6,7 +6,7 @@ On the devices a metric is a pair (sum, weight), which is divided when the metri
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
 from spg_jax.rl.rollout import Rollout
 from spg_jax.sharding import own_values
+
+Watch = Callable[[Mapping[str, Any]], Mapping[str, float]]
 
 SAMPLES = 4  # completions of each rollout that are written to a file for people to read
 MOST_STEPS = 2**32  # more than any training has; a row of a later step is damaged
@@ -43,6 +45,7 @@ class MetricsWriter:
       last_row: the row of the last update before `start`, which is added if the file has lost it.
       wandb: a run of Weights & Biases to log to as well, from `open_wandb`; None logs to none.
       seconds: the time spent before writing begins, from which the rows count on.
+      watch: takes the row of each update and returns figures to add to it.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class MetricsWriter:
         last_row: dict[str, Any] | None = None,
         wandb: Any = None,
         seconds: float = 0.0,
+        watch: Watch | None = None,
     ):
+        self._watch = watch
         self.last_row: dict[str, Any] = last_row or {}
         self._pending: tuple[int, Mapping[str, tuple[Array, Array]]] | None = None
         self._started = time.monotonic() - seconds
@@ -76,7 +81,8 @@ class MetricsWriter:
             step, metrics = self._pending
             self._pending = None
             row = {'step': step, **read(metrics), 'seconds': time.monotonic() - self._started}
-            self.last_row = {name: _finite(value) for name, value in row.items()}
+            row = {name: _finite(value) for name, value in row.items()}
+            self.last_row = row | (self._watch(row) if self._watch else {})
             self.write(self.last_row)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -10,7 +10,16 @@ PANELS = (
     ('reward', ('reward', 'reward_max_of_group')),
     ('validation', ('validation_accuracy', 'validation_grid_accuracy')),
     ('nats per token', ('elbo_of_better', 'elbo_of_worse', 'eubo_minus_elbo')),
-    ('shares', ('groups_with_signal', 'distinct_completions', 'eos_rate')),
+    (
+        'shares',
+        (
+            'groups_with_signal',
+            'distinct_completions',
+            'eos_rate',
+            'commonest_token',
+            'repeats',
+        ),
+    ),
     ('gradient norm', ('gradient_norm',)),
     ('length', ('length',)),
 )

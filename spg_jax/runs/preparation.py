@@ -1,5 +1,6 @@
 """What a run of reinforcement learning is made of: problems, base policy and programs."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import grain
 import ml_collections
+import optax
 from jax.sharding import Mesh
 
 from spg_jax.assembly import Parts
@@ -17,6 +19,7 @@ from spg_jax.process import distributed
 from spg_jax.random import check_range
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_collect
+from spg_jax.rl.diagnostics import Diagnosis, make_diagnosis
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.experience import collections_due, experience_shapes, make_keep
 from spg_jax.rl.learner import kept_policies, make_update
@@ -66,6 +69,9 @@ def read_problems(
     return ProblemSets(train, validation[: config.evaluation.problems], list(test), digest)
 
 
+Update = Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
+
+
 class Programs(NamedTuple):
     """What a run calls: the policy and the compiled functions around it."""
 
@@ -77,7 +83,10 @@ class Programs(NamedTuple):
     shapes: Callable[[int], Rollout]  # padded length of prompts -> shapes of the experience
     # (experience, rollout just collected, updates done, batches collected before it) -> experience
     keep: Callable[[Rollout | None, Rollout, int, int], Rollout]
-    update: Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]
+    update: Update
+    update_at: Callable[[float], Update]  # share of the learning rate -> the update at that share
+    begin: Callable[[], TrainState]  # the train state before the first update, read from disk anew
+    diagnosis: Diagnosis | None
     evaluator: Evaluator
 
 
@@ -98,15 +107,29 @@ def prepare(
     adapters = policies.check_policy(base, mesh, parts.adapter)
     check_adapters(adapters, parts.lora, where=parts.adapter or base)
     problems = read_problems(config, parts, policies.load_tokenizer(base))
-    policy, tokenizer, variables = policies.load_policy(
-        base, mesh, parts.adapter, **parts.execution
-    )
-    policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
-    optimizer = optimizers.for_rl(parts.optimizer, planned_steps, parts.objective.rate)
     objective = parts.objective
     kept = kept_policies(objective, new_adapters=parts.lora is not None and adapters is None)
-    state = initial_state(variables, optimizer, policy, mesh, average=False, kept=kept)
+
+    def optimizer_at(share: float) -> optax.GradientTransformation:
+        rate = share * parts.optimizer.learning_rate
+        settings = dataclasses.replace(parts.optimizer, learning_rate=rate)
+        return optimizers.for_rl(settings, planned_steps, objective.rate)
+
+    def begin() -> tuple[Policy, Tokenizer, TrainState]:
+        policy, tokenizer, variables = policies.load_policy(
+            base, mesh, parts.adapter, **parts.execution
+        )
+        policy, variables = with_adapters(policy, variables, parts.lora, seed, mesh)
+        optimizer = optimizer_at(1.0)
+        state = initial_state(variables, optimizer, policy, mesh, average=False, kept=kept)
+        return policy, tokenizer, state
+
+    policy, tokenizer, state = begin()
     shardings = shardings_of(state)
+
+    def update_at(share: float) -> Update:
+        return make_update(policy, objective, optimizer_at(share), batching, seed, shardings)
+
     prompts = batches.prompts(
         parts.task,
         tokenizer,
@@ -118,6 +141,9 @@ def prepare(
         local_prompts=batching.local_prompts(mesh),
     )
     arrival = make_arrival(policy, objective, batching, seed)
+    diagnosis = None
+    if config.train.diagnose_every:
+        diagnosis = make_diagnosis(policy, batching, parts.sampling.block_length, seed)
     programs = Programs(
         policy=policy,
         tokenizer=tokenizer,
@@ -134,7 +160,10 @@ def prepare(
             vocab_size=policy.config.vocab_size,
         ),
         keep=make_keep(objective, batching, parts.prompt_lengths[-1]),
-        update=make_update(policy, objective, optimizer, batching, seed, shardings),
+        update=update_at(1.0),
+        update_at=update_at,
+        begin=lambda: begin()[-1],
+        diagnosis=diagnosis,
         evaluator=Evaluator(policy, parts.evaluation_task, tokenizer, parts.evaluation, mesh),
     )
     return state, problems, programs

@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from spg_jax.process.json_files import check_json, read_json
 from spg_jax.rl.evaluator import Figures
-from spg_jax.runs import policies
+from spg_jax.runs import guard, policies
 from spg_jax.runs.claim import has_checkpoint
 from spg_jax.runs.identity import Settings
 from spg_jax.runs.run import Run
@@ -68,6 +68,9 @@ def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> di
         'seconds': run.seconds,
         'base_seconds': policies.policy_notes(base_policy).get('seconds'),
         'seed': config['train']['seed'],
+        'updates': run.step,
+        'learning_rate_scale': run.record.get('learning_rate_scale', 1.0),
+        'guard': guard.result(run.record['guard']),
         'config': config,
     }
     if 'grid_accuracy' in final:
@@ -99,6 +102,7 @@ class Result(TypedDict):
     steps: int  # updates that the run was to make
     seconds: float
     scorer: str
+    guard: NotRequired[dict[str, Any]]  # `guard.result`; older results have none
 
 
 def read_result(path: Path) -> Result:
@@ -137,8 +141,15 @@ def closing_lines(result: Result, workdir: Path) -> str:
         figures = f'cells {figures}, grids {grids}'
     else:
         figures = f'accuracy {figures}'
+    signal = ''
+    if not result.get('guard', {}).get('had_signal', True):
+        signal = (
+            'no group of the whole run had completions of different rewards, so nothing was '
+            'learned from them: use easier problems, a larger rl.group_size or a better base\n'
+        )
     return (
-        f'finished: test {figures} in {result["seconds"]:.0f} s ({result["scorer"]} scorer)\n'
+        f'{signal}finished: '
+        f'test {figures} in {result["seconds"]:.0f} s ({result["scorer"]} scorer)\n'
         f'curves    {workdir}/curves.png\nresult    {workdir}/result.json\n'
         f'look      python -m spg_jax.generate --workdir={workdir} --trace\n'
         f'evaluate  python -m spg_jax.evaluate --workdir={workdir}'

@@ -13,7 +13,7 @@ from jax import Array
 from spg_jax.process import distributed
 from spg_jax.runs.arrays import abstract
 from spg_jax.runs.checkpoints import Record, RunCheckpoints
-from spg_jax.runs.metrics import MetricsWriter, SampleWriter
+from spg_jax.runs.metrics import MetricsWriter, SampleWriter, Watch
 from spg_jax.runs.wandb_log import open_wandb
 
 
@@ -37,6 +37,7 @@ class Run:
         keep: int,
         wandb: str = '',
         settings: dict[str, Any] | None = None,
+        watch: Watch | None = None,
     ):
         """Looks for the newest checkpoint.
 
@@ -45,6 +46,7 @@ class Run:
           keep: newest checkpoints that are kept.
           wandb: project of Weights & Biases to log to as well; '' logs to none.
           settings: every setting of the training, for Weights & Biases.
+          watch: takes the row of each update and returns figures to add to it.
         """
         self.directory = directory
         self._started = time.monotonic()
@@ -54,6 +56,7 @@ class Run:
         self.step = self._first_step = 0
         self._seconds_before = 0.0
         self._wandb, self._settings = wandb, settings or {}
+        self._watch = watch
 
     @property
     def seconds(self) -> float:
@@ -81,6 +84,14 @@ class Run:
         self.step = self._first_step = step
         self._seconds_before = self.record['seconds']
         return arrays
+
+    def load(self, step: int, arrays_of: Callable[[Record], Any]) -> tuple[Any, Record]:
+        """Arrays and record of the checkpoint of a step; `arrays_of` is as in `restore`.
+
+        Raises:
+          ValueError: the checkpoint is gone, damaged or does not fit; the message names it.
+        """
+        return self._checkpoints.load_agreed(step, lambda record: abstract(arrays_of(record)))
 
     def push(self, metrics: Mapping[str, tuple[Array, Array]]) -> None:
         """Counts an update that was just dispatched and writes the metrics of the one before."""
@@ -156,4 +167,5 @@ class Run:
             self.record.get('last_row'),
             wandb=log,
             seconds=self.seconds,
+            watch=self._watch,
         )

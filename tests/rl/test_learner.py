@@ -2,6 +2,7 @@
 draws or meshes."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import Transformer
-from spg_jax.rl.learner import make_gradient, make_update
+from spg_jax.rl.learner import elbo_spread, make_gradient, make_update
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
@@ -146,6 +147,16 @@ def test_a_non_finite_update_is_skipped_and_counted(policy, config, updates):
         state, metrics = update(state, sharding.put_batch(mesh, rollout))
     assert int(state.skipped) == 0 and int(state.step) == 3
     assert metrics['skipped'][0] == 0
+
+
+def test_the_spread_of_the_elbo_is_that_of_the_draws():
+    """Row by row: draws of one token, of two and of none; a row with one draw does not count."""
+    log_probs = jnp.array([[[-1.0, -9], [-2, -4], [-5, -5]], [[-1, -2], [-9, -9], [-9, -9]]])
+    target = jnp.array([[[1, 0], [1, 1], [0, 0]], [[1, 1], [0, 0], [0, 0]]], bool)
+    batch = SimpleNamespace(target=target)
+    total, weight = elbo_spread(log_probs, batch)['elbo_spread']
+    assert weight == 1
+    assert_allclose(total, np.std([-1.0, -3.0], ddof=1), rtol=1e-6)
 
 
 def test_memory_is_flat_in_the_number_of_draws(policy, config):

@@ -1,6 +1,9 @@
 """Rollouts have the same tokens on every mesh, in every batch and under every padding; figures are
 checked by hand."""
 
+from collections import Counter
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,7 @@ from spg_jax.rl.collection import make_collect, make_generate
 from spg_jax.rl.rollout import rollout_metrics
 from tests.meshes import mesh_of
 from tests.parameters import random_params
-from tests.rl.conftest import EOS, random_rollout
+from tests.rl.conftest import EOS, VOCAB, random_rollout
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [18, 19], [20]]
 
@@ -70,11 +73,12 @@ def test_metrics_are_what_counting_gives():
     some = random_rollout()
     completion = np.asarray(some.completion).copy()
     completion[5] = completion[4]
+    completion[3, 1] = completion[3, 0]
     some = some.replace(completion=jnp.asarray(completion))
     reward = np.asarray(some.reward)
     found = {
         name: float(total / weight)
-        for name, (total, weight) in rollout_metrics(some, 4, EOS).items()
+        for name, (total, weight) in rollout_metrics(some, 4, EOS, VOCAB).items()
     }
     groups = [completion[:4].tolist(), completion[4:].tolist()]
     distinct = sum(len({tuple(row) for row in group}) for group in groups)
@@ -86,6 +90,14 @@ def test_metrics_are_what_counting_gives():
     assert found['groups_with_signal'] == sum(signal) / 2
     assert found['length'] == scored.mean()
     assert found['eos_rate'] == sum(EOS in row for group in groups for row in group) / 8
+    rows = completion.tolist()
+    tokens = [token for row, n in zip(rows, scored, strict=True) for token in row[:n]]
+    pairs = [pair for row, n in zip(rows, scored, strict=True) for pair in pairwise(row[:n])]
+    assert found['commonest_token'] == pytest.approx(
+        Counter(tokens).most_common(1)[0][1] / len(tokens)
+    )
+    assert found['repeats'] == pytest.approx(np.mean([a == b for a, b in pairs]))
+    assert found['repeats'] > 0
     assert [n for row, n in enumerate(lengths) if row != 5] == [
         n for row, n in enumerate(scored) if row != 5
     ]

@@ -64,6 +64,17 @@ def test_the_newest_are_kept_and_come_back(whole):
     check_loaded(whole, 8)
 
 
+def test_checkpoints_that_a_kept_one_needs_are_kept(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    for step, needed in ((1, []), (2, [1]), (3, [1]), (4, [1]), (5, [4]), (6, [4])):
+        checkpoints.save(step, arrays_of(step), record_of(step) | {'needed': needed})
+        if step == 4:
+            assert checkpoints.steps() == [1, 3, 4]
+        if step == 5:  # 4 would need 1, should 5 be damaged
+            assert checkpoints.steps() == [1, 4, 5]
+    assert checkpoints.steps() == [4, 5, 6]
+
+
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
 def test_a_checkpoint_comes_back_on_another_mesh(whole, sizes):
     mesh = mesh_of(*sizes)
