@@ -36,12 +36,10 @@ def zeros_of(config, lora):
 @pytest.fixture
 def saved(tmp_path):
     """A saved adapter of the tiny checkpoint: its directory, model configuration and values."""
-    config, ids, params = load_checkpoint(TINY)
-    policy = Policy(config, ids.mask, ids.eos, np.ones(config.vocab_size, bool))
-    _, variables = with_adapters(policy, {'params': params}, SIZES, 3, mesh_of())
+    config, _, _ = load_checkpoint(TINY)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), variables[COLLECTION]
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), zeros_of(config, SIZES)
     )
     save_adapter(tmp_path / 'adapter', adapters, SIZES, 'the/base')
     return tmp_path / 'adapter', config, adapters
@@ -83,7 +81,7 @@ def test_peft_puts_adapters_on_what_has_one_and_nothing_else(tmp_path):
     assert 'model.transformer.ff_out' not in adapted
 
 
-@pytest.mark.parametrize('sizes', [None, (1, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [None, (2, 2, 2)])
 def test_adapters_come_back_on_any_mesh(saved, sizes):
     directory, config, adapters = saved
     lora, loaded = load_adapter(directory, config, mesh_of(*sizes) if sizes else None)
