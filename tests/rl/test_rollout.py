@@ -43,7 +43,7 @@ def expected(policy, config):
 
 
 def test_a_prompt_alone_or_padded_more_gets_what_it_gets_in_the_batch(policy, config, expected):
-    for row in (0, 2, 7):
+    for row in (2, 7):
         for length in (4, 9):
             found = completions(policy, config, mesh_of(), [PROMPTS[row]], [row], length=length)
             assert (found[0][0] == expected[0][row]).all()
