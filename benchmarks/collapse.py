@@ -67,7 +67,6 @@ def measure(seed: int, case: str) -> dict[str, Any]:
         'rollbacks': list(rollbacks.values()),  # updates done
         'updates': result['updates'],
         'learning_rate_scale': result['learning_rate_scale'],
-        'seconds': result['seconds'],
     }
 
 

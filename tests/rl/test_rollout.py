@@ -73,7 +73,7 @@ def test_metrics_are_what_counting_gives():
     some = random_rollout()
     completion = np.asarray(some.completion).copy()
     completion[5] = completion[4]
-    completion[3, 1] = completion[3, 0]
+    completion[1, 1] = completion[1, 0]
     some = some.replace(completion=jnp.asarray(completion))
     reward = np.asarray(some.reward)
     found = {
