@@ -53,6 +53,15 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
     return generate
 
 
+def make_keys(seed: int, purpose: Purpose) -> Callable[[int, Array], Array]:
+    """A compiled (step, example_id [B]) -> keys [B] of rows.
+
+    The keys lie where the prompts lie, whoever asks for them, so that rollouts and samples of an
+    evaluation, whose programs are equal, are compiled once.
+    """
+    return jax.jit(lambda step, ids: constrain(example_keys(seed, purpose, step, ids), 'rows'))
+
+
 def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:
     """The text of each row [C] of tokens through its first EOS, with or without special tokens."""
     rows = np.asarray(completion).tolist()
@@ -89,12 +98,12 @@ def make_collect(
     """
     generate = make_generate(policy, decoding)
     group_size = batching.group_size
-    keys_of = jax.jit(example_keys, static_argnums=(0, 1))
+    keys_of = make_keys(seed, Purpose.SAMPLE)
     rows_at_once = len(own_rows(mesh, batching.rows_at_once))
 
     def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
         placed = put_batch(mesh, rows)
-        keys = keys_of(seed, Purpose.SAMPLE, step, placed['example_id'])
+        keys = keys_of(step, placed['example_id'])
         return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
 
     def finish(

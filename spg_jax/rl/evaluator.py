@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,8 +13,14 @@ from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
-from spg_jax.random import Purpose, example_keys
-from spg_jax.rl.collection import Generate, check_rewards, decode, make_generate
+from spg_jax.random import Purpose
+from spg_jax.rl.collection import (
+    Generate,
+    check_rewards,
+    decode,
+    make_generate,
+    make_keys,
+)
 from spg_jax.sharding import own_rows, own_values, put_batch, row_shards
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Score, Task
@@ -74,7 +79,7 @@ class Evaluator:
         self._policy, self._task, self._tokenizer = policy, task, tokenizer
         self._evaluation, self._mesh = evaluation, mesh
         self._programs: dict[SamplingConfig, Generate] = {}
-        self._keys = jax.jit(example_keys, static_argnums=(0, 1, 2))
+        self._keys = make_keys(evaluation.seed, Purpose.EVALUATE)
 
     def report(self, variables: Variables, examples: Sequence[Example]) -> Figures:
         """Figures at the headline length, its pass@k, and the accuracy at every length."""
@@ -184,7 +189,7 @@ class Evaluator:
                     'example_id': np.array(index, np.uint32) * np.uint32(samples) + member,
                 },
             )
-            keys = self._keys(self._evaluation.seed, Purpose.EVALUATE, 0, placed['example_id'])
+            keys = self._keys(0, placed['example_id'])
             completion = program(variables, placed['prompt'], placed['prompt_mask'], keys)
             tokens.append(own_values(completion.tokens))
             commit_steps.append(own_values(completion.commit_step))
