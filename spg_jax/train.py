@@ -128,11 +128,11 @@ def train(
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
             validation.look_at(state)
-        scheduled = last or run.step % config.checkpoint.every == 0
-        if scheduled:
+        scheduled = run.step % config.checkpoint.every == 0
+        if scheduled:  # Others depend on cuts, which must not change what counts as sound.
             run.flush()
             guard.mark(run.step)
-        if scheduled or stop or stuck:
+        if scheduled or last or stop or stuck:
             run.save(
                 arrays.to_save(),
                 guard=guard.memory,
