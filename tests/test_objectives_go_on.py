@@ -39,10 +39,12 @@ def updates_of(workdir):
 
 def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch):
     adapted.simplify(monkeypatch)
+    adapted.skip_evaluation(monkeypatch)
     config = adapted.get_config()
     with config.unlocked():
         set_objective(config, 'tests.every_mechanism')
-    config.train.steps, config.lora.dropout = 4, 0.0
+    config.train.update(steps=4, diagnose_every=2)
+    config.lora.dropout = 0.0
     config.update_from_flattened_dict(adapted.prepare(tmp_path))
     mesh, found = mesh_of(), {}
     for name, cuts in (('whole', ()), ('cut', (3,))):
