@@ -2,9 +2,8 @@
 
 XLA on CPUs takes the outputs and temporaries of each execution from malloc and frees them after it.
 glibc maps a large piece anew each time and unmaps it again, so that the kernel faults and zeroes
-every page at every execution. With the settings below it keeps the pages instead, and on 2 cores
-(countdown, `python -m benchmarks.speed`) a step of pre-training and an update take 0.55 to 0.65 of
-the time, with equal results.
+every page at every execution. With the settings below it keeps the pages instead; docs/performance.md says what
+that saves, with equal results.
 """
 
 import ctypes
