@@ -2,8 +2,8 @@
 
 XLA on CPUs takes the outputs and temporaries of each execution from malloc and frees them after it.
 glibc maps a large piece anew each time and unmaps it again, so that the kernel faults and zeroes
-every page at every execution. With the settings below it keeps the pages instead; docs/performance.md says what
-that saves, with equal results.
+every page at every execution. With the settings below it keeps the pages instead, with equal
+results; docs/performance.md says what that saves.
 """
 
 import ctypes
