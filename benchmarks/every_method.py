@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import runs
-from benchmarks.kills import KILLS, Processes, rows_of
+from benchmarks.kills import CLOCKS, KILLS, Processes, rows_of
 from spg_jax.rl.objectives import REGISTRY
 from tests import adapted
 
@@ -39,9 +39,10 @@ def trial(root: Path, method: str, way: str, seed: int) -> tuple[str, str, str]:
     folder.mkdir()
     settings = [f'--config.rl.objective={method}', *COMMON]
     settings += [f'--config.{each}' for each in SETTINGS.get(method, ())]
-    module = 'spg_jax.train'
+    module, clocks = 'spg_jax.train', CLOCKS
     if way == 'adapters':
-        module = 'tests.adapted'
+        # Its validation says what time it is, so that the newest policy counts as the best.
+        module, clocks = 'tests.adapted', (*CLOCKS, 'validation_accuracy')
         settings = ['--config=tests/adapted.py', *settings] + [
             f'--config.{name}={value}' for name, value in adapted.prepare(folder).items()
         ]
@@ -49,14 +50,17 @@ def trial(root: Path, method: str, way: str, seed: int) -> tuple[str, str, str]:
         settings = [*COUNTDOWN, *settings]
     started = time.monotonic()
     try:
-        processes = Processes(folder, 1, module, settings, shared=root)
+        processes = Processes(folder, 1, module, settings, root, clocks)
         outcome = processes.killed(KILLS['SIGKILL'], 'killed', np.random.default_rng(seed))
     except ValueError as error:
+        print(f'{method}, {way}: {error}', flush=True)
         return 'FAILED', str(error), ''
     rows = [row for row in rows_of(processes.whole) if row.get('gradient_norm')]
     norm = f'{np.mean([row["gradient_norm"] for row in rows]):.3g}'
     seconds = f'{time.monotonic() - started:.0f}'
-    return 'equal' if outcome.held else f'FAILED: {outcome.what}', norm, seconds
+    verdict = 'equal' if outcome.held else f'FAILED: {outcome.what}'
+    print(f'{method}, {way}: {verdict}, mean gradient norm {norm}, {seconds} s', flush=True)
+    return verdict, norm, seconds
 
 
 def main(_: list[str]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from benchmarks import runs
 from spg_jax.runs.checkpoints import DAMAGED
 
-CLOCK = ('seconds', 'base_seconds')
+CLOCKS = ('seconds', 'base_seconds')
 HANG_SECONDS = 600
 DELAY = 0.5  # seconds; a signal follows a row of metrics within this time
 # One device compiles faster than several, and kills do not know devices.
@@ -93,6 +93,7 @@ class Processes:
         module: str = 'spg_jax.train',
         settings: Sequence[str] = SETTINGS,
         shared: Path | None = None,
+        clocks: Sequence[str] = CLOCKS,
     ):
         """Makes the run that is left alone, with as many cores as the others will have.
 
@@ -102,14 +103,16 @@ class Processes:
           module: the program of a run.
           settings: its flags.
           shared: the folder of problems and base policies; by default `root`.
+          clocks: figures that differ between runs that are equal.
         """
         self.root, self.whole = root, root / 'whole'
         self._module, self._settings, self._shared = module, tuple(settings), shared or root
+        self._clocks = frozenset(clocks)
         self._reading = threading.Lock()
         [code] = runs.at_once(jobs, [lambda: self._finish(self.whole)])
         if code:
             raise ValueError(f'the run that was left alone failed: {_last_line(self.whole)}')
-        self._rows, self._contents = len(rows_of(self.whole)), contents_of(self.whole)
+        self._rows, self._contents = len(rows_of(self.whole)), contents_of(self.whole, self._clocks)
         if not any(row.get('gradient_norm') for row in self._contents['metrics']):
             raise ValueError('the run that was left alone learned nothing, so nothing can be lost')
 
@@ -185,7 +188,7 @@ class Processes:
         if 'Traceback' in Path(f'{workdir}.log').read_text(errors='replace'):
             return Outcome(False, 'went on, with tracebacks on the screen')
         with self._reading:  # Orbax is not made for several threads.
-            contents = contents_of(workdir)
+            contents = contents_of(workdir, self._clocks)
         different = [name for name in contents if contents[name] != self._contents[name]]
         return Outcome(not different, f'other {different[0]}' if different else 'equal')
 
@@ -224,23 +227,28 @@ def lines_of(workdir: Path) -> list[str]:
     return path.read_text().split('\n')[:-1] if path.exists() else []
 
 
-def rows_of(workdir: Path) -> list[dict[str, Any]]:
+def rows_of(workdir: Path, clocks: Collection[str] = CLOCKS) -> list[dict[str, Any]]:
     """The metrics of a run without its clocks."""
-    return [_without_clock(json.loads(line)) for line in lines_of(workdir)]
+    return [_without(clocks, json.loads(line)) for line in lines_of(workdir)]
 
 
-def contents_of(workdir: Path) -> dict[str, Any]:
+def contents_of(workdir: Path, clocks: Collection[str] = CLOCKS) -> dict[str, Any]:
     """What two runs that are equal have in common, by the name of the part; clocks are left out."""
-    parts = {'checkpoint': newest_checkpoint(workdir), 'best policy': workdir / 'best' / 'params'}
+    best = workdir / 'best' / 'params'
+    adapter = workdir / 'best' / 'adapter' / 'adapter_model.safetensors'
     return {
-        'metrics': rows_of(workdir),
+        'metrics': rows_of(workdir, clocks),
         'completions': (workdir / 'completions.jsonl').read_text(),
-        'result': _without_clock(json.loads((workdir / 'result.json').read_text())),
-    } | {name: bits_of(ocp.load(path.absolute())) for name, path in parts.items()}
+        'result': _without(clocks, json.loads((workdir / 'result.json').read_text())),
+        'checkpoint': bits_of(ocp.load(newest_checkpoint(workdir).absolute())),
+        'best policy': bits_of(ocp.load(best.absolute()))
+        if best.is_dir()
+        else adapter.read_bytes(),
+    }
 
 
-def _without_clock(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in CLOCK}
+def _without(clocks: Collection[str], row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in clocks}
 
 
 def newest_checkpoint(workdir: Path) -> Path:

@@ -95,8 +95,9 @@ def make_update(
         )
         state, applied = apply_gradient(state, gradient, loss, optimizer)
         state = after_update(objective, optimizer, state)
+        # In a ring groups are neighbours, which they are not among the random rows of an update.
         metrics |= applied | rollout_metrics(
-            rollout, batching.group_size, policy.eos_id, policy.config.vocab_size
+            experience, batching.group_size, policy.eos_id, policy.config.vocab_size
         )
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 

@@ -39,7 +39,8 @@ def curves(workdir: Path) -> Path:
             if points:
                 axis.plot(*zip(*points, strict=True), label=name.replace('_', ' '), lw=1.2)
         axis.set(title=title, xlabel='updates')
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:  # An objective may have none of these figures.
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     path = workdir / 'curves.png'
     figure.savefig(path, dpi=110)
