@@ -244,6 +244,7 @@ def _objective(
         block_length=config.sampling.block_length,
         prompt_rate=config.corruption.prompt_rate,
         block_draw=config.corruption.block_draw,
+        times=config.corruption.times,
         informed=config.corruption.informed,
         strength=config.corruption.strength,
     )

@@ -115,6 +115,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             prompt_rate=0.15,  # probability that a token of the prompt is masked [A]
             # The released choice is neither uniform nor free of repeats.
             block_draw='balanced',  # how draws choose blocks: balanced or released
+            # 'stratified' spreads the numbers of a row evenly over what they can be.
+            times='independent',  # numbers of masked tokens in draws: independent or stratified
             # Informed masking (arXiv 2609.25927) keeps the number of masked positions, and prefers
             # tokens that constrain others little.
             informed=False,  # whether influence decides which positions are masked

@@ -22,6 +22,7 @@ KINDS = ('full', 'uniform', 'block', 'block_full')
 BLOCK_KINDS = ('block', 'block_full')
 INFORMED_KINDS = ('uniform', 'block')  # those that mask a part of a region
 BLOCK_DRAWS = ('balanced', 'released')
+TIMES = ('independent', 'stratified')
 
 
 @struct.dataclass
@@ -67,6 +68,9 @@ class Corruption:
         again if M exceeds their number. 'released' reproduces the published code, randperm(all
         blocks) modulo the blocks reached, which is neither uniform nor free of repeats.
       perturb_completion: whether completion tokens before the chosen block are perturbed as well.
+      times: how numbers of masked positions are drawn. 'independent' draws each draw's by itself;
+        'stratified' spreads those of a row evenly, t_k = (u + k/M) mod 1 with one uniform u (MD4),
+        so that each is uniform and together they cover the range.
       informed: whether positions of little influence are preferred.
       strength: d of informed masking; with 0 no position is preferred.
 
@@ -81,12 +85,19 @@ class Corruption:
     prompt_rate: float = 0.15
     block_draw: str = 'balanced'
     perturb_completion: bool = True
+    times: str = 'independent'
     informed: bool = False
     strength: float = STRENGTH
 
     def __post_init__(self) -> None:
         check_one_of('corruption.kind', self.kind, KINDS)
         check_one_of('corruption.block_draw', self.block_draw, BLOCK_DRAWS)
+        check_one_of('corruption.times', self.times, TIMES)
+        if self.times == 'stratified' and self.kind not in INFORMED_KINDS:
+            raise ValueError(
+                f'corruption.times is stratified with corruption.kind {self.kind!r}, which masks '
+                f'no random number of positions; use {" or ".join(INFORMED_KINDS)}'
+            )
         if self.draws < 1:
             raise ValueError(f'corruption.draws is {self.draws}; a sequence needs at least 1 draw')
         if self.kind in BLOCK_KINDS and self.block_length < 1:
@@ -122,15 +133,20 @@ class Corruption:
           influence: [C] float32 of each token, for informed masking; others do not read it.
 
         Returns:
-          Draws with masked [M, P + C] and block [M]. Draw k is the same whatever M is.
+          Draws with masked [M, P + C] and block [M]. Draw k is the same whatever M is, unless times
+          are stratified.
         """
+        times = None  # [M], in [0, 1)
+        if self.times == 'stratified':
+            key, own = jax.random.split(key)
+            times = jnp.mod(jax.random.uniform(own) + jnp.arange(self.draws) / self.draws, 1.0)
         keys = jax.random.split(key, 1 + self.draws)  # one for the blocks, one for each draw
         block = jnp.zeros(self.draws, jnp.int32)  # [M]
         if self.kind in BLOCK_KINDS:
             block = self._choose_blocks(keys[0], scored)
         length = scored.size
 
-        def draw(key: Array, block: Array) -> Array:
+        def draw(key: Array, block: Array, time: Array | None) -> Array:
             """One draw over the whole sequence, [L] bool."""
             # One call yields all random numbers of a draw, because each call adds to the compile
             # time. The numbers of the prompt come last and are used from its end, so that padding
@@ -138,12 +154,14 @@ class Corruption:
             noise = jax.random.uniform(key, (1 + 2 * length + prompt_mask.size,))
             choice, earlier, prompt = jnp.split(noise, [1 + length, 1 + 2 * length])
             prompt = prompt[::-1]  # [P]
+            if time is not None:
+                choice = choice.at[0].set(time)
             completion = self._mask_completion(
                 choice, earlier < self.prompt_rate, scored, block, influence
             )
             return jnp.concatenate([(prompt < self.prompt_rate) & prompt_mask, completion])
 
-        return Draws(masked=jax.vmap(draw)(keys[1:], block), block=block)
+        return Draws(masked=jax.vmap(draw)(keys[1:], block, times), block=block)
 
     def _choose_blocks(self, key: Array, scored: Array) -> Array:
         """The chosen block of each draw, [M] int32, among those the completion reaches."""

@@ -118,6 +118,16 @@ def test_uniform_masks_every_number_of_positions_equally_often():
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(KEYS)
 
 
+def test_stratified_times_cover_every_quarter_of_the_numbers():
+    """With four draws over 20 positions; the number of each draw alone is uniform."""
+    scored = np.arange(LENGTH) < 20
+    _, completion, _ = sample('uniform', draws=4, scored=scored, times='stratified')
+    sizes = completion[:, :, scored].sum(-1)
+    assert (np.sort((sizes - 1) // 5, axis=1) == np.arange(4)).all()
+    for draw in range(4):
+        assert_counts(np.bincount(sizes[:, draw], minlength=21)[1:], np.full(20, 1 / 20))
+
+
 @pytest.mark.parametrize('kind', ['block', 'block_full'])
 def test_chosen_blocks_are_uniform_over_those_reached(kind):
     _, _, block = sample(kind)
@@ -221,6 +231,7 @@ def test_apply_masks_replaces_masked_tokens_in_every_draw():
         ({'draws': 0}, 'draws is 0; .*at least 1'),
         ({'block_length': 0}, 'block_length is 0; .*at least 1'),
         ({'prompt_rate': 1.5}, 'prompt_rate is 1.5; .*within'),
+        ({'kind': 'full', 'times': 'stratified'}, "kind 'full', which masks no random number"),
         ({'block_draw': 'random'}, "block_draw is 'random'; use one of balanced, released"),
     ],
 )
