@@ -86,7 +86,7 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.rl.update(prompts=4, microbatch=16)
     config.optimizer.learning_rate = 1e-3
     config.train.steps = 8
-    config.train.diagnose_every = 4
+    config.train.diagnose_every = 0  # its program would take a tenth of the run to compile
     # Batches of 32, as of rollouts, so that one compiled program serves both.
     config.evaluation.update(every=4, problems=16, batch=32, samples=2)
     config.checkpoint.every = 5  # between two updates on one rollout

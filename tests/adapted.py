@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rl.update(prompts=2, group_size=4, microbatch=8)
     config.optimizer.learning_rate = 1e-2
     config.checkpoint.every = 1
-    config.train.update(steps=2, diagnose_every=0)  # one program less
+    config.train.steps = 2
     return config
 
 
