@@ -26,8 +26,10 @@ FLAGS = flags.FLAGS
 UPDATES = 12
 # Small sizes of what a method has beside updates on the last rollout, and samplers that it needs.
 SETTINGS = {
+    'd2': ('d2.segments=4',),
     'dtm': ('dtm.phase=4', 'dtm.every=2'),
     'just_grpo': ('sampling.commit=left_to_right',),
+    'tracerl': ('tracerl.lowest=0.0',),  # The tiny policy gets nothing right.
 }
 COUNTDOWN = ('--config=countdown:tiny', '--config.base.stages=((40,1.0),)')
 COMMON = (f'--config.train.steps={UPDATES}', '--config.checkpoint.every=2')
