@@ -30,8 +30,7 @@ DELAY = 0.5  # seconds; a signal follows a row of metrics within this time
 ENVIRONMENT = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
 SETTINGS = (
     *('--config=countdown:tiny', '--config.train.steps=40'),
-    # benchmarks.faults reads checkpoints as those of a run that diagnoses nothing.
-    *('--config.checkpoint.keep=3', '--config.train.diagnose_every=0'),
+    '--config.checkpoint.keep=3',
     # This base policy writes answers of several rewards, without which no update changes anything.
     '--config.base.stages=((40,1.0),)',
 )

@@ -249,7 +249,7 @@ def _objective(
         strength=config.corruption.strength,
     )
     settings = method.settings(**config[group_of(config.rl.objective)])
-    objective = method.build(settings, Protocol(corruption, sampling, batching, config.train.steps))
+    objective = method.build(settings, Protocol(corruption, sampling, batching))
     if corruption.informed and not set(corruption.records) <= set(objective.records):
         raise ValueError(
             f'corruption.informed is on, but rl.objective {config.rl.objective!r} draws masks of '

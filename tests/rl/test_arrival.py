@@ -25,7 +25,7 @@ def test_the_behaviour_policy_is_read_under_the_draws_of_each_turn(policy, confi
     config.rl.update(microbatch=4, draws_per_pass=2)
     parts, rollout, seed = assemble(config), random_rollout(), config.train.seed
     corruption = Corruption('block', draws=2, block_length=4)
-    protocol = Protocol(corruption, parts.sampling, parts.batching, config.train.steps)
+    protocol = Protocol(corruption, parts.sampling, parts.batching)
     objective = unigrpo.build(unigrpo.Settings(masking='coupled', masks=3), protocol)
     mesh = mesh_of()
     with jax.set_mesh(mesh):

@@ -225,7 +225,6 @@ class Protocol:
     corruption: Corruption  # as configured; methods with a corruption of their own leave it
     sampling: SamplingConfig  # of rollouts
     batching: Batching
-    steps: int  # updates of the run
 
 
 def setting(default: Any, meaning: str) -> Any:

@@ -71,7 +71,6 @@ def objective_of(
         corruption=Corruption(kind='block', draws=2, block_length=8),
         sampling=sampling or SamplingConfig(length, length // 2, 8, temperature=1.0),
         batching=batching,
-        steps=100,
     )
     return method.build(method.settings(**settings), protocol)
 

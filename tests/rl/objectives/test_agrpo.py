@@ -227,7 +227,7 @@ def test_states_of_a_rollout_give_back_the_law_that_the_sampler_recorded(policy,
     config.sampling.update(commit='random', steps=6, temperature=0.6, top_k=7, top_p=0.95)
     parts = assemble(config)
     sampling, batching = parts.sampling, parts.batching
-    protocol = Protocol(Corruption('full', 1, 1), sampling, batching, steps=1)
+    protocol = Protocol(Corruption('full', 1, 1), sampling, batching)
     made = build(Settings(states=3), protocol)
     sampling = dataclasses.replace(sampling, records=made.records)
     tokens = np.arange(8, dtype=np.int32).reshape(2, 4) + 5
