@@ -1,18 +1,17 @@
 """Prompts as batches of tokens, by grain: in an order that a seed fixes, and resumable."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import numpy as np
 
 from spg_jax.data.prompts import prompt_lengths, prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.tasks.task import Example, Task
 
-# One thread is enough to stay ahead of the training step, and leaves the cores to that step.
-READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-
+# grain is imported where batches are made: it takes a second, and images for GPUs lack it.
+if TYPE_CHECKING:
+    import grain
 
 LONG_PROMPTS = ('drop', 'truncate_left', 'error')  # what to do with prompts that do not fit
 
@@ -148,7 +147,7 @@ def prompts(
     seed: int,
     truncate: bool = False,
     local_prompts: np.ndarray | None = None,
-) -> grain.DatasetIterator:
+) -> 'grain.DatasetIterator':
     """Endless shuffled batches of prompts; the iterator has get_state and set_state.
 
     Args:
@@ -161,6 +160,7 @@ def prompts(
       truncate: whether prompts that are longer than all buckets are cut.
       local_prompts: [b] places in a batch of the prompts that this process reads; None reads all.
     """
+    import grain
 
     def encode(places: np.ndarray) -> PromptBatch:
         length = padded_length(problems.lengths[places].max(), buckets)
@@ -169,4 +169,14 @@ def prompts(
         return encode_prompts(task, tokenizer, examples, length, truncate)
 
     places = grain.MapDataset.range(len(problems.places)).seed(seed).shuffle().repeat()
-    return iter(places.batch(batch_size).map(encode).to_iter_dataset(READING))
+    return read_ahead(places.batch(batch_size).map(encode))
+
+
+def read_ahead(dataset: 'grain.MapDataset[Any]') -> 'grain.DatasetIterator':
+    """An iterator over a data set that makes the next elements while the last one is used.
+
+    One thread is enough to stay ahead of the training step, and leaves the cores to that step.
+    """
+    import grain
+
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import numpy as np
 
-from spg_jax.data.batches import READING, encode_prompts
+from spg_jax.data.batches import encode_prompts, read_ahead
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.random import SEEDS
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    import grain
 
 Record = tuple[Example, str]  # a problem and an answer to imitate
 
@@ -42,13 +44,14 @@ class Lessons:
         """Tokenises problems and answers; raises as `encode_pairs`."""
         return encode_pairs(self.task, self.tokenizer, pairs, self.prompt_length, self.length)
 
-    def batches(self, right_share: float, seed: int) -> grain.DatasetIterator:
+    def batches(self, right_share: float, seed: int) -> 'grain.DatasetIterator':
         """Endless shuffled batches; the iterator has get_state and set_state.
 
         Args:
           right_share: the share of right answers that the demonstrator gives, anew in each epoch.
           seed: determines the order, and the demonstrator's answers. It counts modulo 2^32.
         """
+        import grain
 
         def demonstrate(example: Example, rng: np.random.Generator) -> Record:
             return example, self.task.demonstration(example, rng, right_share)
@@ -61,7 +64,7 @@ class Lessons:
         dataset = grain.MapDataset.source(source).seed(seed % SEEDS).shuffle().repeat()
         if self.records is None:
             dataset = dataset.random_map(demonstrate)
-        return iter(dataset.batch(self.batch_size, batch_fn=encode).to_iter_dataset(READING))
+        return read_ahead(dataset.batch(self.batch_size, batch_fn=encode))
 
 
 def encode_completions(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -30,6 +29,9 @@ from spg_jax.tasks.source import Source
 from spg_jax.tasks.task import Example
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import Metrics, TrainState, initial_state, shardings_of
+
+if TYPE_CHECKING:
+    import grain
 
 # What changes what a run learns though no setting names it, in words.
 ORIGINS = {
@@ -77,7 +79,7 @@ class Programs(NamedTuple):
 
     policy: Policy
     tokenizer: Tokenizer
-    prompts: grain.DatasetIterator  # endless batches of training prompts
+    prompts: 'grain.DatasetIterator'  # endless batches of training prompts
     collect: Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]
     due: Callable[[int], int]  # updates done -> batches of prompts to collect before the next
     shapes: Callable[[int], Rollout]  # padded length of prompts -> shapes of the experience
