@@ -22,6 +22,7 @@ from spg_jax.models.splash import splash_attention
 MASKED = -1e30
 
 FUSED = ('splash', 'cudnn')  # kernels that keep no scores in memory
+CUDNN_HEAD_MULTIPLE, CUDNN_LARGEST_HEAD = 8, 256  # head dims that the kernel of cuDNN accepts
 AUTO = 'auto'
 # A CUDA device has two names: the devices of JAX say 'gpu', programs compiled for one say 'cuda'.
 _FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
@@ -88,29 +89,38 @@ def cudnn_attention(
         on any platform.
 
     Raises:
-      ValueError: for float32, in which cuDNN does not compute, or if cuDNN is not installed.
+      ValueError: for float32, in which cuDNN does not compute, for a head dim over 256, or if cuDNN
+        is not installed.
     """
     if q.dtype != jnp.bfloat16:
         raise ValueError(
             f"model.attention 'cudnn' computes in bfloat16, not {q.dtype}; use model.attention "
             'einsum, or model.dtype bfloat16'
         )
-    L = q.shape[1]
+    L, H = q.shape[1], q.shape[3]
+    if H > CUDNN_LARGEST_HEAD:
+        raise ValueError(
+            f"model.attention 'cudnn' has heads of at most {CUDNN_LARGEST_HEAD} numbers, not {H}; "
+            'use model.attention einsum'
+        )
     # The length is padded to an even one, because the backward pass of the masked kernel accepts no
-    # odd lengths. Below, L stands for the padded length in the shapes.
-    padding = ((0, 0), (0, L % 2), (0, 0), (0, 0))
+    # odd lengths, and the head dim with zeros, which change no score. Below, L and H stand for the
+    # padded sizes in the shapes.
+    padding = ((0, 0), (0, L % 2), (0, 0), (0, -H % CUDNN_HEAD_MULTIPLE))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))  # [B, L, N, H], [B, L, K, H] twice
     valid = jnp.pad(valid, padding[:2])  # [B, L]
     mask = jnp.broadcast_to(  # [B, 1, L, L']
         valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1])
     )
     try:
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=H**-0.5, implementation=implementation
+        )
     except RuntimeError as error:
         raise ValueError(
             f"model.attention 'cudnn': {error} Install it, or use model.attention einsum"
         ) from None
-    return mixed[:, :L]
+    return mixed[:, :L, :, :H]
 
 
 def _folded(q: Array, k: Array, v: Array, valid: Array) -> Array:

@@ -1,7 +1,7 @@
 """Every implementation of attention against a loop over the formula, on one device and on a mesh.
 
-The kernel for TPUs is interpreted here. For CUDA the portable implementation of the function that
-calls the kernel runs on the same arguments.
+The kernel for TPUs is interpreted here. Without CUDA, the portable implementation of the function
+that calls the kernel for CUDA runs on the same arguments.
 """
 
 from functools import partial
@@ -22,11 +22,12 @@ from tests.meshes import mesh_of
 
 pytestmark = pytest.mark.numerical
 
-HERE = {  # implementation -> the form of it that runs on a CPU
+CUDA = jax.devices()[0].platform == 'gpu'
+HERE = {  # implementation -> the form of it that runs here
     'einsum': partial(attention, implementation='einsum'),
     'folded': partial(attention, implementation='folded'),
     'splash': partial(splash_attention, interpret=True),
-    'cudnn': partial(cudnn_attention, implementation='xla'),
+    'cudnn': partial(cudnn_attention, implementation='cudnn' if CUDA else 'xla'),
 }
 PRECISE = ('einsum', 'folded', 'splash')  # implementations that also compute in float32
 
@@ -114,7 +115,7 @@ def test_bfloat16_on_a_mesh_equals_einsum_on_one_device(implementation):
     """Rows are split over data and fsdp, query and key/value heads over tensor."""
     q, k, v, valid = inputs(7, 4, 2, 'bfloat16')
     expected = outcome('einsum', q, k, v, valid)
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+    mesh = mesh_of(2, 2, 2)
     heads = jax.NamedSharding(mesh, jax.P(sharding.ROWS, None, 'tensor'))
     with jax.set_mesh(mesh):
         actual = outcome(implementation, *jax.device_put((q, k, v), heads), valid)
@@ -156,7 +157,7 @@ def test_splash_in_the_transformer_on_a_mesh_equals_einsum_on_one_device(monkeyp
             return jax.device_get(jax.jit(jax.grad(loss))(params))
 
     expected = gradient(mesh_of(), 'einsum')
-    actual = gradient(sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}), 'splash')
+    actual = gradient(mesh_of(2, 2, 2), 'splash')
     jax.tree.map(partial(assert_allclose, atol=1e-5), actual, expected)
 
 
