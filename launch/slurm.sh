@@ -75,7 +75,8 @@ launcher() {
 }
 
 # JAX gives a process under Slurm one GPU unless told which; Slurm sends the signal of the time limit
-# to the processes, not to this script, which only must outlive it.
+# to the processes, not to this script, which only must outlive it. XLA may use the share of a GPU's
+# memory that plans are made for; with its Triton kernels it would compile a program for minutes.
 job_script() {
   local result
   result=$(quoted "$workdir/result.json")
@@ -84,6 +85,8 @@ job_script() {
 set -euo pipefail
 cd $(quoted "$tree")
 export PYTHONUNBUFFERED=1 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false \${XLA_FLAGS:-}"
 trap 'echo "job \$SLURM_JOB_ID: told to end"' TERM
 $(launcher) -m spg_jax.train --distributed $(quoted "--workdir=$workdir" "${training[@]}")
 if [[ ! -f $result ]]; then

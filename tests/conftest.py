@@ -1,5 +1,8 @@
 """Every test runs on 8 virtual CPU devices, no array is broadcast to another's rank by accident,
-and no process outlives the test that started it."""
+and no process outlives the test that started it.
+
+`SPG_JAX_TESTS_ON=accelerator` runs `-m numerical` on the devices that JAX finds instead, in full
+precision; tests for which they are too few are skipped. `benchmarks.on_accelerator` sets it."""
 
 import atexit
 import os
@@ -12,7 +15,9 @@ import tempfile
 os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
 )
-os.environ['JAX_PLATFORMS'] = 'cpu'
+ON_CPUS = os.environ.get('SPG_JAX_TESTS_ON', 'cpu') == 'cpu'
+if ON_CPUS:
+    os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.pop('JAX_DISABLE_MOST_OPTIMIZATIONS', None)  # programs started here are a user's
 # For this run of the tests, both workers and the processes they start: most of a test's time is the
 # compiler's, and many compile the same program. Whole runs share their problems and base policies.
@@ -30,6 +35,8 @@ import pytest  # noqa: E402
 from tests import processes  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+if not ON_CPUS:  # Their products of float32 numbers would keep fewer bits.
+    jax.config.update('jax_default_matmul_precision', 'highest')
 
 _OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
 

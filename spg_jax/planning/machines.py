@@ -1,8 +1,8 @@
 """Chips with their published figures, and machines made of them, which need not be there.
 
 Sources: Cloud TPU documentation, pages v5e, v5p and v6e (system architecture); NVIDIA's data sheets
-of H100 SXM and A100 80 GB SXM. The published bandwidth of a link is the sum of both directions, so
-a chip receives at half of it.
+of H100 SXM, H200 SXM and A100 80 GB SXM. The published bandwidth of a link is the sum of both
+directions, so a chip receives at half of it.
 """
 
 import math
@@ -35,6 +35,7 @@ CHIPS = {
     'v5p': Chip('TPU v5p', 'tpu', 95.73 * GIB, 459e12, 2765e9, 600e9),
     'v6e': Chip('TPU v6e', 'tpu', 31.24 * GIB, 918e12, 1638e9, 400e9),
     'h100': Chip('H100 80 GB SXM', 'cuda', 0.92 * 80e9, 989e12, 3350e9, 450e9),
+    'h200': Chip('H200 SXM', 'cuda', 0.92 * 141e9, 989e12, 4800e9, 450e9),
     'a100': Chip('A100 80 GB SXM', 'cuda', 0.92 * 80e9, 312e12, 2039e9, 300e9),
 }
 # The machines in docs/plan.md, in the order of its tables.

@@ -58,7 +58,9 @@ def run(policy, variables, *dropout):
 def test_new_adapters_change_nothing_at_all():
     plain, policy, variables = adapted()
     before = run(plain, {'params': variables['params']})
-    assert_array_equal(run(policy, variables), before)
+    # An accelerator may compute the products of two programs by different kernels.
+    tolerance = 0 if jax.devices()[0].platform == 'cpu' else 1e-5
+    assert_allclose(run(policy, variables), before, rtol=0, atol=tolerance)
     assert all(jnp.any(x != 0) for x in jax.tree.leaves(noisy(variables)[COLLECTION]))
 
 

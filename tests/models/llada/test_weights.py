@@ -17,7 +17,8 @@ from spg_jax.models.llada import weights
 from spg_jax.models.llada.configuration import SpecialIds, read_config
 from spg_jax.models.llada.weights import load_checkpoint, tensor_shapes
 from spg_jax.models.transformer import Transformer
-from spg_jax.sharding import make_mesh, param_shardings
+from spg_jax.sharding import param_shardings
+from tests.meshes import mesh_of
 
 REFERENCE = Path(__file__).parents[2] / 'reference'
 TINY = REFERENCE / 'tiny_llada'
@@ -164,9 +165,9 @@ def test_shards_of_two_downloads_that_overlap_are_named(checkpoint):
         load_checkpoint(directory)
 
 
-@pytest.mark.parametrize('sizes', [{'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}])
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
 def test_sharded_reading_equals_host_reading(sizes):
-    mesh = make_mesh(sizes)
+    mesh = mesh_of(*sizes)
     _, _, host = load_checkpoint(TINY)
     config, _, params = load_checkpoint(TINY, mesh)
     jax.tree.map(assert_array_equal, params, host)
