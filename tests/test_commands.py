@@ -364,7 +364,7 @@ def test_options_that_change_numbers_are_put_back(capsys):
 
 def test_ctrl_c_during_imports_is_one_line(tmp_path):
     """A module of the imports is replaced by one that waits, so that the signal comes in time."""
-    (tmp_path / 'grain.py').write_text(
+    (tmp_path / 'optax.py').write_text(
         f'import time; open({str(tmp_path / "importing")!r}, "w").close(); time.sleep(600)'
     )
     process = start_module('spg_jax.train', PYTHONPATH=f'{tmp_path}:{REPOSITORY}')

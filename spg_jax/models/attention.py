@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.errors import check_one_of
-from spg_jax.models.splash import splash_attention
 
 # The score of an invalid key. It is finite so that the softmax of a row without a valid key is
 # uniform instead of 0/0; beside a valid key, exp(MASKED - max) is exactly 0 in float32.
@@ -162,9 +161,16 @@ def _softmax(scores: Array, valid: Array, head_dim: int) -> Array:
     return jax.nn.softmax(jnp.where(valid, scores * head_dim**-0.5, MASKED), axis=-1)
 
 
+def _splash(q: Array, k: Array, v: Array, valid: Array) -> Array:
+    """`attention` by the kernel for TPUs, whose import takes time that other platforms save."""
+    from spg_jax.models.splash import splash_attention
+
+    return splash_attention(q, k, v, valid)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     'einsum': _einsum,
     'folded': _folded,
-    'splash': splash_attention,
+    'splash': _splash,
     'cudnn': cudnn_attention,
 }

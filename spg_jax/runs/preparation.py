@@ -82,7 +82,8 @@ class Programs(NamedTuple):
     prompts: 'grain.DatasetIterator'  # endless batches of training prompts
     collect: Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]
     due: Callable[[int], int]  # updates done -> batches of prompts to collect before the next
-    shapes: Callable[[int], Rollout]  # padded length of prompts -> shapes of the experience
+    # (padded length of prompts, sharding=None) -> shapes of the experience
+    shapes: Callable[..., Rollout]
     # (experience, rollout just collected, updates done, batches collected before it) -> experience
     keep: Callable[[Rollout | None, Rollout, int, int], Rollout]
     update: Update
