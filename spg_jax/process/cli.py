@@ -19,7 +19,7 @@ from spg_jax.process.config_flag import (
     define_config_flag,
     left_over,
 )
-from spg_jax.process.files import local_path, user_cache
+from spg_jax.process.files import drop_unused, local_path, user_cache
 
 # A user can mend these: a wrong value, file or machine. Any other exception is a bug, and its
 # traceback is shown.
@@ -39,6 +39,10 @@ NUMBERS = {
     'jax_disable_jit': False,
     'jax_disable_most_optimizations': False,
 }
+# The programs of a run on a laptop take a megabyte. JAX could bound its cache by itself, but
+# would read a file for each program that is there whenever it adds one.
+CACHED_BYTES = 2 * 2**30
+
 # Options of JAX that forbid what the programs here do.
 GUARDS = (
     'jax_transfer_guard',
@@ -155,10 +159,16 @@ def fix_numbers() -> None:
 
 
 def compile_cache() -> None:
-    """Keeps compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
+    """Keeps compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or the user's cache.
+
+    The latter holds at most CACHED_BYTES when a command starts. A folder that the user names is
+    only bounded by the user's JAX_COMPILATION_CACHE_MAX_SIZE.
+    """
     cache = user_cache()
     if cache and not jax.config.jax_compilation_cache_dir:
-        jax.config.update('jax_compilation_cache_dir', str(cache / 'spg_jax' / 'compiled'))
+        folder = cache / 'spg_jax' / 'compiled'
+        drop_unused(folder, CACHED_BYTES)
+        jax.config.update('jax_compilation_cache_dir', str(folder))
     # Hundreds of small programs take seconds together.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 

@@ -120,3 +120,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def drop_unused(folder: Path, most_bytes: int) -> None:
+    """Removes files of a cache, those not used for longest first, until the others fit.
+
+    Other processes may use the cache at the same time. What cannot be removed stays.
+
+    Args:
+      folder: holds the files; it need not exist.
+      most_bytes: what the files may have together.
+    """
+    files = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                status = entry.stat()
+                # Where reading leaves no trace, the time of writing counts.
+                files.append((max(status.st_atime, status.st_mtime), status.st_size, entry.path))
+    left = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if left <= most_bytes:
+            return
+        with contextlib.suppress(OSError):
+            os.remove(path)
+            left -= size

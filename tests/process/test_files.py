@@ -96,3 +96,20 @@ def test_a_path_that_the_locale_cannot_express_is_refused(tmp_path, monkeypatch)
             files.local_path(path, saves=True)
         assert '\n' not in str(error.value)
     assert files.with_home('~/run') == f'{os.fsdecode(folder)}/run'  # an ordinary file can be read
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+
+def test_a_cache_loses_what_was_not_used_for_longest(tmp_path):
+    for name, used, written in (('a', 1, 5), ('b', 9, 1), ('c', 2, 2), ('d', 3, 3)):
+        (tmp_path / name).write_bytes(b'x' * 100)
+        os.utime(tmp_path / name, (used, written))
+    files.drop_unused(tmp_path, 400)
+    assert len(list(tmp_path.iterdir())) == 4
+    files.drop_unused(tmp_path, 299)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'b']
+
+
+def test_a_cache_that_does_not_exist_loses_nothing(tmp_path):
+    files.drop_unused(tmp_path / 'none', 0)
