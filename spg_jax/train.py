@@ -35,11 +35,14 @@ from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
+from spg_jax.rl.evaluator import Figures
 from spg_jax.runs import plots, policies
+from spg_jax.runs.ahead import update_ahead
+from spg_jax.runs.base_figures import BaseFigures, base_figures, identity_of
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import default_workdir, identity
 from spg_jax.runs.guard import Guard, Rules
-from spg_jax.runs.preparation import Programs, check_origins, origins_of, prepare
+from spg_jax.runs.preparation import ProblemSets, Programs, check_origins, origins_of, prepare
 from spg_jax.runs.report import (
     RESULT,
     closing_lines,
@@ -92,9 +95,10 @@ def train(
         programs.prompts.set_state(run.record['prompts'])
     else:
         arrays = Arrays(state, None, None)
-        print('evaluating the base policy', flush=True)
-        run.record['base'] = programs.evaluator.report(state.variables, problems.test)
-        validation.look_at(state)
+        programs = update_ahead(programs, parts, problems, state, mesh)
+        figures = figures_of_base(parts, problems, programs, state, base, mesh)
+        run.record['base'] = figures['report']
+        validation.look_at(state, figures['validation'])
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
@@ -172,10 +176,16 @@ class Validation:
         self._guard = guard
         self._problems, self._base = problems, policies.base_of(base)
 
-    def look_at(self, state: TrainState) -> None:
-        """Writes the figures of a policy, and the policy if none before it was better."""
+    def look_at(self, state: TrainState, figures: Figures | None = None) -> None:
+        """Writes the figures of a policy, and the policy if none before it was better.
+
+        Args:
+          state: holds the policy.
+          figures: of its validation; None measures them.
+        """
         run, programs = self._run, self._programs
-        figures = programs.evaluator.validate(state.variables, self._problems)
+        if figures is None:
+            figures = programs.evaluator.validate(state.variables, self._problems)
         run.write(validation_row(figures))
         self._guard.read_validation(run.step, figures['accuracy'])
         if 'best' in run.record and quality(figures) <= quality(run.record['best']):
@@ -190,6 +200,35 @@ class Validation:
             notes,
             self._base,
         )
+
+
+def figures_of_base(
+    parts: Parts,
+    problems: ProblemSets,
+    programs: Programs,
+    state: TrainState,
+    base: Path,
+    mesh: Mesh,
+) -> BaseFigures:
+    """The figures of the policy before the first update, measured unless a run before has."""
+
+    def measure() -> BaseFigures:
+        print('evaluating the base policy', flush=True)
+        return {
+            'report': programs.evaluator.report(state.variables, problems.test),
+            'validation': programs.evaluator.validate(state.variables, problems.validation),
+        }
+
+    identity = identity_of(
+        programs.policy,
+        state.variables,
+        parts.evaluation_task,
+        programs.tokenizer,
+        parts.evaluation,
+        (problems.test, problems.validation),
+        mesh,
+    )
+    return base_figures(base, identity, measure)
 
 
 def restore(run: Run, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh) -> Arrays:

@@ -238,7 +238,7 @@ def load_policy(
     elif is_published(directory):
         variables = {PARAMS: weights.load_checkpoint(directory, mesh, quantize=config.quantize)[2]}
     else:
-        model = Transformer(dataclasses.replace(config, quantize=''))
+        model = Transformer(description.config)  # Its shapes are known since `check_policy`.
         params = _restore_params(directory, abstract_params(model, mesh), description.digest)
         if config.quantize:
             params = quantize_params(params, abstract_params(Transformer(config), mesh))

@@ -68,7 +68,7 @@ def _weighted_sum(x: Array, salt: int) -> Array:
 
 def _bits(x: Array) -> Array:
     """The bits of each element as uint32."""
-    if x.dtype == jnp.bool_:
+    if x.dtype == jnp.bool_ or x.dtype.name in ('int4', 'uint4'):
         return x.astype(jnp.uint32)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     return jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
