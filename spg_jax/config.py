@@ -161,6 +161,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             max_skipped=20,  # the run stops after this many non-finite updates in a row
             # Entropy, and divergences from before and from the base policy, cost a forward pass.
             diagnose_every=20,  # updates between two diagnoses of the policy; 0 makes none
+            # The trace is in profile/ of the workdir. The first update also compiles.
+            profile=0,  # the update from which on one rollout and update are traced; 0 traces none
             # Logging to Weights & Biases needs the extra 'wandb'.
             wandb='',  # the project that metrics are also sent to; '' sends none
         ),

@@ -41,7 +41,13 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         'a positive number',
     ),
     (
-        ('base.weight_decay', 'optimizer.weight_decay', 'train.diagnose_every', 'guard.rollbacks'),
+        (
+            'base.weight_decay',
+            'optimizer.weight_decay',
+            'train.diagnose_every',
+            'train.profile',
+            'guard.rollbacks',
+        ),
         lambda x: x >= 0,
         'a number of at least 0',
     ),
@@ -117,6 +123,11 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         for key in keys:
             if not condition(setting(config, key)):
                 raise ValueError(f'{key} is {setting(config, key)}; use {words}')
+    if config.train.profile > config.train.steps:
+        raise ValueError(
+            f'train.profile is {config.train.profile}, after the last of train.steps '
+            f'{config.train.steps} updates; use at most {config.train.steps}, or 0 for no trace'
+        )
 
 
 def _check_kinds(config: ml_collections.ConfigDict, expected: ml_collections.ConfigDict) -> None:

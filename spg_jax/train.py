@@ -43,6 +43,7 @@ from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import default_workdir, identity
 from spg_jax.runs.guard import Guard, Rules
 from spg_jax.runs.preparation import ProblemSets, Programs, check_origins, origins_of, prepare
+from spg_jax.runs.profile import prepare_tracing, profiled
 from spg_jax.runs.report import (
     RESULT,
     closing_lines,
@@ -99,6 +100,8 @@ def train(
         figures = figures_of_base(parts, problems, programs, state, base, mesh)
         run.record['base'] = figures['report']
         validation.look_at(state, figures['validation'])
+
+    programs = profiled(programs, config.train.profile, workdir)
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
@@ -313,6 +316,8 @@ def main(_: list[str]) -> None:
         assemble(config)  # Refuse what cannot work, as a run would.
         return
     parts = assemble(config)
+    if config.train.profile:
+        prepare_tracing()
     mesh = sharding.make_mesh(config.mesh)
     check_mesh(config, parts, mesh)
     if not config.base.checkpoint:

@@ -186,6 +186,8 @@ def test_the_published_recipe(preset):
         ({'sampling.prompt_buckets': (64, 200)}, 'below sampling.prompt_length 200'),
         ({'checkpoint.every': 0}, 'checkpoint.every'),
         ({'train.diagnose_every': -1}, 'train.diagnose_every'),
+        ({'train.profile': -1}, 'train.profile'),
+        ({'train.profile': 6001}, 'after the last of train.steps'),
         ({'guard.rollbacks': -1}, 'guard.rollbacks is -1'),
         ({'guard.reward_fall': 1.0}, 'guard.reward_fall is 1.0'),
     ],

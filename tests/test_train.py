@@ -1,6 +1,7 @@
 """The whole pipeline at its tiny preset, as processes: it finishes, it resumes, it says what is
 wrong."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -17,12 +18,13 @@ pytestmark = pytest.mark.compiled_as_users_do
 WALL_CLOCK = ('seconds', 'base_seconds')
 
 
-def training(workdir: Path) -> subprocess.Popen:
+def training(workdir: Path, *arguments: str) -> subprocess.Popen:
     """A run whose checkpoint after update 5 lies between two updates on one rollout.
 
     It starts as in a notebook whose plots need a package that is not installed here (fault G19).
     """
-    return start_module(*tiny_run(workdir), MPLBACKEND='module://not_installed.backend')
+    command = tiny_run(workdir, *arguments)
+    return start_module(*command, MPLBACKEND='module://not_installed.backend')
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -45,7 +47,7 @@ def newest_parameters(workdir: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('uninterrupted')
-    code, out, error = finish(training(workdir))
+    code, out, error = finish(training(workdir, '--config.train.profile=2'))
     assert code == 0, error
     return workdir, out
 
@@ -64,6 +66,21 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     for name in ('curves.png', 'completions.jsonl', 'best/policy.json', 'events'):
         assert (workdir / name).exists(), name
     assert 'spg_jax.evaluate' in out.splitlines()[-1]
+
+
+def test_a_trace_names_the_phases_of_one_rollout_and_one_update(uninterrupted):
+    """Updates 3 and 4 share the first rollout that is collected from update 2 on."""
+    workdir, out = uninterrupted
+    (trace,) = (workdir / 'profile').rglob('perfetto_trace.json.gz')
+    assert f'{trace}: open it at' in out
+    events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+    phases = {
+        name: [event for event in events if event.get('name') == name and 'dur' in event]
+        for name in ('rollout', 'generate', 'decode and reward', 'update')
+    }
+    assert {name: len(spans) for name, spans in phases.items()} == dict.fromkeys(phases, 1)
+    assert int(phases['update'][0]['args']['step_num']) == 2  # updates done before it
+    assert phases['rollout'][0]['ts'] < phases['update'][0]['ts']
 
 
 def test_run_again_says_it_is_finished(uninterrupted):
@@ -102,6 +119,7 @@ def test_a_run_killed_and_then_cut_goes_on_bit_for_bit(uninterrupted, tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(''.join(rows[:-1]))
     code, _, error = finish(training(tmp_path))
     assert code == 0, error
+    assert not (tmp_path / 'profile').exists()  # Nobody asked for a trace, which changes nothing.
     assert rows_of(tmp_path) == rows_of(uninterrupted[0])
     expected, found = newest_parameters(uninterrupted[0]), newest_parameters(tmp_path)
     assert expected.keys() == found.keys()

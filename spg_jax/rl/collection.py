@@ -4,6 +4,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,11 +102,13 @@ def make_collect(
     keys_of = make_keys(seed, Purpose.SAMPLE)
     rows_at_once = len(own_rows(mesh, batching.rows_at_once))
 
+    @partial(jax.profiler.annotate_function, name='generate')
     def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
         placed = put_batch(mesh, rows)
         keys = keys_of(step, placed['example_id'])
         return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
 
+    @partial(jax.profiler.annotate_function, name='decode and reward')
     def finish(
         completion: sampling.Completion, examples: Sequence[Example]
     ) -> tuple[dict[str, Any], list[str]]:

@@ -28,6 +28,7 @@ FREE = frozenset(
         *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),
         'rl.recipe',
         'train.diagnose_every',
+        'train.profile',
     }
 )
 # A training may be made longer, and not shorter; one that collapsed may be allowed to go back.
