@@ -28,6 +28,7 @@ from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.evaluator import Evaluation
 from spg_jax.rl.objectives import Objective, Protocol, find, group_of
+from spg_jax.rl.plug_ins import PlugIns, with_plug_ins
 from spg_jax.sharding import row_shards
 from spg_jax.training.optimizers import AdamW
 
@@ -255,7 +256,16 @@ def _objective(
             f'corruption.informed is on, but rl.objective {config.rl.objective!r} draws masks of '
             'its own, which informed masking would break; turn it off, or use rl.objective spg'
         )
-    return objective
+    plug_ins = PlugIns(
+        advantage=config.rl.advantage,
+        kl=config.rl.kl,
+        kl_estimator=config.rl.kl_estimator,
+        clip=config.rl.clip,
+        clip_range=config.rl.clip_range,
+        complementary=config.corruption.complementary,
+    )
+    own_kl = config[group_of(config.rl.objective)].get('kl', 0.0)
+    return with_plug_ins(objective, plug_ins, config.rl.objective, batching, own_kl)
 
 
 def _check_groups(name: str, objective: Objective, batching: Batching) -> None:

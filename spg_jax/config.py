@@ -122,6 +122,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             informed=False,  # whether influence decides which positions are masked
             strength=1.5,  # d, how strongly positions of little influence are preferred
             window=10,  # w, the distance in tokens up to which influence is measured
+            # The two draws of a pair mask each position once: of a uniform draw, or of its block.
+            complementary=False,  # whether draws come in pairs of a mask and its complement
         ),
         rl=c(
             # Its own settings are the group with its name, such as spg (spg_jax/method.py).
@@ -138,6 +140,14 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             microbatch=48,  # rows that are differentiated at once, on all devices together
             # With 1 memory does not grow with corruption.draws.
             draws_per_pass=0,  # draws of a row that are differentiated at once; 0 takes all
+            # The rest are plug-ins, for every method that admits them (spg_jax/rl/plug_ins.py).
+            # Others than the method's own are centred, leave_one_out, standardised and raw.
+            advantage='method',  # what becomes of the rewards of a group: method or another
+            kl=0.0,  # weight of the divergence from the initial policy; 0 leaves it out
+            kl_estimator='k3',  # how that divergence is estimated: k2 or k3
+            # 'ppo' stops a gradient that leads out of the range, 'unconditional' any outside it.
+            clip='method',  # how ratios to the sampling policy are clipped, such as ppo
+            clip_range=0.2,  # half-width of the range, for methods without a range of their own
         ),
         optimizer=c(  # AdamW, for RL
             learning_rate=3e-6,  # the learning rate at the end of the warm-up [A]

@@ -11,7 +11,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_one_of(key: str, value: object, known: Iterable[str]) -> None:
-    """Refuses a value that is not among the known ones.
+    """Refuses a value that is not among the known ones; the message names the nearest of them.
 
     Args:
       key: the setting or argument that the message names, such as 'sampling.commit'.
@@ -23,7 +23,9 @@ def check_one_of(key: str, value: object, known: Iterable[str]) -> None:
     """
     known = tuple(known)
     if value not in known:
-        raise ValueError(f'{key} is {value!r}; use one of {", ".join(known)}')
+        near = nearest(value, known) if isinstance(value, str) else ''
+        perhaps = f', perhaps {near}' if near else ''
+        raise ValueError(f'{key} is {value!r}{perhaps}; use one of {", ".join(known)}')
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -36,6 +36,11 @@ def standardised(
     return ((groups - groups.mean(axis=1, keepdims=True)) / (deviation + epsilon)).reshape(-1)
 
 
+def raw(reward: Array, group_size: int) -> Array:
+    """The reward itself, without a baseline."""
+    return reward
+
+
 def groups_with_signal(reward: Array, group_size: int) -> Array:
     """[B / G] bool, True for groups whose rewards differ; in the others all advantages are 0."""
     groups = reward.reshape(-1, group_size)

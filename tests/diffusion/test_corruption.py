@@ -227,7 +227,7 @@ def test_apply_masks_replaces_masked_tokens_in_every_draw():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'kind': 'blocks'}, "kind is 'blocks'; use one of full, uniform, block, block_full"),
+        ({'kind': 'blocks'}, "kind is 'blocks', perhaps block; use one of full, uniform, block,"),
         ({'draws': 0}, 'draws is 0; .*at least 1'),
         ({'block_length': 0}, 'block_length is 0; .*at least 1'),
         ({'prompt_rate': 1.5}, 'prompt_rate is 1.5; .*within'),

@@ -31,7 +31,16 @@ from jax import Array
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.diffusion.token_law import kept_log_probs
 from spg_jax.errors import check_one_of
-from spg_jax.rl.objectives.objective import Batch, Loss, Moment, Objective, Protocol, View, setting
+from spg_jax.rl.objectives.objective import (
+    Batch,
+    LogProbs,
+    Loss,
+    Moment,
+    Objective,
+    Protocol,
+    View,
+    setting,
+)
 from spg_jax.rl.objectives.ratios import token_losses
 from spg_jax.rl.rollout import Rollout
 
@@ -97,11 +106,12 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         readout=RecordedLaw(temperature),
         records=('log_prob', 'entropy', 'kept'),
+        clips=True,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordedLaw:
+class RecordedLaw(LogProbs):
     """The readout: log-probabilities [M, C] of tokens under the law that the sampler drew from."""
 
     temperature: float

@@ -104,4 +104,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         advantage=partial(standardised, epsilon=1e-6),
         behaviour=True,
+        refuses={'rl.clip': 'it clips its bounds of the ratio already, by bgpo.epsilon'},
     )

@@ -112,6 +112,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         couples='group',
         advantage=leave_one_out,
         behaviour=True,
+        clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': refresh} if settings.kl else {},
     )

@@ -86,6 +86,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=over_groups(loss_of_group, protocol.batching.group_size),
         couples='group',
         behaviour=True,
+        clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
     )

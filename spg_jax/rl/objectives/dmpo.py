@@ -104,4 +104,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         couples='group',
         at_rollout=at_rollout,
         kept={'reference': never},
+        refuses={
+            'rl.advantage': 'its weights are softmaxes over the group, which a baseline leaves as '
+            'they are; dmpo.alpha is their scale'
+        },
     )

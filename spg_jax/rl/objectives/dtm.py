@@ -119,6 +119,9 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         phase=Phase(settings.phase, _end_of_phase),
         rate=lambda count: share_of_rate(count, settings.phase, settings.final_share),
         compares=False,
+        refuses={
+            'rl.advantage': 'it tilts its teacher by the raw reward and compares no completions'
+        },
     )
 
 

@@ -93,4 +93,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         advantage=partial(standardised, epsilon=1e-6),
         behaviour=True,
+        clips=True,
     )

@@ -89,6 +89,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         advantage=leave_one_out,
         behaviour=True,
+        clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
     )

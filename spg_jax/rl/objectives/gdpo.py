@@ -87,4 +87,6 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         total = losses.sum() if by_token else (losses / length).sum()
         return Loss(total=total, weight=jnp.float32(len(losses)), metrics=metrics)
 
-    return Objective(corruption=corruption, draws=settings.points, loss=loss, behaviour=True)
+    return Objective(
+        corruption=corruption, draws=settings.points, loss=loss, behaviour=True, clips=True
+    )

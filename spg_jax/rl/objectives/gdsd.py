@@ -90,6 +90,11 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         advantage=leave_one_out,
         behaviour=True,
+        refuses={
+            'rl.clip': 'it clamps changes of log-likelihoods already, to gdsd.epsilon',
+            'rl.advantage=raw': 'changes of log-likelihoods are drawn to the advantages, and '
+            'cannot all be positive; use one whose sum over a group is zero',
+        },
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
     )

@@ -41,6 +41,7 @@ from spg_jax.rl.objectives.objective import (
 from spg_jax.rl.objectives.ratios import token_losses
 from spg_jax.rl.rollout import Rollout
 
+NO_RATIOS = 'just_grpo.epsilon is 0, which leaves out its ratios; set a clip range there'
 RECIPE = {
     'rl.group_size': 16,
     'rl.inner_updates': 1,
@@ -101,6 +102,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         couples='group',
         advantage=standardised,
         behaviour=bool(settings.epsilon),
+        clips=bool(settings.epsilon),
+        refuses={} if settings.epsilon else {'rl.clip': NO_RATIOS},
     )
 
 

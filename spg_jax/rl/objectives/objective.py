@@ -25,6 +25,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.rollout import Rollout
 
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+PPO, UNCONDITIONAL = 'ppo', 'unconditional'  # how a ratio is clipped; see `ratios.clipped`
 
 
 @struct.dataclass
@@ -61,6 +62,7 @@ class Batch:
     draws: Draws  # [b, M, ...]
     others: dict[str, Array]  # readouts [b, M, C] of 'behaviour' and of policies looked at
     step: Array  # [] int32, updates done
+    clip: str = struct.field(pytree_node=False, default=PPO)  # how ratios are clipped
 
     @property
     def completion(self) -> Array:
@@ -114,6 +116,10 @@ Readout = Callable[[Array, View], Any]
 Refresh = Callable[[Array, Any, Any], Any]  # (updates done, kept, trained) -> kept
 
 
+class LogProbs:
+    """The class of readouts [M, C] that are log-probabilities of tokens under another law."""
+
+
 def token_log_probs(logits: Array, view: View) -> Array:
     """The readout of most methods: log-probability of each token, in nats, [M, C] float32."""
     label = view.row.completion if view.draws.label is None else view.draws.label
@@ -125,14 +131,22 @@ def never(step: Array, kept: Any, trained: Any) -> Any:
     return kept
 
 
-def configured(corruption: Corruption) -> Corrupt:
+@dataclasses.dataclass(frozen=True)
+class Configured:
+    """A `Corrupt` whose masks a `Corruption` draws."""
+
+    corruption: Corruption
+
+    def __call__(self, row: Rollout, moment: Moment) -> Draws:
+        return self.corruption(moment.row, row.prompt_mask, row.scored, row.extras.get('influence'))
+
+
+def configured(corruption: Corruption) -> Configured:
     """The corruption of `config.corruption`, for an objective that has none of its own.
 
     The objective then takes over `Corruption.records`, which informed masking needs.
     """
-    return lambda row, moment: corruption(
-        moment.row, row.prompt_mask, row.scored, row.extras.get('influence')
-    )
+    return Configured(corruption)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +210,10 @@ class Objective:
         extras of the rollout.
       needs_law: whether the product of the recorded probabilities, 'log_prob', must be the law of
         the completions. A sampler where it is not is refused.
+      clips: whether the loss clips ratios with `ratios.token_losses` or `sequences.clipped_rows`,
+        which follow `Batch.clip`.
+      refuses: the plug-ins (`rl.plug_ins`) that have no meaning for this method, each with the
+        reason, by GROUP.KEY of their setting or by GROUP.KEY=VALUE.
     """
 
     corruption: Corrupt
@@ -216,6 +234,8 @@ class Objective:
     compares: bool = True
     records: tuple[str, ...] = ()
     needs_law: bool = False
+    clips: bool = False
+    refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,23 +276,34 @@ def over_groups(
       loss_of_group: (readouts [G, M, C], Batch of the group) -> (loss [], metrics).
       group_size: G.
     """
-    axes = Batch(rows=0, draws=0, others=0, step=None)
 
     def loss(readouts: Any, batch: Batch) -> Loss:
-        groups = len(batch.rows.reward) // group_size
-
-        def split(x: Array) -> Array:
-            return x.reshape(groups, group_size, *x.shape[1:])
-
-        values, metrics = jax.vmap(loss_of_group, (0, axes))(
-            jax.tree.map(split, readouts),
-            batch.replace(
-                **jax.tree.map(
-                    split, {'rows': batch.rows, 'draws': batch.draws, 'others': batch.others}
-                )
-            ),
-        )
+        values, metrics = over_units(loss_of_group, group_size)(readouts, batch)
         metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-        return Loss(total=values.sum(), weight=jnp.float32(groups), metrics=metrics)
+        return Loss(total=values.sum(), weight=jnp.float32(len(values)), metrics=metrics)
 
     return loss
+
+
+def over_units(function: Callable[[Any, Batch], Any], size: int) -> Callable[[Any, Batch], Any]:
+    """A function of some neighbouring rows, mapped over a batch of them.
+
+    Args:
+      function: (readouts [size, M, C], Batch of these rows) -> a pytree.
+      size: rows of a unit, such as G; it divides those of the batch.
+
+    Returns:
+      (readouts [b, M, C], Batch) -> the same pytree with a leading axis of b / size.
+    """
+
+    def mapped(readouts: Any, batch: Batch) -> Any:
+        def split(x: Array) -> Array:
+            return x.reshape(len(x) // size, size, *x.shape[1:])
+
+        parts = {'rows': batch.rows, 'draws': batch.draws, 'others': batch.others}
+        axes = Batch(rows=0, draws=0, others=0, step=None, clip=batch.clip)
+        return jax.vmap(function, (0, axes))(
+            jax.tree.map(split, readouts), batch.replace(**jax.tree.map(split, parts))
+        )
+
+    return mapped

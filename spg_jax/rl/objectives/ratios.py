@@ -3,27 +3,39 @@
 import jax.numpy as jnp
 from jax import Array
 
-from spg_jax.rl.objectives.objective import Batch, Loss, Metrics
+from spg_jax.rl.objectives.objective import PPO, UNCONDITIONAL, Batch, Loss, Metrics
 
 
-def clipped(log_ratio: Array, advantage: Array, low: float, high: float | None = None) -> Array:
+def clipped(
+    log_ratio: Array, advantage: Array, low: float, high: float | None = None, clip: str = PPO
+) -> Array:
     """min(r A, clip(r, 1 - low, 1 + high) A) of PPO (arXiv 1707.06347, eq. 7), r = exp(log_ratio).
+
+    Unconditional clipping is clip(r, 1 - low, 1 + high) A. It also stops the gradient of a ratio
+    that the advantage would bring back into the range.
 
     Args:
       log_ratio: log of the ratio of policy to behaviour, of any shape.
       advantage: of the same shape, or one that broadcasts to it.
       low, high: the clip range; `high` is `low` where it is None.
+      clip: 'ppo' or 'unconditional'.
     """
     ratio = jnp.exp(log_ratio)
     limited = jnp.clip(ratio, 1.0 - low, 1.0 + (low if high is None else high))
+    if clip == UNCONDITIONAL:
+        return limited * advantage
     return jnp.minimum(ratio * advantage, limited * advantage)
 
 
-def is_clipped(log_ratio: Array, advantage: Array, low: float, high: float | None = None) -> Array:
+def is_clipped(
+    log_ratio: Array, advantage: Array, low: float, high: float | None = None, clip: str = PPO
+) -> Array:
     """Where `clipped` stops the gradient, bool."""
     ratio = jnp.exp(log_ratio)
-    over = (ratio > 1.0 + (low if high is None else high)) & (advantage > 0)
-    return over | ((ratio < 1.0 - low) & (advantage < 0))
+    over, under = ratio > 1.0 + (low if high is None else high), ratio < 1.0 - low
+    if clip == UNCONDITIONAL:
+        return (over | under) & (advantage != 0)
+    return (over & (advantage > 0)) | (under & (advantage < 0))
 
 
 def k2(log_ratio: Array) -> Array:
@@ -42,6 +54,8 @@ def token_losses(
 ) -> tuple[Array, Metrics]:
     """The clipped loss of each token, -min(r A, clip(r) A) + kl k3; 0 outside `batch.target`.
 
+    How the ratio is clipped is `batch.clip`.
+
     Args:
       logp: [b, M, C] of the policy.
       batch: the rows, with the readouts 'behaviour' among the others.
@@ -54,9 +68,9 @@ def token_losses(
     """
     advantage = batch.advantage[:, None, None]
     log_ratio = jnp.where(batch.target, logp - batch.others['behaviour'], 0.0)
-    losses = -clipped(log_ratio, advantage, epsilon)
+    losses = -clipped(log_ratio, advantage, epsilon, clip=batch.clip)
     tokens = batch.target.sum().astype(jnp.float32)
-    stopped = is_clipped(log_ratio, advantage, epsilon) & batch.target
+    stopped = is_clipped(log_ratio, advantage, epsilon, clip=batch.clip) & batch.target
     metrics = {'clip_share': (stopped.sum().astype(jnp.float32), tokens)}
     if kl:
         divergence = jnp.where(batch.target, k3(batch.others[to] - logp), 0.0)

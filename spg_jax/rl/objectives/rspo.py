@@ -89,4 +89,9 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         advantage=standardised,
         looks_at=('reference',),
         kept={'reference': never},
+        refuses={
+            'rl.clip': 'it draws log-likelihood ratios to the advantages, and has no surrogate',
+            'rl.advantage=raw': 'it draws log-ratios that are centred in their group to the '
+            'advantages, whose sum over a group must be zero too',
+        },
     )

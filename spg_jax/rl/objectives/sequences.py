@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.corruption import Draws, subset_of_size
-from spg_jax.rl.objectives.objective import Batch, Metrics
+from spg_jax.rl.objectives.objective import UNCONDITIONAL, Batch, Metrics
 from spg_jax.rl.rollout import Rollout
 
 
@@ -81,11 +81,12 @@ def clipped_rows(log_ratio: Array, batch: Batch, epsilon: float) -> tuple[Array,
 
     The clip is of the logarithm, because the ratio of a sequence can be too large for a float, and
     the gradient would then be NaN although it is stopped. At the clip itself the gradient is whole,
-    so that a clip range of 0 still learns where the policies are equal.
+    so that a clip range of 0 still learns where the policies are equal. Unconditional clipping is
+    that of `ratios.clipped`.
 
     Args:
       log_ratio: [b].
-      batch: the rows.
+      batch: the rows; how the ratio is clipped is `batch.clip`.
       epsilon: e.
 
     Returns:
@@ -95,6 +96,9 @@ def clipped_rows(log_ratio: Array, batch: Batch, epsilon: float) -> tuple[Array,
     high, low = math.log1p(epsilon), math.log1p(-epsilon) if epsilon < 1 else -math.inf
     bound = jnp.where(advantage > 0, high, low)
     stopped = jnp.where(advantage > 0, log_ratio > high, (log_ratio < low) & (advantage < 0))
+    if batch.clip == UNCONDITIONAL:
+        bound = jnp.where(log_ratio > high, high, low)
+        stopped = ((log_ratio > high) | (log_ratio < low)) & (advantage != 0)
     log_ratio = jnp.where(stopped, bound, jnp.where(advantage == 0, 0.0, log_ratio))
     rows = jnp.float32(len(log_ratio))
     share = (stopped.sum().astype(jnp.float32), rows)

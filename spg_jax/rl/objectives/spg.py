@@ -37,6 +37,7 @@ from spg_jax.rl.objectives.objective import (
 UPPER = {'plain': 'eubo', 'strict': 'strict_eubo', 'loose': 'loose_eubo'}
 NEGATIVES = ('mixture', 'eubo', 'elbo', 'none')
 BASELINES = ('advantage', 'each')
+NOT_CENTRED = "spg.baseline 'each' needs advantages whose sum over a group is zero"
 RECIPE = {
     'rl.group_size': 6,
     'rl.inner_updates': 4,
@@ -87,6 +88,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         draws=corruption.draws,
         records=corruption.records,
         couples='group' if group_size else 'row',
+        refuses={'rl.advantage=raw': NOT_CENTRED} if group_size else {},
         loss=partial(
             spg_loss,
             lower=estimator.elbo,

@@ -106,5 +106,6 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         loss=loss,
         advantage=advantage,
         behaviour=True,
+        clips=True,
         at_rollout=at_rollout,
     )

@@ -102,6 +102,7 @@ def _paper(settings: Settings, updates: int) -> Objective:
         draws=1,
         loss=loss,
         behaviour=True,
+        clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
     )
@@ -123,6 +124,7 @@ def _later(settings: Settings, coupled: bool) -> Objective:
         draws=settings.masks * (2 if coupled else 1),
         loss=lambda logp, batch: state_losses(logp, batch, settings.epsilon, settings.kl),
         behaviour=True,
+        clips=True,
     )
 
 

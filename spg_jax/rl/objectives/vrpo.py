@@ -98,4 +98,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         couples='group',
         looks_at=('reference',),
         kept={'reference': never},
+        refuses={
+            'rl.advantage': 'it compares the best and the worst of a group by their rewards',
+            'rl.clip': 'its margin is made of whole log-likelihood ratios to the reference',
+        },
     )

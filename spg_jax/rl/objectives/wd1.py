@@ -76,4 +76,13 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         )
 
     one_step = Corruption('full', draws=1, block_length=1, prompt_rate=settings.prompt_rate)
-    return Objective(corruption=configured(one_step), draws=1, loss=loss, advantage=weights)
+    return Objective(
+        corruption=configured(one_step),
+        draws=1,
+        loss=loss,
+        advantage=weights,
+        refuses={
+            'rl.advantage': 'its weights are softmaxes over the group, which a baseline leaves as '
+            'they are; wd1.temperature is their scale'
+        },
+    )
