@@ -14,3 +14,7 @@ def test_a_value_must_be_known():
     check_one_of('mesh.axis', 'data', ('data', 'fsdp'))
     with pytest.raises(ValueError, match="^mesh.axis is 'rows'; use one of data, fsdp$"):
         check_one_of('mesh.axis', 'rows', iter(('data', 'fsdp')))
+    with pytest.raises(ValueError, match="^x is 'dat', perhaps data; use one of data, fsdp$"):
+        check_one_of('x', 'dat', ('data', 'fsdp'))
+    with pytest.raises(ValueError, match='^x is 5; use one of data, fsdp$'):
+        check_one_of('x', 5, ('data', 'fsdp'))

@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from benchmarks import plug_ins as page
+from benchmarks.adaptive_omega import best_omega
 from spg_jax.assembly import assemble
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.diffusion.sampling import SamplingConfig
@@ -294,6 +295,24 @@ def test_one_pair_estimates_the_elbo_without_bias(config):
         loss = objective.loss(jnp.asarray(logp, jnp.float32), batch)
         total += probability * float(loss.metrics['elbo'][0])
     assert_allclose(total, exact, rtol=1e-5)
+
+
+# --- the share of the EUBO, which was tried and left out ------------------------------------------
+
+
+def test_the_best_omega_minimises_the_variance_over_redraws():
+    rng = np.random.default_rng(0)
+    lower, other = rng.normal(size=(2, 50, 3)) * [1.0, 2.0, 3.0]
+    difference = other - 0.3 * lower  # of the bounds' gradients, correlated with that of the ELBO
+    omega, each = best_omega(lower, difference)
+
+    def variance(omega):
+        return (lower + omega * difference).var(0)
+
+    for step in (-0.01, 0.01):
+        assert variance(omega).sum() < variance(omega + step).sum()
+        assert (variance(each) < variance(each + step)).all()
+    assert variance(each).sum() < variance(omega).sum()
 
 
 # --- together -------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ A- = min(A, 0) and a the mean of A+ in the group,
     loss = -sum_j [(A+_j - a) ELBO_j + (A-_j + a) U_j] / sum_j n_j
 
 which is the published loss where U is the ELBO.
+
+Left out is an omega that adapts itself to minimise the variance of the gradient (Proposition 1).
+With its exact moments, which no rule for training has, nothing was gained (docs/results.md).
 """
 
 import dataclasses
