@@ -32,6 +32,11 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+try:  # JAX does not promise that this is there. Without it the tests take longer.
+    from jax._src import compiler
+except ImportError:
+    compiler = None
+
 from tests import processes  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -39,6 +44,21 @@ if not ON_CPUS:  # Their products of float32 numbers would keep fewer bits.
     jax.config.update('jax_default_matmul_precision', 'highest')
 
 _OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
+_compile_options = getattr(compiler, 'get_compile_options', None)
+
+
+def _quick_options(*arguments, backend=None, **options):
+    """The options of a compilation. Without most optimizations, XLA's older emitters make the code
+    of fusions, because the newer ones would take two thirds of the time that is left."""
+    if jax.config.read(_OPTIMIZATIONS_OFF) and backend is not None and backend.platform == 'cpu':
+        overrides = options.get('env_options_overrides') or {}
+        options['env_options_overrides'] = {'xla_cpu_use_fusion_emitters': False} | overrides
+    return _compile_options(*arguments, backend=backend, **options)
+
+
+if _compile_options:
+    # JAX offers such options by program only, or in XLA_FLAGS, which all programs here would share.
+    compiler.get_compile_options = _quick_options
 
 
 @pytest.hookimpl(wrapper=True)
