@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
 from configs import countdown
+from spg_jax.diffusion.sampling import Completion, SamplingConfig
+from spg_jax.rl import evaluator
 from spg_jax.rl.evaluator import Evaluator
+from spg_jax.runs import plots, preparation
 from spg_jax.tasks.countdown import Countdown
 from tests.published import save_checkpoint
 
@@ -61,11 +66,13 @@ def command(workdir: Path, settings: dict[str, str]) -> list[str]:
 
 def simplify(patch: pytest.MonkeyPatch) -> None:
     """The eight problems and their reward; the policy of the last update counts as the best,
-    whatever it is worth. There is no pass@k, whose program would be compiled for it alone."""
+    whatever it is worth. There is no pass@k, whose program would be compiled for it alone, and no
+    picture of the curves, which tests/test_train.py has."""
     patch.setattr(Countdown, 'reward', lambda self, text, example: float(len(text) % 2))
     patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
     patch.setattr(Evaluator, 'validate', _later_is_better)
     patch.setattr(Evaluator, 'pass_at', lambda *_: 0.0)
+    patch.setattr(plots, 'curves', lambda _: None)
 
 
 def skip_evaluation(patch: pytest.MonkeyPatch) -> None:
@@ -76,10 +83,49 @@ def skip_evaluation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Evaluator, 'trace', lambda *_: (np.zeros(1, int), np.zeros(1, int)))
 
 
+def evaluate_without_the_model(patch: pytest.MonkeyPatch) -> None:
+    """The completion of a prompt is its last tokens, because a sampler would be compiled in every
+    process of a job. All else of an evaluation is as it is: each process has its rows, and they are
+    put together."""
+
+    def make_generate(_: Any, config: SamplingConfig) -> Any:
+        def last_tokens(prompt: jax.Array) -> Completion:
+            tokens = prompt[:, -config.length :]
+            return Completion(tokens, jnp.zeros_like(tokens))
+
+        program = jax.jit(last_tokens)
+        return lambda variables, prompt, prompt_mask, keys: program(prompt)
+
+    patch.setattr(evaluator, 'make_generate', make_generate)
+
+
+def share_programs(patch: pytest.MonkeyPatch, programs: dict[str, Any]) -> None:
+    """Starts of one configuration on one mesh share the programs of the first of them, which each
+    would trace and compile anew. That a start in a process of its own makes the same ones is in
+    tests/test_train.py.
+
+    Args:
+      patch: where the makers of programs are replaced.
+      programs: what they have made so far, by maker.
+    """
+
+    def once(name: str, make: Any) -> Any:
+        def maker(*arguments: Any, **options: Any) -> Any:
+            if name not in programs:
+                programs[name] = make(*arguments, **options)
+            return programs[name]
+
+        return maker
+
+    for name in ('make_update', 'make_arrival', 'make_diagnosis', '_make_collect'):
+        patch.setattr(preparation, name, once(name, getattr(preparation, name)))
+
+
 def _later_is_better(*_: Any) -> dict[str, float]:
     return {'accuracy': time.time(), 'reward': 0.0}
 
 
 if __name__ == '__main__':
     simplify(pytest.MonkeyPatch())
+    evaluate_without_the_model(pytest.MonkeyPatch())
     runpy.run_module('spg_jax.train', run_name='__main__', alter_sys=True)

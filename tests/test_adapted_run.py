@@ -42,13 +42,20 @@ def reads():
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, reads):
+def programs():
+    """Programs of a run, which its starts share."""
+    return {}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, reads, programs):
     """Two updates, cut after the first and resumed. tests/test_going_on.py compares such runs with
     others."""
     root = tmp_path_factory.mktemp('adapted')
     config = config_in(root)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_of()):
         adapted.simplify(patch)
+        adapted.share_programs(patch, programs)
         load = weights.load_checkpoint
 
         def noted(directory, *more, **fields):
@@ -68,7 +75,7 @@ def test_every_start_reads_its_base_once(run, reads):
     assert reads == [run / 'published'] * 2
 
 
-def test_what_is_reported_is_the_policy_that_validated_best(run, tmp_path, monkeypatch):
+def test_what_is_reported_is_the_policy_that_validated_best(run, programs, tmp_path, monkeypatch):
     """Here the base, whose new adapters change nothing: the others are worth less."""
     config, reported = config_in(run), []
     worth = itertools.count(0, -1)
@@ -78,6 +85,7 @@ def test_what_is_reported_is_the_policy_that_validated_best(run, tmp_path, monke
         return {'accuracy': 0.0, 'reward': 0.0, 'pass_at_1': 0.0, 'scorer': 'none'}
 
     adapted.simplify(monkeypatch)
+    adapted.share_programs(monkeypatch, programs)
     monkeypatch.setattr(
         Evaluator, 'validate', lambda *_: {'accuracy': float(next(worth)), 'reward': 0.0}
     )

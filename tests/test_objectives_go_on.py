@@ -40,6 +40,7 @@ def updates_of(workdir):
 def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch):
     adapted.simplify(monkeypatch)
     adapted.skip_evaluation(monkeypatch)
+    adapted.share_programs(monkeypatch, {})
     config = adapted.get_config()
     with config.unlocked():
         set_objective(config, 'tests.every_mechanism')

@@ -35,7 +35,7 @@ GOOD_LINE = json.dumps(
 )
 
 
-STEPS = 20
+STEPS = 40  # of every training here, so that all run one program
 # Reading all that the task's own source has would take longer than the trainings.
 SUMS = [
     {'numbers': [a, b, c], 'target': a + b + c}
@@ -130,7 +130,7 @@ def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
 
 
 def test_fine_tuning_imitates_what_it_is_given(config, whole, tmp_path):
-    config.base.stages = ((60, 1.0),)
+    config.base.stages = ((STEPS, 1.0),)
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
     pairs = read_demonstrations(str(records), assemble(config).task)

@@ -17,7 +17,7 @@ from configs import countdown
 from spg_jax import tasks
 from spg_jax.export import export
 from spg_jax.process.interruption import Interruption
-from spg_jax.runs import policies
+from spg_jax.runs import plots, policies
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
@@ -136,6 +136,7 @@ def test_a_task_trains_on_the_published_names_and_exports(
     # Later completions are worth more, so that groups have a signal; and the last policy is best.
     monkeypatch.setattr(task, 'reward', lambda *words: reward(*words) + 10.0 * next(count))
     adapted.skip_evaluation(monkeypatch)
+    monkeypatch.setattr(plots, 'curves', lambda _: None)
     (tmp_path / 'wording.txt').write_text('{question}')
     config = config_of(published, tmp_path / 'wording.txt')
     with jax.set_mesh(mesh_of()), Interruption() as interruption:
