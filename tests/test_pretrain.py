@@ -130,11 +130,14 @@ def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
 
 
 def test_fine_tuning_imitates_what_it_is_given(config, whole, tmp_path):
-    config.base.stages = ((STEPS, 1.0),)
+    """Three trainings of as many steps as `whole`, whose program they run, one after the other."""
     records = tmp_path / 'records.jsonl'
     records.write_text(GOOD_LINE + '\n')
     pairs = read_demonstrations(str(records), assemble(config).task)
-    assert run(config, tmp_path / 'tuned', whole, pairs)
+    config.base.stages, start = ((STEPS, 1.0),), whole
+    for name in ('first', 'second', 'tuned'):
+        assert run(config, tmp_path / name, start, pairs)
+        start = tmp_path / name
     losses = [
         json.loads((training / 'metrics.jsonl').read_text().splitlines()[-1])
         for training in (whole.with_name('base.training'), tmp_path / 'tuned.training')
