@@ -13,6 +13,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -57,7 +58,7 @@ from spg_jax.runs.run import Run
 from spg_jax.runs.saved import Arrays, go_back, restored_by, slowed
 from spg_jax.runs.wandb_log import check_wandb
 from spg_jax.tasks.task import Example
-from spg_jax.training.train_state import TrainState
+from spg_jax.training.train_state import Metrics, TrainState
 
 FLAGS = flags.FLAGS
 STUCK = 'lower optimizer.learning_rate in a new --workdir'
@@ -88,45 +89,31 @@ def train(
 
     # --- start, or go on where an earlier start was cut -----------------------------------------
     if run.resumes:
-        arrays = restore(run, state, parts, programs, mesh)
-        programs = slowed(programs, run.record)
-        guard.memory |= run.record.get('guard', {})
+        arrays = restore(run, guard, state, parts, programs, mesh)
         check_origins(workdir, run.record.get('origins', {}), origins)
         run.check_progress(patience, STUCK)
         programs.prompts.set_state(run.record['prompts'])
+        programs = slowed(programs, run.record)
     else:
         arrays = Arrays(state, None, None)
         programs = update_ahead(programs, parts, problems, state, mesh)
         figures = figures_of_base(parts, problems, programs, state, base, mesh)
         run.record['base'] = figures['report']
         validation.look_at(state, figures['validation'])
-
     programs = profiled(programs, config.train.profile, workdir)
 
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
-        due = programs.due(step)  # If none, the checkpoint had the experience.
-        if due:
+        if due := programs.due(step):  # If none, the checkpoint had the experience.
             run.flush()  # The samples come from the update under way, so all wait for it anyway.
             if guard.has_given_up():
                 print(f'update {step}: {guard.collapse}, and no rollback is left; the run ends')
                 break
             if guard.goes_back():
                 arrays, programs = go_back(run, guard, arrays, parts, programs, mesh)
-        state, rollout, probe = arrays
-        for collected in range(due):
-            batch = next(programs.prompts)
-            fresh, texts = programs.collect(state, batch, step)
-            run.samples.write(step, batch.examples, texts, fresh)
-            rollout = programs.keep(rollout, fresh, step, collected)
-            if step == collected == 0 and programs.diagnosis:
-                probe = programs.diagnosis.begin(state, fresh)
-        state, metrics = programs.update(state, rollout)
-        if probe and programs.diagnosis and (step + 1) % config.train.diagnose_every == 0:
-            probe, figures = programs.diagnosis.look(state, probe)
-            metrics |= figures
-        arrays = Arrays(state, rollout, probe)
+            arrays = collect(run, programs, arrays, step, due)
+        arrays, metrics = update(programs, arrays, step, config.train.diagnose_every)
         run.push(metrics)
         last, stop = run.step == config.train.steps, interruption.requested()
         if last:
@@ -134,22 +121,13 @@ def train(
         stuck = run.skipped(patience)
         if not stuck and (last or run.step % config.evaluation.every == 0):
             run.flush()
-            validation.look_at(state)
+            validation.look_at(arrays.state)
         scheduled = run.step % config.checkpoint.every == 0
         if scheduled:  # Others depend on cuts, which must not change what counts as sound.
             run.flush()
             guard.mark(run.step)
         if scheduled or last or stop or stuck:
-            run.save(
-                arrays.to_save(),
-                guard=guard.memory,
-                needed=guard.needed,
-                probe_length=probe and probe.rows.prompt.shape[1],
-                prompts=programs.prompts.get_state(),
-                prompt_length=rollout.prompt.shape[1],
-                planned_steps=planned,
-                origins=origins,
-            )
+            save(run, guard, programs, arrays, planned_steps=planned, origins=origins)
         if stuck:
             run.check_progress(patience, STUCK)
         if stop:
@@ -161,6 +139,44 @@ def train(
     best = arrays.state.frozen | policies.load_trained(workdir / 'best', programs.policy, mesh)
     report(config, parts, run, programs, best, problems.test, base)
     return True
+
+
+def collect(run: Run, programs: Programs, arrays: Arrays, step: int, batches: int) -> Arrays:
+    """The arrays with completions of the next batches of prompts, from which updates learn."""
+    state, rollout, probe = arrays
+    for collected in range(batches):
+        batch = next(programs.prompts)
+        fresh, texts = programs.collect(state, batch, step)
+        run.samples.write(step, batch.examples, texts, fresh)
+        rollout = programs.keep(rollout, fresh, step, collected)
+        if step == collected == 0 and programs.diagnosis:
+            probe = programs.diagnosis.begin(state, fresh)
+    return Arrays(state, rollout, probe)
+
+
+def update(
+    programs: Programs, arrays: Arrays, step: int, diagnose_every: int
+) -> tuple[Arrays, Metrics]:
+    """The arrays after the update that follows `step` others, and its metrics."""
+    state, rollout, probe = arrays
+    state, metrics = programs.update(state, rollout)
+    if probe and programs.diagnosis and (step + 1) % diagnose_every == 0:
+        probe, figures = programs.diagnosis.look(state, probe)
+        metrics |= figures
+    return Arrays(state, rollout, probe), metrics
+
+
+def save(run: Run, guard: Guard, programs: Programs, arrays: Arrays, **record: Any) -> None:
+    """Writes a checkpoint with everything that a later start needs, and `record`."""
+    run.save(
+        arrays.to_save(),
+        guard=guard.memory,
+        needed=guard.needed,
+        probe_length=arrays.probe and arrays.probe.rows.prompt.shape[1],
+        prompts=programs.prompts.get_state(),
+        prompt_length=arrays.rollout.prompt.shape[1],
+        **record,
+    )
 
 
 class Validation:
@@ -234,8 +250,10 @@ def figures_of_base(
     return base_figures(base, identity, measure)
 
 
-def restore(run: Run, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh) -> Arrays:
-    """The arrays of the newest checkpoint, on the devices of this start.
+def restore(
+    run: Run, guard: Guard, state: TrainState, parts: Parts, programs: Programs, mesh: Mesh
+) -> Arrays:
+    """The arrays of the newest checkpoint, on the devices of this start, and what the guard saw.
 
     Raises:
       FileNotFoundError: the best policy of the run is gone, which its report would need.
@@ -248,8 +266,10 @@ def restore(run: Run, state: TrainState, parts: Parts, programs: Programs, mesh:
             '--workdir'
         )
     policies.load_trained(best, programs.policy, mesh)  # Fail early: the report reads it again.
-    target, arrays = restored_by(run, state, parts, programs, mesh)
-    return arrays(run.restore(target))
+    target, arrays_of = restored_by(run, state, parts, programs, mesh)
+    arrays = arrays_of(run.restore(target))
+    guard.memory |= run.record.get('guard', {})
+    return arrays
 
 
 def report(
