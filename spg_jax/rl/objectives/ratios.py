@@ -32,10 +32,11 @@ def is_clipped(
 ) -> Array:
     """Where `clipped` stops the gradient, bool."""
     ratio = jnp.exp(log_ratio)
-    over, under = ratio > 1.0 + (low if high is None else high), ratio < 1.0 - low
+    top = 1.0 + (low if high is None else high)
     if clip == UNCONDITIONAL:
-        return (over | under) & (advantage != 0)
-    return (over & (advantage > 0)) | (under & (advantage < 0))
+        return ((ratio > top) | (ratio < 1.0 - low)) & (advantage != 0)
+    over = (ratio > top) & (advantage > 0)
+    return over | ((ratio < 1.0 - low) & (advantage < 0))
 
 
 def k2(log_ratio: Array) -> Array:
