@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spg_jax import sharding
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.llada.configuration import ARCHITECTURE, read_config
 from spg_jax.models.tensor_files import Tensor, write_checkpoint
 from spg_jax.process import cli

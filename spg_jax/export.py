@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from spg_jax import sharding
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.lora import COLLECTION
 from spg_jax.process import cli, distributed
 from spg_jax.runs import policies

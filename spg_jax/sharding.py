@@ -32,6 +32,8 @@ RULES: Mapping[str, str | None] = {
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
+    'experts': 'tensor',
+    'expert_mlp': None,  # 'tensor' splits experts already
     'layers': None,
     'norm': None,
     'rank': None,
@@ -40,6 +42,7 @@ RULES: Mapping[str, str | None] = {
     'embed_tiles': 'fsdp',
     'heads_tiles': 'tensor',
     'mlp_tiles': 'tensor',
+    'expert_mlp_tiles': None,
 }
 
 

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from spg_jax.export import export
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.pretrain import pretrain
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator

@@ -19,7 +19,7 @@ from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.export import _refuse_links, export
 from spg_jax.limits import PATHS
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.planning.machines import find_machine
 from spg_jax.process import cli, config_flag
 from tests.processes import REPOSITORY, finish, run, start_module, wait_until

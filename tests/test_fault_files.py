@@ -23,8 +23,7 @@ from spg_jax.config import default_config
 from spg_jax.data.chat_template import PROBES, ChatTemplate
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import WordTokenizer
-from spg_jax.models import peft
-from spg_jax.models.llada import weights
+from spg_jax.models import peft, weights
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process import json_files
@@ -81,8 +80,9 @@ def policy(directory: Path) -> File:
 def adapter(directory: Path) -> File:
     config, _, _ = weights.check_checkpoint(TINY)
     lora = LoRA(rank=2, alpha=4.0, targets=('query',))
-    adapters = zeros_of(Transformer(dataclasses.replace(config, lora=lora)), COLLECTION)
-    peft.save_adapter(directory, adapters, lora, 'the/base')
+    adapted = dataclasses.replace(config, lora=lora)
+    adapters = zeros_of(Transformer(adapted), COLLECTION)
+    peft.save_adapter(directory, adapters, adapted, 'the/base')
     return File(directory / 'adapter_config.json', lambda: peft.check_adapter(directory, config))
 
 

@@ -13,7 +13,7 @@ import pytest
 from configs import countdown
 from spg_jax.assembly import assemble
 from spg_jax.data import batches
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.transformer import Transformer
 from spg_jax.rl.collection import decode
 from spg_jax.runs import policies

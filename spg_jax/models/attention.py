@@ -1,7 +1,8 @@
-"""Bidirectional attention with grouped key/value heads, in the form each platform runs fastest.
+"""Attention with grouped key/value heads, in the form each platform runs fastest.
 
-Query head n reads key/value head n // (N // K). Invalid keys are never attended to. The output of a
-row without any valid key is meaningless but finite, so that padding never puts a NaN into a sum.
+Query head n reads key/value head n // (N // K). Every query attends to every valid key, unless a
+`Visibility` says less. The output of a query that sees no key is meaningless but finite, so that
+padding never puts a NaN into a sum.
 
 A comment such as `# [B, L, N, H]` after an assignment is the shape of the value: `B` sequences, `L`
 length, `N` query heads, `K` key/value heads (N is a multiple of K), `H` head dim; `L'` is the axis
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.errors import check_one_of
+from spg_jax.models.visibility import Visibility
 
 # The score of an invalid key. It is finite so that the softmax of a row without a valid key is
 # uniform instead of 0/0; beside a valid key, exp(MASKED - max) is exactly 0 in float32.
@@ -27,14 +29,16 @@ AUTO = 'auto'
 _FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
 
 
-def attention(q: Array, k: Array, v: Array, valid: Array, implementation: str = 'einsum') -> Array:
-    """Softmax attention of every query over the valid keys.
+def attention(
+    q: Array, k: Array, v: Array, valid: Array | Visibility, implementation: str = 'einsum'
+) -> Array:
+    """Softmax attention of every query over the keys that it sees.
 
     Args:
       q: [B, L, N, H] queries, already rotated.
       k: [B, L, K, H] keys, already rotated.
       v: [B, L, K, H] values.
-      valid: [B, L] bool, False on padding.
+      valid: [B, L] bool, False on padding, for attention to every valid key; or a `Visibility`.
       implementation: 'einsum' runs anywhere, 'folded' is for CPUs, 'splash' for TPUs and 'cudnn'
         for CUDA; `resolve` chooses one of them.
 
@@ -78,7 +82,7 @@ def check_implementation(implementation: str, *more_names: str) -> None:
 
 
 def cudnn_attention(
-    q: Array, k: Array, v: Array, valid: Array, implementation: str = 'cudnn'
+    q: Array, k: Array, v: Array, valid: Array | Visibility, implementation: str = 'cudnn'
 ) -> Array:
     """`attention` by the fused kernel of cuDNN, which keeps no scores and splits over a mesh.
 
@@ -107,10 +111,14 @@ def cudnn_attention(
     # padded sizes in the shapes.
     padding = ((0, 0), (0, L % 2), (0, 0), (0, -H % CUDNN_HEAD_MULTIPLE))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))  # [B, L, N, H], [B, L, K, H] twice
-    valid = jnp.pad(valid, padding[:2])  # [B, L]
-    mask = jnp.broadcast_to(  # [B, 1, L, L']
-        valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1])
-    )
+    if isinstance(valid, Visibility):
+        mask = jnp.pad(valid.mask(), (*padding[:2], padding[1]))[:, None]  # [B, 1, L, L']
+        mask = jnp.broadcast_to(mask, (len(q), *mask.shape[1:]))
+    else:
+        valid = jnp.pad(valid, padding[:2])  # [B, L]
+        mask = jnp.broadcast_to(  # [B, 1, L, L']
+            valid[:, None, None, :], (len(q), 1, q.shape[1], q.shape[1])
+        )
     try:
         mixed = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=H**-0.5, implementation=implementation
@@ -122,7 +130,7 @@ def cudnn_attention(
     return mixed[:, :L, :, :H]
 
 
-def _folded(q: Array, k: Array, v: Array, valid: Array) -> Array:
+def _folded(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     """`attention` as B K plain matrix products, with heads folded into the batch: fast on CPUs.
 
     Sharded accelerators should not use it, because merging a data-sharded with a tensor-sharded
@@ -135,14 +143,18 @@ def _folded(q: Array, k: Array, v: Array, valid: Array) -> Array:
     keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, L)  # [B K, H, L']
     values = v.transpose(0, 2, 1, 3).reshape(B * K, L, H)  # [B K, L', H]
     scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)  # [B K, g L, L']
-    weights = _softmax(scores.reshape(B, N * L, L), valid[:, None, :], H)  # [B, N L, L']
+    if isinstance(valid, Visibility):
+        visible = valid.mask()[:, None]  # [B, 1, L, L']
+        weights = _softmax(scores.reshape(B, N, L, L), visible, H)  # [B, N, L, L']
+    else:
+        weights = _softmax(scores.reshape(B, N * L, L), valid[:, None, :], H)  # [B, N L, L']
     mixed = jnp.matmul(  # [B K, g L, H]
         weights.astype(v.dtype).reshape(B * K, (N // K) * L, L), values
     )
     return mixed.reshape(B, N, L, H).transpose(0, 2, 1, 3)
 
 
-def _einsum(q: Array, k: Array, v: Array, valid: Array) -> Array:
+def _einsum(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     """`attention` with separate axes: rows and heads keep their sharding without a gather.
 
     The subscripts are the axis letters in lower case, with m for L'.
@@ -151,24 +163,28 @@ def _einsum(q: Array, k: Array, v: Array, valid: Array) -> Array:
     K = k.shape[2]
     queries = q.reshape(B, L, K, N // K, H)  # [B, L, K, g, H]
     scores = jnp.einsum('blkgh,bmkh->bkglm', queries, k, preferred_element_type=jnp.float32)
-    weights = _softmax(scores, valid[:, None, None, None, :], H)  # [B, K, g, L, L']
+    if isinstance(valid, Visibility):
+        visible = valid.mask()[:, None, None]  # [B, 1, 1, L, L']
+    else:
+        visible = valid[:, None, None, None, :]  # [B, 1, 1, 1, L']
+    weights = _softmax(scores, visible, H)  # [B, K, g, L, L']
     mixed = jnp.einsum('bkglm,bmkh->blkgh', weights.astype(v.dtype), v)
     return mixed.reshape(B, L, N, H)
 
 
-def _softmax(scores: Array, valid: Array, head_dim: int) -> Array:
-    """Softmax over the valid keys, the last axis, of scores / sqrt(head_dim), in float32."""
-    return jax.nn.softmax(jnp.where(valid, scores * head_dim**-0.5, MASKED), axis=-1)
+def _softmax(scores: Array, visible: Array, head_dim: int) -> Array:
+    """Softmax over the visible keys, the last axis, of scores / sqrt(head_dim), in float32."""
+    return jax.nn.softmax(jnp.where(visible, scores * head_dim**-0.5, MASKED), axis=-1)
 
 
-def _splash(q: Array, k: Array, v: Array, valid: Array) -> Array:
+def _splash(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     """`attention` by the kernel for TPUs, whose import takes time that other platforms save."""
     from spg_jax.models.splash import splash_attention
 
     return splash_attention(q, k, v, valid)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+_IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array | Visibility], Array]] = {
     'einsum': _einsum,
     'folded': _folded,
     'splash': _splash,

@@ -4,7 +4,9 @@ A comment such as `# [B, L, H]` after an assignment is the shape of the value: `
 length, `D` width, `N` heads, `H` head dim; `in` and `features` are the two sides of a kernel.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,10 +16,11 @@ from jax import Array
 
 from spg_jax.models import quantized
 from spg_jax.models.lora import ADAPTER, Adapter, LoRA
+from spg_jax.models.visibility import Visibility
 
 
 class Linear(nn.Module):
-    """Product with a kernel [in, features] of initial std gain / sqrt(in), without a bias.
+    """Product with a kernel [in, features] of initial std gain / sqrt(in), by default without bias.
 
     If the name of the module is a target of `lora`, an adapter adds its product. With `quantize`
     the kernel is stored in that format.
@@ -30,6 +33,7 @@ class Linear(nn.Module):
     param_dtype: str = 'float32'
     lora: LoRA | None = None
     quantize: str = ''
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array, dropout: Array | None = None) -> Array:
@@ -45,7 +49,11 @@ class Linear(nn.Module):
             y = quantized_product(x, kernel, self.dtype)  # [B, L, features]
         else:
             y = product(x, kernel.astype(self.dtype))
-        if self.lora is None or self.name not in self.lora.targets:
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            bias = self.param('bias', zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype)[None, None, :]
+        if self.lora is None or not self.lora.adapts(self.name):
             return y
         adapter = Adapter(self.features, self.axes, self.lora, self.name, self.dtype, name=ADAPTER)
         return y + adapter(x, dropout)
@@ -96,21 +104,68 @@ def swiglu(gate: Array, up: Array) -> Array:
     return nn.silu(gate) * up
 
 
-def rotary_table(valid: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch their rotary wavelengths ("llama3" in rope_scaling).
+
+    Wavelengths above original_length / low_factor are multiplied by `factor`, those below
+    original_length / high_factor stay, and those between are interpolated.
+
+    Raises:
+      ValueError: from the constructor, for an impossible value; it says what to use instead.
+    """
+
+    factor: float
+    low_factor: float
+    high_factor: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_factor < self.high_factor):
+            raise ValueError(
+                f'rope_scaling has factor {self.factor}, low_freq_factor {self.low_factor} and '
+                f'high_freq_factor {self.high_factor}; use a factor of at least 1, and a low '
+                'factor above 0 and below the high one'
+            )
+        if self.original_length < 1:
+            raise ValueError(
+                f'rope_scaling.original_max_position_embeddings is {self.original_length}; use a '
+                'positive integer'
+            )
+
+    def scaled(self, frequency: Array) -> Array:
+        """The frequencies [H/2] in radians for each position, scaled."""
+        periods = self.original_length * frequency / (2 * math.pi)  # [H/2], in the original length
+        share = (periods - self.low_factor) / (self.high_factor - self.low_factor)
+        share = jnp.clip(share, 0.0, 1.0)  # [H/2], 1 where the wavelength stays
+        return frequency * (share + (1 - share) / self.factor)
+
+
+def rotary_table(
+    valid: Array | Visibility, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, each [B, L, H/2] float32.
 
     They are computed once for all layers, and once for each position rather than for every row: on
     CPUs the sines of [B, L, H/2] in each layer would cost as much as attention itself.
 
     Args:
-      valid: [B, L] bool, False on padding, whose angles do not matter: nothing attends to it.
-      head_dim: H, even.
+      valid: [B, L] bool, False on padding, whose angles do not matter: nothing attends to it. A
+        `Visibility` brings its own positions.
+      head_dim: H, even; the rotated part of it where only a part is.
       theta: base of the geometric series of wavelengths.
+      scaling: how the wavelengths are stretched; None leaves them.
     """
-    index = jnp.arange(valid.shape[-1])  # [L]
+    length = (valid.valid if isinstance(valid, Visibility) else valid).shape[-1]
+    index = jnp.arange(length)  # [L]
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [H/2]
+    if scaling:
+        frequency = scaling.scaled(frequency)
     angles = index.astype(jnp.float32)[:, None] * frequency[None, :]  # [L, H/2]
-    position = positions(valid)  # [B, L]
+    if isinstance(valid, Visibility):
+        position = jnp.broadcast_to(valid.positions, valid.valid.shape)  # [B, L]
+    else:
+        position = positions(valid)  # [B, L]
     return jnp.cos(angles)[position], jnp.sin(angles)[position]
 
 
@@ -123,9 +178,16 @@ def positions(valid: Array) -> Array:
 def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
     """x [B, L, N, H] with its pairs (i, i + H/2) rotated by the angles of `rotary_table`.
 
+    Where the table has fewer than H / 2 angles, only the first dimensions are rotated, and the
+    others pass through.
+
     The rotation is in float32, because bfloat16 has 8 bits and would not tell positions beyond 256
     apart. The result has the dtype of x.
     """
+    rotated_dims = 2 * rotary[0].shape[-1]
+    if rotated_dims < x.shape[-1]:
+        rotated_part = rotate(x[..., :rotated_dims], rotary)
+        return jnp.concatenate([rotated_part, x[..., rotated_dims:]], axis=-1)
     cos, sin = (table[:, :, None, :] for table in rotary)  # [B, L, 1, H/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # [B, L, N, H/2]
     rotated = [first * cos - second * sin, second * cos + first * sin]

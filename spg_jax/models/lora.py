@@ -19,6 +19,10 @@ from jax import Array
 COLLECTION = 'lora'
 ADAPTER = 'adapter'  # name of an adapter in the tree, beside its kernel
 TARGETS = ('query', 'key', 'value', 'attention_out', 'gate', 'up', 'down')
+# Some models have queries, keys and values in one kernel, which has one adapter for all three.
+FUSED = 'query_key_value'
+FUSED_TARGETS = ('query', 'key', 'value')
+SHARED = 'shared_'  # prefix of the kernels of an expert that every token visits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,15 @@ class LoRA:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def adapts(self, kernel: str) -> bool:
+        """Whether the kernel of that name has an adapter."""
+        return bool(set(targets_of(kernel)) & set(self.targets))
+
+
+def targets_of(kernel: str) -> tuple[str, ...]:
+    """The names of TARGETS that stand for a kernel; a fused kernel stands for three of them."""
+    return FUSED_TARGETS if kernel == FUSED else (kernel.removeprefix(SHARED),)
+
 
 class Adapter(nn.Module):
     """The low-rank product scale * drop(x) A B, which is added to that of a kernel [in, features].
@@ -60,7 +73,7 @@ class Adapter(nn.Module):
       features: width of the output.
       axes: logical axes of the kernel.
       lora: rank, alpha and dropout.
-      target: name of the kernel, one of TARGETS.
+      target: name of the kernel.
       dtype: the compute dtype.
     """
 
@@ -107,7 +120,7 @@ class Adapter(nn.Module):
 
         def keep_mask(token_key: Array) -> Array:
             """[in] bool, independent for each target."""
-            key = jax.random.fold_in(token_key, TARGETS.index(self.target))
+            key = jax.random.fold_in(token_key, TARGETS.index(targets_of(self.target)[0]))
             return jax.random.bernoulli(key, keep_rate, x.shape[2:])
 
         keep = jax.vmap(jax.vmap(keep_mask))(keys)  # [B, L, in]

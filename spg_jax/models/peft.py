@@ -7,7 +7,7 @@ transposed, 'a' as [rank, in] and 'b' as [out, rank].
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from msgspec import Meta
 from safetensors import safe_open
 
-from spg_jax.models.llada import weights
-from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
+from spg_jax.models.families import table_of
+from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA, targets_of
 from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
 from spg_jax.models.transfer import Source, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
@@ -64,6 +64,7 @@ HARMLESS = frozenset(
 INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 
+_CLUE = ', because experts have no adapters here'
 _MERGE = 'merge that adapter into its checkpoint with PEFT and use the result'
 
 
@@ -75,13 +76,33 @@ class _Settings(TypedDict):
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)]
 
 
-def source_of(target: str, factor: str) -> Source:
-    """The tensors of PEFT for the factor 'a' or 'b' of the adapters of one target."""
-    published = weights.TABLE['layers', target, 'kernel'].name.removesuffix('.weight')
-    return Source(f'base_model.model.{published}.{FACTORS[factor]}.weight', transposed=True)
+def adapter_sources(
+    config: TransformerConfig, adapters: Mapping[str, Any]
+) -> dict[tuple[str, str, str], Source]:
+    """The tensors of PEFT of every factor, in the order of TARGETS.
+
+    Args:
+      config: the model that is adapted.
+      adapters: the 'lora' collection, or its shapes.
+
+    Returns:
+      (stack of layers, kernel, 'a' or 'b') -> tensors of that factor of the kernel's adapters.
+    """
+    table, sources = table_of(config), {}
+    kernels = [(stack, kernel) for stack in adapters for kernel in adapters[stack]]
+    kernels.sort(key=lambda pair: (TARGETS.index(targets_of(pair[1])[0]), pair))
+    for stack, kernel in kernels:
+        source = table[stack, kernel, 'kernel']
+        published = source.name.removesuffix('.weight')
+        for factor in FACTORS:
+            name = f'base_model.model.{published}.{FACTORS[factor]}.weight'
+            sources[stack, kernel, factor] = Source(name, transposed=True, first=source.first)
+    return sources
 
 
-def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base: str) -> None:
+def save_adapter(
+    directory: Path, adapters: Mapping[str, Any], config: TransformerConfig, base: str
+) -> None:
     """Writes adapters in the layout that PEFT loads.
 
     Every process that holds a part of the adapters has to call this function; the first process
@@ -90,23 +111,28 @@ def save_adapter(directory: Path, adapters: Mapping[str, Any], lora: LoRA, base:
     Args:
       directory: where to write; it is created if it does not exist.
       adapters: the 'lora' collection, on any devices.
-      lora: the size of the adapters.
+      config: the model with its adapters.
       base: the checkpoint that they adapt, for `base_model_name_or_path`.
     """
-    tensors = {}
-    for target in lora.targets:
-        for factor in FACTORS:
-            stacked = adapters['layers'][target][ADAPTER][factor]
-            tensors |= published_tensors(source_of(target, factor), stacked)
+    tensors, sources = {}, adapter_sources(config, adapters)
+    for (stack, kernel, factor), source in sources.items():
+        tensors |= published_tensors(source, adapters[stack][kernel][ADAPTER][factor])
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_description(directory / CONFIG, lora, base)
+        _write_description(directory / CONFIG, config.lora, sources.values(), base)
     write_tensors(directory / WEIGHTS, tensors)
     multihost_utils.sync_global_devices('adapter written')
 
 
-def _write_description(path: Path, lora: LoRA, base: str) -> None:
-    modules = '|'.join(source_of(target, 'a').name.split('.')[-3] for target in lora.targets)
+def _write_description(path: Path, lora: LoRA, sources: Iterable[Source], base: str) -> None:
+    modules: dict[str, list[str]] = {}  # name of the list of layers -> modules in a layer
+    for source in sources:
+        layers, module = source.name.split('.{layer}.')
+        module = module.rsplit('.', 2)[0].replace('.', r'\.')
+        names = modules.setdefault(layers.split('.')[-1], [])
+        if module not in names:
+            names.append(module)
+    ((layers, names),) = modules.items()
     description = {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -115,8 +141,9 @@ def _write_description(path: Path, lora: LoRA, base: str) -> None:
         'r': lora.rank,
         'lora_alpha': lora.alpha,
         'lora_dropout': lora.dropout,
-        # A regular expression that ends in 'blocks', because the output layer is also named ff_out.
-        'target_modules': rf'.*\.blocks\.\d+\.({modules})',
+        # A regular expression that begins with the list of layers, because outer layers can have
+        # the names of inner ones, as ff_out in LLaDA.
+        'target_modules': rf'.*\.{layers}\.\d+\.({"|".join(names)})',
         **PLAIN,
     }
     write_whole(path, json.dumps(description, indent=1))
@@ -145,8 +172,9 @@ def load_adapter(
     """
     lora, files = check_adapter(directory, config)
     target = abstract_params(_adapted(config, lora), mesh, collection=COLLECTION)
+    sources = adapter_sources(config, target)
     adapters = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(files, _source(path), leaf), target
+        lambda path, leaf: read_parameter(files, _source(sources, path), leaf), target
     )
     return lora, adapters
 
@@ -169,11 +197,12 @@ def check_adapter(
             f'{WEIGHTS}; load it with PEFT and save it with save_pretrained'
         )
     files = open_file(path)
-    targets = _targets(path, files, config.layers)
-    lora = LoRA(settings['r'], settings['lora_alpha'], settings['lora_dropout'], targets)
+    lora = LoRA(settings['r'], settings['lora_alpha'], settings['lora_dropout'])
+    lora = dataclasses.replace(lora, targets=_targets(path, files, config, lora))
     adapters = abstract_params(_adapted(config, lora), collection=COLLECTION)
+    sources = adapter_sources(config, adapters)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
-        for name, shape in _source(key_path).shapes(leaf.shape).items():
+        for name, shape in _source(sources, key_path).shapes(leaf.shape).items():
             _check_tensor(path, files, name, shape, lora)
     return lora, files
 
@@ -182,10 +211,10 @@ def _adapted(config: TransformerConfig, lora: LoRA) -> Transformer:
     return Transformer(dataclasses.replace(config, lora=lora))
 
 
-def _source(path: tuple[Any, ...]) -> Source:
+def _source(sources: Mapping[tuple[str, str, str], Source], path: tuple[Any, ...]) -> Source:
     """The tensors of PEFT for the factor at a path of the tree."""
-    _, target, _, factor = (key.key for key in path)
-    return source_of(target, factor)
+    stack, kernel, _, factor = (key.key for key in path)
+    return sources[stack, kernel, factor]
 
 
 def _read_settings(path: Path) -> _Settings:
@@ -219,20 +248,26 @@ def _read_settings(path: Path) -> _Settings:
     return settings
 
 
-def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+def _targets(
+    path: Path, files: Mapping[str, Any], config: TransformerConfig, lora: LoRA
+) -> tuple[str, ...]:
     """The targets that have an adapter in at least one layer.
+
+    Targets of which this model has no kernel count as adapted, since nothing of them could be
+    saved; so does every target that shares a kernel with one that has an adapter.
 
     Raises:
       ValueError: if the file has no tensors, or tensors that belong to no target.
     """
-    target_of = {
-        source_of(target, factor).name.format(layer=layer): target
-        for target in TARGETS
-        for factor in FACTORS
-        for layer in range(layers)
+    adapters = abstract_params(_adapted(config, lora), collection=COLLECTION)
+    sources = adapter_sources(config, adapters)
+    targets_of_name = {
+        name: targets_of(kernel)
+        for (stack, kernel, factor), source in sources.items()
+        for name in source.indices(adapters[stack][kernel][ADAPTER][factor].shape)
     }
-    surplus = sorted(set(files) - set(target_of))
-    unsaved = [name for name in surplus if re.sub(_ADAPTER_NAME, '.', name) in target_of]
+    surplus = sorted(set(files) - set(targets_of_name))
+    unsaved = [name for name in surplus if re.sub(_ADAPTER_NAME, '.', name) in targets_of_name]
     if unsaved:
         raise ValueError(
             f'{path}: {unsaved[0]!r} has the name of an adapter in the memory of PEFT, expected '
@@ -240,13 +275,14 @@ def _targets(path: Path, files: Mapping[str, Any], layers: int) -> tuple[str, ..
         )
     if surplus:
         raise ValueError(
-            f'{path}: {surplus[0]!r} is surplus, nothing in a model of {layers} layers uses it; '
-            'use an adapter of this model'
+            f'{path}: {surplus[0]!r} is surplus, nothing in a model of {config.layers} layers uses '
+            f'it{_CLUE if ".experts." in surplus[0] else ""}; use an adapter of this model'
         )
     if not files:
         raise ValueError(f'{path} holds no tensor; export the adapter again')
-    targets = {target_of[name] for name in files}
-    return tuple(target for target in TARGETS if target in targets)
+    possible = {target for targets in targets_of_name.values() for target in targets}
+    targets = {target for name in files for target in targets_of_name[name]}
+    return tuple(target for target in TARGETS if target in targets or target not in possible)
 
 
 def _check_tensor(

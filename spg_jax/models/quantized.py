@@ -69,14 +69,15 @@ def dequantize(kernel: Any) -> Array:
     return (tiles * kernel.scale[:, None]).reshape(values.shape)
 
 
-def initializer(std: float, axes: tuple[str, str], name: str) -> nn.initializers.Initializer:
+def initializer(std: float, axes: tuple[str, ...], name: str) -> nn.initializers.Initializer:
     """Initialiser of a quantised kernel with normal values; codes and scales name their axes."""
+    tile_axes = (*axes[:-2], f'{axes[-2]}_tiles', axes[-1])
 
-    def init(key: Array, shape: tuple[int, int], dtype: Any) -> Any:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
         kernel = quantize(nn.initializers.normal(std)(key, shape, dtype), name)
         return kernel.replace(
             qvalue=nn.LogicallyPartitioned(kernel.qvalue, axes),
-            scale=nn.LogicallyPartitioned(kernel.scale, (f'{axes[0]}_tiles', axes[1])),
+            scale=nn.LogicallyPartitioned(kernel.scale, tile_axes),
         )
 
     return init

@@ -1,13 +1,14 @@
 """Parameters between published files and devices, one published tensor in host memory at a time.
 
-Two things differ. A published checkpoint has one tensor for each layer, whereas the parameters here
-stack all layers along a leading axis. Published kernels are [out, in], and those here [in, out].
-The devices stack and transpose, because on the host one kernel of all layers of an 8B model would
-take 3 GB. Arrays may span several processes; all of them then have to call the same functions in
-the same order.
+Two things differ. A published checkpoint has one tensor for each layer, and for each expert of a
+layer, whereas the parameters here stack all layers along a leading axis, and experts along the next
+one. Published kernels are [out, in], and those here [in, out]. The devices stack and transpose,
+because on the host one kernel of all layers of an 8B model would take 3 GB. Arrays may span several
+processes; all of them then have to call the same functions in the same order.
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,21 +27,36 @@ from spg_jax.models.tensor_files import Tensor
 
 
 class Source(NamedTuple):
-    """The published tensor of a parameter; '{layer}' in its name means one tensor per layer."""
+    """The published tensors of a parameter.
+
+    '{layer}' in the name means one tensor per layer, and '{expert}' after it one for each expert.
+    """
 
     name: str
     transposed: bool = False  # whether published [out, in] is the parameter's [in, out]
+    first: int = 0  # the number of the first layer that the parameter stacks
 
     @property
-    def stacked(self) -> bool:
-        """Whether the parameter stacks one published tensor of each layer."""
-        return '{layer}' in self.name
+    def stacked_axes(self) -> int:
+        """The number of leading axes along which the parameter stacks published tensors."""
+        return ('{layer}' in self.name) + ('{expert}' in self.name)
+
+    def indices(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Name of each published tensor -> its place in a parameter of this shape, in order."""
+        places = itertools.product(*(range(size) for size in shape[: self.stacked_axes]))
+        return {self._name(*place): place for place in places}
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the published tensors of a parameter of this shape, in layer order."""
-        layers, layer_shape = (shape[0], shape[1:]) if self.stacked else (1, shape)
-        layer_shape = layer_shape[::-1] if self.transposed else layer_shape
-        return {self.name.format(layer=layer): layer_shape for layer in range(layers)}
+        """Name -> shape of the published tensors of a parameter of this shape, in order."""
+        tensor_shape = shape[self.stacked_axes :]
+        tensor_shape = tensor_shape[::-1] if self.transposed else tensor_shape
+        return dict.fromkeys(self.indices(shape), tensor_shape)
+
+    def _name(self, layer: int = 0, expert: int = 0) -> str:
+        return self.name.format(layer=self.first + layer, expert=expert)
+
+
+Table = Mapping[tuple[str, ...], Source]  # path of a parameter -> its published tensors
 
 
 def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) -> Any:
@@ -62,22 +78,22 @@ def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) ->
     if sharding is None:
         tensors = [files[name].get_tensor(name).astype(leaf.dtype) for name in shapes]
         tensors = [tensor.T if source.transposed else tensor for tensor in tensors]
-        return np.stack(tensors) if source.stacked else tensors[0]
+        return np.stack(tensors).reshape(leaf.shape) if source.stacked_axes else tensors[0]
     # Each axis of a published tensor is split like the same axis of the parameter.
-    spec = sharding.spec[1:] if source.stacked else sharding.spec
+    spec = sharding.spec[source.stacked_axes :]
     tensor_sharding = NamedSharding(sharding.mesh, P(*(spec[::-1] if source.transposed else spec)))
     tensors = (
         _read_tensor(files[name], name, shape, leaf.dtype, tensor_sharding)
         for name, shape in shapes.items()
     )
-    if not source.stacked:
+    if not source.stacked_axes:
         transpose = jax.jit(_transpose, static_argnums=1, out_shardings=sharding)
         return transpose(next(tensors), source.transposed)
     shardings = jax.tree.map(lambda part: part.sharding, leaf)
     stacked = jax.tree.map(_zeros, leaf)
     place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=shardings)
-    for layer, tensor in enumerate(tensors):
-        stacked = place(stacked, tensor, layer, source.transposed)
+    for index, tensor in zip(source.indices(leaf.shape).values(), tensors, strict=True):
+        stacked = place(stacked, tensor, index, source.transposed)
         jax.block_until_ready(stacked)  # otherwise reading runs ahead, and tensors pile up
     return stacked
 
@@ -98,11 +114,12 @@ def published_tensors(
       factors: 'a' and 'b' of the adapter to merge, on the same devices; None merges nothing.
       lora: the size of the adapter.
     """
+    index = source.indices(leaf.shape)
     return {
         name: Tensor(
-            shape, leaf.dtype, functools.partial(_gather, leaf, factors, layer, source, lora)
+            shape, leaf.dtype, functools.partial(_gather, leaf, factors, index[name], source, lora)
         )
-        for layer, (name, shape) in enumerate(source.shapes(leaf.shape).items())
+        for name, shape in source.shapes(leaf.shape).items()
     }
 
 
@@ -125,12 +142,12 @@ def _read_tensor(
 def _gather(
     leaf: Array,
     factors: Mapping[str, Array] | None,
-    layer: int,
+    index: tuple[int, ...],
     source: Source,
     lora: LoRA | None,
 ) -> np.ndarray:
     """One whole published tensor as a host array, in every process."""
-    tensor = jax.jit(_take, static_argnums=(3, 4))(leaf, factors, layer, source, lora)
+    tensor = jax.jit(_take, static_argnums=(3, 4))(leaf, factors, index, source, lora)
     return multihost_utils.process_allgather(tensor, tiled=True)
 
 
@@ -147,27 +164,34 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> Array:
     return make(leaf.shape, leaf.dtype)
 
 
-def _place(stacked: Any, tensor: Array, layer: Array, transposed: bool) -> Any:
-    """The stacked parameter with a published tensor written into one layer, quantised if it is."""
+def _place(stacked: Any, tensor: Array, index: tuple[Array, ...], transposed: bool) -> Any:
+    """The stacked parameter with a published tensor in its place, quantised if the parameter is."""
     kernel = _transpose(tensor, transposed)
     if is_quantized(stacked):
         kernel = quantize(kernel, stacked.qtype)
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=layer, axis=0)
+
+    def put(stacked: Array, part: Array) -> Array:
+        part = part.reshape((1,) * len(index) + part.shape)
+        return jax.lax.dynamic_update_slice(
+            stacked, part, (*index, *(0,) * (part.ndim - len(index)))
+        )
+
     return jax.tree.map(put, stacked, kernel)
 
 
 def _take(
     leaf: Array,
     factors: Mapping[str, Array] | None,
-    layer: Array,
+    index: tuple[Array, ...],
     source: Source,
     lora: LoRA | None,
 ) -> Array:
-    """The published tensor of one layer of a parameter, with its adapter merged."""
+    """The published tensor at a place of a parameter, with its adapter merged."""
     # The layer is taken before the merge, which would otherwise make float32 copies of all layers.
-    if source.stacked:
+    for position in index:
         leaf, factors = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (leaf, factors)
+            lambda x, position=position: jax.lax.dynamic_index_in_dim(x, position, keepdims=False),
+            (leaf, factors),
         )
     kernel = merged_kernel(leaf, factors, lora) if factors else leaf
     return _transpose(kernel, source.transposed)

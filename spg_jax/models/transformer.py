@@ -1,4 +1,8 @@
-"""The denoiser: a bidirectional pre-norm transformer with the blocks of LLaDA (arXiv 2502.09992).
+"""The denoiser: a pre-norm transformer, by default that of LLaDA (arXiv 2502.09992), bidirectional.
+
+Other published families differ from LLaDA in a few fields of `TransformerConfig`, which are off by
+default: biases, norms of queries and keys, part of the head rotated, what a position sees, a shift
+of the logits, and experts in place of the MLP. `spg_jax.models.families` sets them.
 
 Hidden states and logits have separate methods because logits need the most memory: callers cut the
 hidden states to the positions that they score, and unembed only those.
@@ -21,9 +25,11 @@ from jax.sharding import Mesh
 
 from spg_jax.errors import check_one_of
 from spg_jax.models.attention import attention, check_implementation
+from spg_jax.models.experts import Experts, RoutedExperts
 from spg_jax.models.layers import (
     Linear,
     RMSNorm,
+    RopeScaling,
     normal,
     positions,
     product,
@@ -31,9 +37,10 @@ from spg_jax.models.layers import (
     rotate,
     swiglu,
 )
-from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.lora import COLLECTION, FUSED, FUSED_TARGETS, SHARED, LoRA
 from spg_jax.models.quantized import check_format
-from spg_jax.sharding import constrain
+from spg_jax.models.visibility import Visibility
+from spg_jax.sharding import RULES, constrain
 
 DTYPES = ('float32', 'bfloat16')
 # The largest sizes that are taken for meant. With larger ones the description of a model would not
@@ -77,6 +84,19 @@ class TransformerConfig:
     attention: str = 'einsum'  # an implementation of models.attention
     lora: LoRA | None = None  # adapters beside frozen kernels
     quantize: str = ''  # format of frozen kernels, see models.quantized; '' keeps param_dtype
+    family: str = 'llada'  # whose names the parameters have in published files, see models.families
+    head_size: int = 0  # H; 0 is width / heads
+    qkv_bias: bool = False  # whether queries, keys and values have biases
+    fused_qkv: bool = False  # whether queries, keys and values come from one kernel, in this order
+    qk_norm: bool = False  # whether the queries and keys of each head are normed
+    clip_qkv: float = 0.0  # largest magnitude of queries, keys and values; 0 is no limit
+    rotary_dims: int = 0  # the first dimensions of a head, which are rotated; 0 is all
+    rope_scaling: RopeScaling | None = None
+    # 0 lets every position see all others. Otherwise the positions of a row form blocks of this
+    # length, from its first token on, and see their own and earlier blocks; 1 is causal attention.
+    visible_block: int = 0
+    shift_logits: bool = False  # whether the output at a position predicts the token after it
+    experts: Experts | None = None  # in place of the MLP
 
     def __post_init__(self):
         for name, limit in LIMITS.items():
@@ -84,7 +104,7 @@ class TransformerConfig:
                 raise ValueError(
                     f'model.{name} is {getattr(self, name)}; use a positive integer up to {limit}'
                 )
-        if self.width % self.heads:
+        if self.width % self.heads and not self.head_size:
             raise ValueError(
                 f'model.width {self.width} is not a multiple of model.heads {self.heads}; '
                 f'use width {-(-self.width // self.heads) * self.heads}'
@@ -99,6 +119,22 @@ class TransformerConfig:
                 f'model.width {self.width} over model.heads {self.heads} gives head dim '
                 f'{self.head_dim}, but rotary positions need an even one; change either'
             )
+        if not 0 <= self.rotary_dims <= self.head_dim or self.rotary_dims % 2:
+            raise ValueError(
+                f'model.rotary_dims is {self.rotary_dims} of a head dim of {self.head_dim}; use an '
+                'even number up to it, or 0 for all'
+            )
+        for name in ('head_size', 'clip_qkv', 'visible_block'):
+            if not 0 <= getattr(self, name) <= LIMITS['width']:
+                raise ValueError(
+                    f'model.{name} is {getattr(self, name)}; use 0 up to {LIMITS["width"]}'
+                )
+        if self.experts and self.experts.dense_layers >= self.layers:
+            raise ValueError(
+                f'{self.experts.dense_layers} of {self.layers} layers are dense; use at least one '
+                'layer with experts'
+            )
+        self._check_adapters()
         for name in ('dtype', 'param_dtype'):
             check_one_of(f'model.{name}', getattr(self, name), DTYPES)
         for name, limit in (('rope_theta', MOST_ROPE_THETA), ('norm_eps', 1)):
@@ -111,12 +147,49 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether no position sees a later one."""
+        return self.visible_block == 1
+
+    @property
+    def adapted_kernels(self) -> tuple[str, ...]:
+        """The kernels that can have adapters: all but those of experts, which would be too many."""
+        attention_kernels = (FUSED,) if self.fused_qkv else FUSED_TARGETS
+        mlp = []
+        if not self.experts or self.experts.dense_layers:
+            mlp += ['gate', 'up', 'down']
+        if self.experts and self.experts.shared_width:
+            mlp += [f'{SHARED}gate', f'{SHARED}up', f'{SHARED}down']
+        return (*attention_kernels, 'attention_out', *mlp)
+
+    def _check_adapters(self) -> None:
+        """Raises ValueError unless the model has the kernels that adapters are asked for."""
+        if not self.lora:
+            return
+        fused = [name for name in FUSED_TARGETS if name in self.lora.targets]
+        if self.fused_qkv and fused and len(fused) < len(FUSED_TARGETS):
+            raise ValueError(
+                f'lora.targets has {", ".join(fused)}, but queries, keys and values of this model '
+                f'are one kernel; use all of {", ".join(FUSED_TARGETS)}, or none'
+            )
+        if not any(self.lora.adapts(name) for name in self.adapted_kernels):
+            raise ValueError(
+                f'lora.targets is {self.lora.targets}, of which this model has none; adapters are '
+                f'for {", ".join(self.adapted_kernels)} here'
+            )
 
 
 def check_heads(config: TransformerConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless every device of the mesh gets whole heads."""
+    """Raises ValueError unless every device of the mesh gets whole heads and whole experts."""
     tensor = mesh.shape['tensor']
+    if config.experts and config.experts.count % mesh.shape[RULES['experts']]:
+        raise ValueError(
+            f'mesh.tensor is {tensor}, which does not divide the {config.experts.count} experts of '
+            'the model; use one that does, and more of mesh.fsdp or mesh.data'
+        )
     for name in ('heads', 'kv_heads'):
         heads = getattr(config, name)
         if heads % tensor:
@@ -139,19 +212,10 @@ class Transformer(nn.Module):
             (config.vocab_size, config.width),
             config.param_dtype,
         )
-        # A fully unrolled scan is no loop, and outside of a loop the compiler could merge the
-        # recomputation with the forward pass.
-        prevent_cse = config.scan_unroll >= config.layers
-        block = nn.remat(Block, prevent_cse=prevent_cse) if config.remat else Block
-        self.layers = nn.scan(
-            block,
-            variable_axes={'params': 0, COLLECTION: 0},
-            split_rngs={'params': True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=config.layers,
-            unroll=config.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )(config)
+        dense_layers = config.experts.dense_layers if config.experts else 0
+        if dense_layers:
+            self.dense_layers = self._stack(dense_layers, has_experts=False)
+        self.layers = self._stack(config.layers - dense_layers, has_experts=bool(config.experts))
         self.final_norm = RMSNorm(config.norm_eps, config.dtype, config.param_dtype)
         if not config.tie_embeddings:
             self.unembedding = self.param(
@@ -161,16 +225,36 @@ class Transformer(nn.Module):
                 config.param_dtype,
             )
 
-    def __call__(self, tokens: Array, valid: Array) -> Array:
+    def _stack(self, length: int, has_experts: bool) -> nn.Module:
+        """A scan over layers of one kind."""
+        config = self.config
+        # A fully unrolled scan is no loop, and outside of a loop the compiler could merge the
+        # recomputation with the forward pass.
+        prevent_cse = config.scan_unroll >= length
+        block = nn.remat(Block, prevent_cse=prevent_cse) if config.remat else Block
+        return nn.scan(
+            block,
+            variable_axes={'params': 0, COLLECTION: 0, 'intermediates': 0},
+            split_rngs={'params': True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=length,
+            unroll=config.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )(config, has_experts)
+
+    def __call__(self, tokens: Array, valid: Array | Visibility) -> Array:
         """Logits [B, L, V] float32 of every position: `unembed(hidden(tokens, valid))`."""
         return self.unembed(self.hidden(tokens, valid))
 
-    def hidden(self, tokens: Array, valid: Array, dropout: Array | None = None) -> Array:
-        """Final hidden states, after the last norm.
+    def hidden(
+        self, tokens: Array, valid: Array | Visibility, dropout: Array | None = None
+    ) -> Array:
+        """Final hidden states, after the last norm; the state at a position predicts its token.
 
         Args:
           tokens: [B, L] int32 in [0, V). Tokens on padding are ignored.
-          valid: [B, L] bool, False on padding. Positions count from the first valid token of a row.
+          valid: [B, L] bool, False on padding. Positions count from the first valid token of a row,
+            and `visible_block` says what they see. A `Visibility` says both in its place.
           dropout: [B] keys of the adapters' dropout, one for each row; None drops nothing.
 
         Returns:
@@ -182,11 +266,25 @@ class Transformer(nn.Module):
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
         x = jnp.take(table, tokens, axis=0)  # [B, L, D]
         x = constrain(x, 'rows', None, None)
-        rotary = rotary_table(valid, config.head_dim, config.rope_theta)
         if dropout is not None:
-            dropout = _token_keys(dropout, valid, config.layers)  # [layers, B, L]
+            exists = valid.valid if isinstance(valid, Visibility) else valid
+            dropout = _token_keys(dropout, exists, config.layers)  # [layers, B, L]
+        if config.visible_block and not isinstance(valid, Visibility):
+            valid = Visibility(valid, positions(valid), block_length=config.visible_block)
+        rotary = rotary_table(
+            valid, config.rotary_dims or config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        if config.experts and config.experts.dense_layers:
+            number = config.experts.dense_layers
+            first = None if dropout is None else dropout[:number]
+            dropout = None if dropout is None else dropout[number:]
+            x, _ = self.dense_layers(x, rotary, valid, first)
         x, _ = self.layers(x, rotary, valid, dropout)
-        return self.final_norm(x)
+        x = self.final_norm(x)
+        if config.shift_logits:
+            # The output at a position predicts the token after it, and the first one also its own.
+            x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
+        return x
 
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
@@ -200,13 +298,19 @@ class Block(nn.Module):
     """One layer, the body of a scan with carry x: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: TransformerConfig
+    has_experts: bool = False
 
     @nn.compact
     def __call__(
-        self, x: Array, rotary: tuple[Array, Array], valid: Array, dropout: Array | None
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        valid: Array | Visibility,
+        dropout: Array | None,
     ) -> tuple[Array, None]:
         """x [B, L, D], rotary (cosine, sine) [B, L, H/2], valid [B, L] bool -> (x [B, L, D], None).
 
+        valid: [B, L] bool, or a `Visibility`.
         dropout: [B, L] keys of the tokens in this layer, or None.
         """
         config = self.config
@@ -219,18 +323,39 @@ class Block(nn.Module):
         residual_gain = (2 * config.layers) ** -0.5
 
         h = norm(name='attention_norm')(x)  # [B, L, D]
-        q = linear(N * H, ('embed', 'heads'), name='query')(h, dropout).reshape(B, L, N, H)
-        k = linear(K * H, ('embed', 'kv_heads'), name='key')(h, dropout).reshape(B, L, K, H)
-        v = linear(K * H, ('embed', 'kv_heads'), name='value')(h, dropout).reshape(B, L, K, H)
+        if config.fused_qkv:
+            features = (N + 2 * K) * H
+            qkv = linear(features, ('embed', 'heads'), name=FUSED)(h, dropout)
+            q, k, v = jnp.split(qkv.reshape(B, L, N + 2 * K, H), (N, N + K), axis=2)
+        else:
+            biased = functools.partial(linear, bias=config.qkv_bias)
+            q = biased(N * H, ('embed', 'heads'), name='query')(h, dropout).reshape(B, L, N, H)
+            k = biased(K * H, ('embed', 'kv_heads'), name='key')(h, dropout).reshape(B, L, K, H)
+            v = biased(K * H, ('embed', 'kv_heads'), name='value')(h, dropout).reshape(B, L, K, H)
+        if config.qk_norm:
+            q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
+        if config.clip_qkv:
+            q, k, v = (jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (q, k, v))
         mixed = attention(rotate(q, rotary), rotate(k, rotary), v, valid, config.attention)
         x = x + linear(D, ('heads', 'embed'), residual_gain, name='attention_out')(
             mixed.reshape(B, L, N * H), dropout
         )
 
         h = norm(name='mlp_norm')(x)  # [B, L, D]
-        gate = linear(config.mlp_width, ('embed', 'mlp'), name='gate')(h, dropout)  # [B, L, F]
-        up = linear(config.mlp_width, ('embed', 'mlp'), name='up')(h, dropout)  # [B, L, F]
-        x = x + linear(D, ('mlp', 'embed'), residual_gain, name='down')(swiglu(gate, up), dropout)
+        experts = config.experts if self.has_experts else None
+        width, prefix = config.mlp_width, ''
+        if experts:
+            routed = RoutedExperts(
+                experts, residual_gain, **types, quantize=config.quantize, name='experts'
+            )
+            x = x + routed(h)
+            width, prefix = experts.shared_width, SHARED
+        if width:
+            gate = linear(width, ('embed', 'mlp'), name=f'{prefix}gate')(h, dropout)  # [B, L, F]
+            up = linear(width, ('embed', 'mlp'), name=f'{prefix}up')(h, dropout)  # [B, L, F]
+            x = x + linear(D, ('mlp', 'embed'), residual_gain, name=f'{prefix}down')(
+                swiglu(gate, up), dropout
+            )
         return constrain(x, 'rows', None, None), None
 
 

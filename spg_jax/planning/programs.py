@@ -19,7 +19,7 @@ from spg_jax.assembly import Parts, assemble, model_of
 from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
-from spg_jax.models.llada import configuration
+from spg_jax.models.families import read_config
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import check_heads
@@ -145,7 +145,7 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)
     path = directory / 'config.json' if directory.is_dir() else PUBLISHED
-    model, ids = configuration.read_config(path)
+    model, ids = read_config(path)
     attention = resolve(parts.execution['attention'], platform, model.dtype)
     execution = parts.execution | {'attention': attention}
     model = dataclasses.replace(model, **execution, lora=parts.lora)

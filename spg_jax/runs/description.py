@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 from msgspec import Meta
 
 from spg_jax.data.tokenizers import WordTokenizer
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.peft import CONFIG as ADAPTER_CONFIG
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.process.json_files import check_json, read_json

@@ -19,8 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import Tokenizer, WordTokenizer
+from spg_jax.models import weights
 from spg_jax.models.attention import AUTO, resolve
-from spg_jax.models.llada import weights
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
 from spg_jax.models.policy import Policy, Variables
@@ -88,7 +88,7 @@ def save_policy(
     with saving(directory):
         if config.lora:
             description['base'] = str(base.absolute())
-            save_adapter(new / ADAPTER, saved, config.lora, str(base.absolute()))
+            save_adapter(new / ADAPTER, saved, config, str(base.absolute()))
         else:
             ocp.save((new / PARAMS).absolute(), saved)
         _check_saved(new, saved, config, description['digest'])

@@ -12,8 +12,8 @@ from jax import Array
 from spg_jax.errors import check_one_of
 
 SCHEDULES = ('constant', 'linear', 'cosine')
-# The scales of norms never decay, because they are few and set the size of activations.
-UNDECAYED = re.compile('scale$')
+# The scales of norms and biases never decay, because they are few and set the size of activations.
+UNDECAYED = re.compile('(scale|bias)$')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spg_jax.data.hf_tokenizer import HFTokenizer
-from spg_jax.models.llada.weights import read_config
+from spg_jax.models.weights import read_config
 from tests.published import (
     END,
     HEADER,

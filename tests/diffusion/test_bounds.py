@@ -18,8 +18,8 @@ from spg_jax.diffusion.bounds import (
     mixture,
 )
 from spg_jax.diffusion.corruption import KINDS, Corruption, scored_positions
-from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
+from spg_jax.models.weights import load_checkpoint
 
 pytestmark = [pytest.mark.fast, pytest.mark.numerical]
 

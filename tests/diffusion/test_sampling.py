@@ -11,8 +11,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from spg_jax.diffusion.sampling import SamplingConfig, generate
-from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.transformer import Transformer
+from spg_jax.models.weights import load_checkpoint
 
 pytestmark = pytest.mark.numerical
 

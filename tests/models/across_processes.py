@@ -12,10 +12,10 @@ import numpy as np
 from numpy.testing import assert_array_equal
 
 from spg_jax.export import export
-from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.transformer import Transformer
+from spg_jax.models.weights import load_checkpoint, save_checkpoint
 from spg_jax.process import distributed
 from spg_jax.sharding import abstract_params, make_mesh
 
@@ -52,7 +52,8 @@ def main(root: Path) -> None:
     out = root / str(jax.process_index())  # only the first process may write
     save_checkpoint(out, params, TINY, shard_bytes=40_000)
     adapters = adapters_on(mesh)
-    save_adapter(out / 'adapter', adapters, SIZES, 'base')
+    adapted = dataclasses.replace(load_checkpoint(TINY)[0], lora=SIZES)
+    save_adapter(out / 'adapter', adapters, adapted, 'base')
     merged = root / 'merged' / str(jax.process_index())
     save_checkpoint(merged, params, TINY, adapters=adapters, lora=SIZES)
     export(root / '0', TINY, root / 'exported', whole=False)  # to one place from both

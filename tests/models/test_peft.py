@@ -14,11 +14,11 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from spg_jax.models import peft
-from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import load_adapter, save_adapter
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Transformer
+from spg_jax.models.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.sharding import abstract_params
 from tests.meshes import mesh_of
 
@@ -41,7 +41,8 @@ def saved(tmp_path):
     adapters = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), zeros_of(config, SIZES)
     )
-    save_adapter(tmp_path / 'adapter', adapters, SIZES, 'the/base')
+    adapted = dataclasses.replace(config, lora=SIZES)
+    save_adapter(tmp_path / 'adapter', adapters, adapted, 'the/base')
     return tmp_path / 'adapter', config, adapters
 
 
@@ -72,7 +73,8 @@ def test_peft_puts_adapters_on_what_has_one_and_nothing_else(tmp_path):
     """PEFT matches a regular expression with the whole name of a module."""
     config, _, _ = load_checkpoint(TINY)
     down = LoRA(rank=4, alpha=2.0, targets=('query', 'down'))
-    save_adapter(tmp_path, zeros_of(config, down), down, 'the/base')
+    adapted = dataclasses.replace(config, lora=down)
+    save_adapter(tmp_path, zeros_of(config, down), adapted, 'the/base')
     expression = json.loads((tmp_path / CONFIG).read_text())['target_modules']
     modules = {name.removesuffix('.weight') for name in tensor_shapes(config)}
     adapted = {name for name in modules if re.fullmatch(expression, name)}

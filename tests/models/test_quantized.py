@@ -16,7 +16,7 @@ from configs import countdown
 from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.data.tokenizers import WordTokenizer
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.quantized import FORMATS, check_format, dequantize

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from spg_jax.models import lora, transfer
 from spg_jax.models.llada.configuration import read_config
-from spg_jax.models.llada.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from spg_jax.models.peft import load_adapter
 from spg_jax.models.tensor_files import open_tensors
+from spg_jax.models.weights import load_checkpoint, save_checkpoint, tensor_shapes
 from tests.meshes import mesh_of
 from tests.models.across_processes import SIZES, TINY, adapters_on
 from tests.processes import finish_all, start_pair

@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import Draws, scored_positions
-from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.policy import Policy
+from spg_jax.models.weights import load_checkpoint
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
 from spg_jax.rl.learner import make_gradient
 from spg_jax.rl.rollout import Rollout

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.export import export
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.lora import LoRA
 from spg_jax.models.peft import WEIGHTS
 from spg_jax.models.policy import with_adapters

@@ -2,24 +2,28 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from spg_jax.models.transformer import EXECUTION, LIMITS, MOST_ROPE_THETA, TransformerConfig
-from spg_jax.process.json_files import check_json, read_json
+from spg_jax.models.published import (
+    Eps,
+    Heads,
+    Layers,
+    MLPWidth,
+    Rows,
+    SpecialIds,
+    Theta,
+    Width,
+    check_ids,
+    check_overrides,
+    read_contents,
+)
+from spg_jax.models.transformer import TransformerConfig
+from spg_jax.process.json_files import check_json
 
 REMEDY = 'use the config.json of a LLaDA checkpoint'
-
-
-class SpecialIds(NamedTuple):
-    """The ids of the special tokens."""
-
-    mask: int
-    eos: int
-    pad: int
-
 
 # The settings under which a published model is what `Transformer` computes.
 ARCHITECTURE: Mapping[str, Any] = {
@@ -39,31 +43,27 @@ ARCHITECTURE: Mapping[str, Any] = {
     'rope_full_precision': True,
 }
 
-_Heads = Annotated[int, Meta(ge=1, le=LIMITS['heads'])]
-_Width = Annotated[int, Meta(ge=1, le=LIMITS['width'])]
-_MLPWidth = Annotated[int, Meta(ge=1, le=LIMITS['mlp_width'])]
-_Rows = Annotated[int, Meta(ge=1, le=LIMITS['vocab_size'])]
 _Ratio = Annotated[float, Meta(gt=0, le=1000)]
 
 
 class _Published(msgspec.Struct):
     """The keys of config.json that fix sizes and numbers."""
 
-    d_model: _Width
-    n_heads: _Heads
-    n_layers: Annotated[int, Meta(ge=1, le=LIMITS['layers'])]
-    rope_theta: Annotated[float, Meta(gt=0, le=MOST_ROPE_THETA)]
-    rms_norm_eps: Annotated[float, Meta(gt=0, le=1)]
+    d_model: Width
+    n_heads: Heads
+    n_layers: Layers
+    rope_theta: Theta
+    rms_norm_eps: Eps
     weight_tying: bool
     scale_logits: bool
     mask_token_id: int
     eos_token_id: int
     pad_token_id: int
-    embedding_size: _Rows | None = None
-    vocab_size: _Rows | None = None
-    n_kv_heads: _Heads | None = None
+    embedding_size: Rows | None = None
+    vocab_size: Rows | None = None
+    n_kv_heads: Heads | None = None
     multi_query_attention: bool | None = None
-    mlp_hidden_size: _MLPWidth | None = None
+    mlp_hidden_size: MLPWidth | None = None
     mlp_ratio: _Ratio | None = None
     torch_dtype: str | None = None
     dtype: str | None = None
@@ -81,11 +81,7 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
       ValueError: if the file is not JSON, describes another architecture, lacks a key or has an
         impossible value, and for an override of another field; the message names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path} does not exist; expected a checkpoint directory with config.json'
-        )
-    contents = read_json(path, dict[str, Any], 'download it again')
+    contents = read_contents(path)
     for key, expected in ARCHITECTURE.items():
         value = contents.get(key)
         if value is None:
@@ -95,21 +91,14 @@ def read_config(path: Path, **overrides: Any) -> tuple[TransformerConfig, Specia
                 f'{path}: {key} is {value!r}, expected {expected!r}; '
                 'use a checkpoint of the LLaDA-8B architecture'
             )
-    surplus = sorted(set(overrides) - {'dtype', 'param_dtype', *EXECUTION})
-    if surplus:
-        raise ValueError(f'model.{surplus[0]} comes from {path}; leave it out')
+    check_overrides(path, overrides)
     published = check_json(contents, _Published, path, REMEDY)
     try:
         config = _transformer_config(published, overrides)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     ids = SpecialIds(published.mask_token_id, published.eos_token_id, published.pad_token_id)
-    for name, value in ids._asdict().items():
-        if not 0 <= value < config.vocab_size:
-            raise ValueError(
-                f'{path}: {name}_token_id is {value}, outside the {config.vocab_size} rows of the '
-                'embedding; use the config.json that came with the weights'
-            )
+    check_ids(path, ids, config.vocab_size)
     return config, ids
 
 

@@ -13,10 +13,10 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.models.llada import weights
+from spg_jax.models import weights
 from spg_jax.models.llada.configuration import SpecialIds, read_config
-from spg_jax.models.llada.weights import load_checkpoint, tensor_shapes
 from spg_jax.models.transformer import Transformer
+from spg_jax.models.weights import load_checkpoint, tensor_shapes
 from spg_jax.sharding import param_shardings
 from tests.meshes import mesh_of
 

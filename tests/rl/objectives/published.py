@@ -16,8 +16,8 @@ from numpy.testing import assert_allclose
 
 from spg_jax.diffusion.corruption import Corruption, Draws, scored_positions
 from spg_jax.diffusion.sampling import SamplingConfig
-from spg_jax.models.llada.weights import load_checkpoint
 from spg_jax.models.policy import Policy
+from spg_jax.models.weights import load_checkpoint
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import REGISTRY, Batch, Objective, Protocol
 from spg_jax.rl.objectives.objective import Readout

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
 from spg_jax.diffusion.sampling import SamplingConfig
-from spg_jax.models.llada.weights import load_checkpoint
+from spg_jax.models.weights import load_checkpoint
 from spg_jax.rl.objectives import Batch, Moment, View
 from spg_jax.rl.objectives.dtm import read_distributions, share_of_rate, tilts_of_phases
 from spg_jax.training.optimizers import AdamW, for_rl

@@ -1,7 +1,7 @@
-"""Weights of LLaDA checkpoints in their published layout (arXiv 2502.09992): safetensors.
+"""Weights of published checkpoints in their own layout: safetensors.
 
-One table pairs every parameter with its published tensor. A checkpoint is read only if the table
-uses each of its tensors exactly once and each has the shape that config.json implies.
+The table of a family pairs every parameter with its published tensors. A checkpoint is read only if
+the table uses each of its tensors exactly once and each has the shape that config.json implies.
 """
 
 import dataclasses
@@ -15,31 +15,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from spg_jax.models.llada.configuration import SpecialIds, read_config
+from spg_jax.models.families import read_config, table_of
 from spg_jax.models.lora import ADAPTER, LoRA
+from spg_jax.models.published import SpecialIds
 from spg_jax.models.quantized import is_quantized
 from spg_jax.models.tensor_files import FLOATS, open_tensors, write_checkpoint
-from spg_jax.models.transfer import Source, published_tensors, read_parameter
+from spg_jax.models.transfer import Source, Table, published_tensors, read_parameter
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
-
-_BLOCK = 'model.transformer.blocks.{layer}.'
-
-TABLE: Mapping[tuple[str, ...], Source] = {
-    ('embedding',): Source('model.transformer.wte.weight'),
-    ('unembedding',): Source('model.transformer.ff_out.weight', transposed=True),
-    ('final_norm', 'scale'): Source('model.transformer.ln_f.weight'),
-    ('layers', 'attention_norm', 'scale'): Source(_BLOCK + 'attn_norm.weight'),
-    ('layers', 'query', 'kernel'): Source(_BLOCK + 'q_proj.weight', transposed=True),
-    ('layers', 'key', 'kernel'): Source(_BLOCK + 'k_proj.weight', transposed=True),
-    ('layers', 'value', 'kernel'): Source(_BLOCK + 'v_proj.weight', transposed=True),
-    ('layers', 'attention_out', 'kernel'): Source(_BLOCK + 'attn_out.weight', transposed=True),
-    ('layers', 'mlp_norm', 'scale'): Source(_BLOCK + 'ff_norm.weight'),
-    # The published block multiplies silu(ff_proj(x)) by up_proj(x).
-    ('layers', 'gate', 'kernel'): Source(_BLOCK + 'ff_proj.weight', transposed=True),
-    ('layers', 'up', 'kernel'): Source(_BLOCK + 'up_proj.weight', transposed=True),
-    ('layers', 'down', 'kernel'): Source(_BLOCK + 'ff_out.weight', transposed=True),
-}
 
 REMEDY = 'download config.json and weights from the same place'
 
@@ -47,7 +30,7 @@ REMEDY = 'download config.json and weights from the same place'
 def load_checkpoint(
     directory: str | Path, mesh: Mesh | None = None, **overrides: Any
 ) -> tuple[TransformerConfig, SpecialIds, Any]:
-    """Reads a published LLaDA checkpoint, with one published tensor in host memory at a time.
+    """Reads a published checkpoint, with one published tensor in host memory at a time.
 
     Args:
       directory: holds config.json and model.safetensors, or the shards that
@@ -73,9 +56,11 @@ def load_checkpoint(
             f'model.quantize is {config.quantize!r} without a mesh; pass a mesh, because kernels '
             'are quantised on its devices'
         )
-    target = abstract_params(Transformer(config), mesh)
+    target, table = abstract_params(Transformer(config), mesh), table_of(config)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(files, _source(path), leaf), target, is_leaf=is_quantized
+        lambda path, leaf: read_parameter(files, _source(table, path), leaf),
+        target,
+        is_leaf=is_quantized,
     )
     return config, ids, params
 
@@ -88,7 +73,7 @@ def save_checkpoint(
     adapters: Mapping[str, Any] | None = None,
     lora: LoRA | None = None,
 ) -> None:
-    """Writes parameters in the published layout, for anything that reads LLaDA checkpoints.
+    """Writes parameters in the layout of the checkpoint that they came from.
 
     Every process that holds a part of the parameters has to call this function; the first process
     writes.
@@ -107,9 +92,9 @@ def save_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         for path in copied_files(source):
             shutil.copy(path, directory)
-    tensors = {}
+    tensors, table = {}, table_of(read_config(source / 'config.json')[0])
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        tensors |= published_tensors(_source(path), leaf, _factors(path, adapters), lora)
+        tensors |= published_tensors(_source(table, path), leaf, _factors(path, adapters), lora)
     write_checkpoint(directory, tensors, shard_bytes)
     multihost_utils.sync_global_devices('checkpoint written')
 
@@ -144,10 +129,10 @@ def check_checkpoint(
 
 def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a published checkpoint of this configuration."""
-    shapes = {}
+    shapes, table = {}, table_of(config)
     model = Transformer(dataclasses.replace(config, quantize=''))  # as published
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
-        shapes |= _source(path).shapes(leaf.shape)
+        shapes |= _source(table, path).shapes(leaf.shape)
     return shapes
 
 
@@ -175,9 +160,7 @@ def _check_tensors(
         if tuple(stored.get_shape()) != shape:
             raise ValueError(
                 f'{directory}: {name!r} is {stored.get_shape()}, expected {list(shape)} '
-                f'(config.json says d_model {config.width}, embedding_size {config.vocab_size}, '
-                f'n_heads {config.heads}, n_kv_heads {config.kv_heads}, '
-                f'mlp_hidden_size {config.mlp_width}); {REMEDY}'
+                f'(config.json says {_sizes(config)}); {REMEDY}'
             )
         if stored.get_dtype() not in FLOATS:
             raise ValueError(
@@ -186,16 +169,44 @@ def _check_tensors(
             )
 
 
+# The keys of config.json in LLaDA and in the families in the layout of transformers.
+_KEYS = {
+    'llada': ('d_model', 'embedding_size', 'n_heads', 'n_kv_heads', 'mlp_hidden_size'),
+    '': (
+        'hidden_size',
+        'vocab_size',
+        'num_attention_heads',
+        'num_key_value_heads',
+        'intermediate_size',
+    ),
+}
+
+
+def _sizes(config: TransformerConfig) -> str:
+    """The sizes that config.json gives, by the names they have there, for error messages."""
+    keys = _KEYS.get(config.family, _KEYS[''])
+    values = config.width, config.vocab_size, config.heads, config.kv_heads, config.mlp_width
+    sizes = [f'{key} {value}' for key, value in zip(keys, values, strict=True)]
+    if config.head_size:
+        sizes.append(f'head_dim {config.head_size}')
+    if config.experts:
+        sizes += [f'num_experts {config.experts.count}', f'width of experts {config.experts.width}']
+    return ', '.join(sizes)
+
+
 def _clue(name: str, config: TransformerConfig) -> str:
     """The setting of config.json that decides whether the tensor exists, for error messages."""
-    if name == TABLE[('unembedding',)].name:
-        return f' (config.json says weight_tying {config.tie_embeddings})'
-    return f' (config.json says n_layers {config.layers})'
+    is_llada = config.family == 'llada'
+    if name == table_of(config)[('unembedding',)].name:
+        key = 'weight_tying' if is_llada else 'tie_word_embeddings'
+        return f' (config.json says {key} {config.tie_embeddings})'
+    key = 'n_layers' if is_llada else 'num_hidden_layers'
+    return f' (config.json says {key} {config.layers})'
 
 
-def _source(path: tuple[Any, ...]) -> Source:
+def _source(table: Table, path: tuple[Any, ...]) -> Source:
     """The published tensor of the parameter at a path of the tree."""
-    return TABLE[tuple(key.key for key in path)]
+    return table[tuple(key.key for key in path)]
 
 
 def _factors(
@@ -205,4 +216,5 @@ def _factors(
     *parents, name = (key.key for key in path)
     if not adapters or name != 'kernel':
         return None
-    return adapters['layers'].get(parents[-1], {}).get(ADAPTER)
+    stack, kernel = parents
+    return adapters.get(stack, {}).get(kernel, {}).get(ADAPTER)
