@@ -9,10 +9,12 @@ tokens of prompt (`P`) and completion (`C`), `b` positions of a block, `V` vocab
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
@@ -20,6 +22,7 @@ from spg_jax.diffusion import informed, token_law
 from spg_jax.errors import check_one_of
 
 COMMITS = ('low_confidence', 'random', 'entropy', 'margin', 'left_to_right')
+SCHEDULES = ('even', 'timesteps')
 RECORDS = ('log_prob', 'entropy', 'kept', 'influence')
 
 
@@ -42,6 +45,12 @@ class SamplingConfig:
       stop_early: whether a completion ends with the block that holds its first EOS.
       top_k: tokens are drawn among that many likeliest ids only; 0 is off.
       top_p: tokens are drawn among the fewest likeliest ids that have this probability; 1 is off.
+      threshold: with 'low_confidence', a step keeps every token of a higher probability if there
+        are at least as many as it would keep otherwise, and a block ends when all of its tokens are
+        kept (LLaDA2, arXiv 2512.15745); 0 is off.
+      schedule: how many tokens each step of a block keeps. 'even' spreads them evenly; 'timesteps'
+        keeps the share of the masked tokens that a linear noise schedule removes (Dream, arXiv
+        2508.15487).
       records: what is recorded of each token when it is committed, names of RECORDS: 'log_prob',
         'entropy' and 'kept' of the law that it was drawn from (`token_law.record`), and its
         'influence' on masked positions (`informed`). An objective asks for them, not a user.
@@ -60,6 +69,8 @@ class SamplingConfig:
     stop_early: bool = True
     top_k: int = 0
     top_p: float = 1.0
+    threshold: float = 0.0
+    schedule: str = 'even'
     records: tuple[str, ...] = ()
     influence_window: int = informed.WINDOW
 
@@ -92,6 +103,16 @@ class SamplingConfig:
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f'sampling.top_p is {self.top_p}; use a share above 0 and at most 1')
         check_one_of('sampling.commit', self.commit, COMMITS)
+        check_one_of('sampling.schedule', self.schedule, SCHEDULES)
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(
+                f'sampling.threshold is {self.threshold}; use a probability within [0, 1], 0 is off'
+            )
+        if self.threshold and self.commit != 'low_confidence':
+            raise ValueError(
+                f'sampling.threshold is {self.threshold} with sampling.commit {self.commit!r}, '
+                'which looks at no probability; use commit low_confidence, or threshold 0'
+            )
         for name in self.records:
             check_one_of('a record of the sampler', name, RECORDS)
 
@@ -170,6 +191,7 @@ def generate(
     mask_id: int,
     eos_id: int,
     allowed: Array,
+    opening: Array | None = None,
 ) -> Completion:
     """Completes a batch of prompts. The function is pure, and callers jit it.
 
@@ -186,6 +208,8 @@ def generate(
       mask_id: the MASK token, never chosen, but part of the softmax that gives confidence.
       eos_id: the end-of-sequence token.
       allowed: [V] bool, True for ids that may be chosen.
+      opening: [B, C] int32, the completion as it begins: MASK where tokens are generated, and given
+        tokens, which stay and count as part of the prompt. None generates all.
 
     Raises:
       ValueError: if the shapes do not agree or MASK and EOS are the same token.
@@ -208,12 +232,13 @@ def generate(
         mask_id=mask_id,
         eos_id=eos_id,
         allowed=allowed & (jnp.arange(allowed.size) != mask_id),
+        generated=None if opening is None else opening == mask_id,
     )
+    if opening is None:
+        opening = jnp.full(shape, mask_id, jnp.int32)
     initial = _Carry(
         step=jnp.zeros((), jnp.int32),
-        tokens=jnp.concatenate(
-            [prompt.astype(jnp.int32), jnp.full(shape, mask_id, jnp.int32)], axis=1
-        ),
+        tokens=jnp.concatenate([prompt.astype(jnp.int32), opening], axis=1),
         commit_step=jnp.full(shape, -1, jnp.int32),
         extras={
             name: jnp.zeros(record.shape, record.dtype)
@@ -223,7 +248,9 @@ def generate(
     )
     final = jax.lax.while_loop(decoder.unfinished, decoder.denoise, initial)
     completion = Completion(final.tokens[:, prompt.shape[1] :], final.commit_step, final.extras)
-    return _end_at_eos(completion, eos_id, config) if config.stop_early else completion
+    if not config.stop_early:
+        return completion
+    return _end_at_eos(completion, decoder.is_eos(final.tokens), eos_id, config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,6 +266,12 @@ class _Decoder:
     mask_id: int
     eos_id: int
     allowed: Array  # [V] bool, without MASK
+    generated: Array | None  # [B, C] bool, False on given tokens of the completion; None is all
+
+    def is_eos(self, tokens: Array) -> Array:
+        """Where a completion has an EOS that was generated: [B, L] -> [B, C] bool."""
+        is_eos = tokens[:, self.prompt_length :] == self.eos_id
+        return is_eos if self.generated is None else is_eos & self.generated
 
     def unfinished(self, carry: _Carry) -> Array:
         """Whether a step is left and, with `stop_early`, some row has not ended; [] bool."""
@@ -246,7 +279,7 @@ class _Decoder:
         if not self.config.stop_early:
             return step_left
         between_blocks = carry.step % self.config.steps_per_block == 0
-        all_ended = (carry.tokens[:, self.prompt_length :] == self.eos_id).any(-1).all()
+        all_ended = self.is_eos(carry.tokens).any(-1).all()
         return step_left & ~(between_blocks & all_ended)
 
     def denoise(self, carry: _Carry) -> _Carry:
@@ -256,9 +289,12 @@ class _Decoder:
         tokens = _block(carry.tokens, self.prompt_length + start, config.block_length)  # [B, b]
         carry, logits = self.look_around(carry, start)  # logits [B, b, V]
         prediction, score, records = _predict(logits, self.keys, carry.step, self.allowed, config)
-        commit = _most_confident(  # [B, b]
-            score, tokens == self.mask_id, _commits(config)[carry.step % config.steps_per_block]
-        )
+        is_masked = tokens == self.mask_id  # [B, b]
+        quota = _commits(config)[carry.step % config.steps_per_block]  # []
+        commit = _most_confident(score, is_masked, quota)  # [B, b]
+        if config.threshold:
+            is_sure = is_masked & (score > math.log(config.threshold))  # [B, b]
+            commit = jnp.where(is_sure.sum(-1, keepdims=True) >= quota, is_sure, commit)
         tokens = jnp.where(commit, prediction, tokens)
         commit_step = _block(carry.commit_step, start, config.block_length)  # [B, b]
         commit_step = jnp.where(commit, carry.step, commit_step)
@@ -268,8 +304,13 @@ class _Decoder:
             before = _block(extras[name], start, config.block_length)  # [B, b, ...]
             is_new = commit.reshape(commit.shape + (1,) * (value.ndim - 2))
             extras[name] = put(extras[name], jnp.where(is_new, value, before), start, axis=1)
+        step = carry.step + 1
+        if config.threshold:
+            # The other steps of a block have nothing to do once all rows have finished it.
+            next_block = (carry.step // config.steps_per_block + 1) * config.steps_per_block
+            step = jnp.where((tokens == self.mask_id).any(), step, next_block)
         return carry.replace(
-            step=carry.step + 1,
+            step=step,
             tokens=put(carry.tokens, tokens, self.prompt_length + start, axis=1),
             commit_step=put(carry.commit_step, commit_step, start, axis=1),
             extras=extras,
@@ -309,6 +350,10 @@ class _Decoder:
         if self.config.guidance == 0.0:
             return conditional
         promptless = tokens.at[:, : self.prompt_length].set(self.mask_id)
+        if self.generated is not None:
+            completion = promptless[:, self.prompt_length :]
+            completion = jnp.where(self.generated, completion, self.mask_id)
+            promptless = promptless.at[:, self.prompt_length :].set(completion)
         unconditional = self._unguided(promptless, start, size)
         return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
 
@@ -326,10 +371,29 @@ def _block(x: Array, start: Array, size: int) -> Array:
 def _commits(config: SamplingConfig) -> Array:
     """How many tokens each step of a block commits, [steps_per_block].
 
-    Where the block does not divide evenly, the first steps commit one token more.
+    Where the block does not divide evenly, the first steps of an even schedule commit one token
+    more.
     """
+    if config.schedule == 'timesteps':
+        return jnp.asarray(timestep_commits(config.block_length, config.steps_per_block))
     share, remainder = divmod(config.block_length, config.steps_per_block)
     return share + (jnp.arange(config.steps_per_block) < remainder)
+
+
+def timestep_commits(masked: int, steps: int) -> np.ndarray:
+    """How many of the masked tokens each step commits in Dream's schedule, [steps] int32.
+
+    A step from time t to s commits the share 1 - s/t of the tokens that are masked, rounded down,
+    and the last step all. The published times end at 1e-3, in float32, which rounds down once more:
+    12 tokens in 6 steps give 1, 2, 2, 2, 2, 3.
+    """
+    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
+    commits = []
+    for step in range(steps):
+        share = np.float32(1) - times[step + 1] / times[step]
+        commits.append(masked if step == steps - 1 else int(np.float32(masked) * share))
+        masked -= commits[-1]
+    return np.array(commits, np.int32)
 
 
 def _predict(
@@ -420,14 +484,15 @@ def _most_confident(score: Array, eligible: Array, count: Array) -> Array:
     return eligible & (rank < count)
 
 
-def _end_at_eos(completion: Completion, eos_id: int, config: SamplingConfig) -> Completion:
+def _end_at_eos(
+    completion: Completion, is_eos: Array, eos_id: int, config: SamplingConfig
+) -> Completion:
     """Writes EOS, commit_step -1 and extras 0 into the blocks after that of a row's first EOS.
 
     These include the blocks that the loop did not reach: it stops early only when every row has an
     EOS. The step that ends a row is its last one, after which no influence is measured, whether
-    other rows go on or not.
+    other rows go on or not. `is_eos` is [B, C] bool.
     """
-    is_eos = completion.tokens == eos_id  # [B, C]
     first = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1), config.length)  # [B]
     block_of_position = jnp.arange(config.length) // config.block_length  # [C]
     after = block_of_position[None, :] > (first // config.block_length)[:, None]  # [B, C]

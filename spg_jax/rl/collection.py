@@ -1,5 +1,6 @@
 """Collecting a rollout: a batch of prompts becomes groups of completions with rewards."""
 
+import dataclasses
 import itertools
 import math
 import numbers
@@ -16,7 +17,9 @@ from spg_jax.data.batches import PromptBatch
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import scored_positions
+from spg_jax.diffusion.prompt_grid import generate_on_prompt_grid
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.models.transformer import TransformerConfig
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
@@ -32,13 +35,19 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
     """A compiled (variables, prompt [B, P], prompt_mask [B, P], keys [B]) -> Completion.
 
     The rows of the result are split over devices as the rows of the prompts are.
+
+    Raises:
+      ValueError: if the model cannot decode in this way.
     """
+    config = decoding_of(policy.config, config)
+    on_grid = policy.config.visible_block > 1
+    sample = generate_on_prompt_grid if on_grid else sampling.generate
 
     @jax.jit
     def generate(
         variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
     ) -> sampling.Completion:
-        completion = sampling.generate(
+        completion = sample(
             lambda tokens, valid: policy.hidden(variables, tokens, valid),
             lambda hidden: policy.unembed(variables, hidden),
             prompt,
@@ -52,6 +61,34 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
         return jax.tree.map(lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)), completion)
 
     return generate
+
+
+def decoding_of(
+    model: TransformerConfig, config: sampling.SamplingConfig
+) -> sampling.SamplingConfig:
+    """How a model decodes completions of the configured length.
+
+    An autoregressive model commits one token after the other, whatever is configured.
+
+    Raises:
+      ValueError: if the model sees blocks of another length than those that are decoded.
+    """
+    if model.autoregressive:
+        return dataclasses.replace(
+            config,
+            steps=config.length,
+            block_length=1,
+            commit='left_to_right',
+            threshold=0.0,
+            schedule='even',
+        )
+    if model.visible_block and config.block_length != model.visible_block:
+        raise ValueError(
+            f'block_length is {config.block_length}, but positions of this model see blocks of '
+            f'{model.visible_block}; set sampling.block_length and evaluation.block_length to '
+            f'{model.visible_block}'
+        )
+    return config
 
 
 def make_keys(seed: int, purpose: Purpose) -> Callable[[int, Array], Array]:
