@@ -26,6 +26,7 @@ from spg_jax.models.attention import resolve
 from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
 from spg_jax.rl.batching import Batching
+from spg_jax.rl.collection import decoding_of
 from spg_jax.rl.evaluator import Evaluation
 from spg_jax.rl.objectives import Objective, Protocol, find, group_of
 from spg_jax.rl.plug_ins import PlugIns, with_plug_ins
@@ -101,6 +102,35 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
         stages=_stages(config.base.stages),
         execution={name: config.model[name] for name in EXECUTION},
     )
+
+
+def fit_to_model(
+    config: ml_collections.ConfigDict, parts: Parts, model: TransformerConfig
+) -> Parts:
+    """The parts of a run of reinforcement learning as the model that it starts from needs them.
+
+    Targets of adapters that the model does not have are left out. If positions of the model see
+    blocks, corruptions count their blocks as the model does.
+
+    Raises:
+      ValueError: if the model is autoregressive, or sees blocks of another length than those that
+        are decoded; the message says what to do.
+    """
+    if model.autoregressive:
+        raise ValueError(
+            f'the model in base.checkpoint {config.base.checkpoint!r} is autoregressive, and this '
+            'is reinforcement learning of diffusion models; use spg_jax.evaluate or '
+            'spg_jax.generate, or a diffusion model'
+        )
+    for decoding in (parts.sampling, *parts.evaluation.decodings):
+        decoding_of(model, decoding)
+    lora, objective = parts.lora, parts.objective
+    if lora:
+        lora = lora.for_kernels(model.adapted_kernels)
+        dataclasses.replace(model, lora=lora)  # Raises if the model cannot have these adapters.
+    if model.visible_block:
+        objective = _objective(config, parts.sampling, parts.batching, from_prompt=True)
+    return dataclasses.replace(parts, lora=lora, objective=objective)
 
 
 def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> None:
@@ -219,6 +249,8 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
                 temperature=0.0,
                 guidance=config.sampling.guidance,
                 stop_early=config.sampling.stop_early,
+                threshold=config.sampling.threshold,
+                schedule=config.sampling.schedule,
             )
             for length, number in zip(lengths, steps, strict=True)
         )
@@ -236,7 +268,10 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
 
 
 def _objective(
-    config: ml_collections.ConfigDict, sampling: SamplingConfig, batching: Batching
+    config: ml_collections.ConfigDict,
+    sampling: SamplingConfig,
+    batching: Batching,
+    from_prompt: bool = False,
 ) -> Objective:
     method = find(config.rl.objective)
     corruption = Corruption(
@@ -248,6 +283,7 @@ def _objective(
         times=config.corruption.times,
         informed=config.corruption.informed,
         strength=config.corruption.strength,
+        from_prompt=from_prompt,
     )
     settings = method.settings(**config[group_of(config.rl.objective)])
     objective = method.build(settings, Protocol(corruption, sampling, batching))

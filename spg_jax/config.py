@@ -104,6 +104,10 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             top_k=0,  # tokens are drawn among this many likeliest ids; 0 takes all
             top_p=1.0,  # the share of probability, in likeliest ids, that tokens are drawn from
             guidance=0.0,  # scale of classifier-free guidance; 0 switches it off [C]
+            # LLaDA2 keeps all tokens above 0.95 and ends a block as soon as it is full.
+            threshold=0.0,  # the probability above which tokens are kept at once; 0 is off
+            # 'timesteps' is Dream's: the share of masked tokens that a noise schedule removes.
+            schedule='even',  # how many tokens each step of a block keeps: even or timesteps
             # The released code does not stop early and decodes all blocks.
             stop_early=True,  # whether a completion ends with the block that holds its first EOS
         ),

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, check_base, check_mesh
+from spg_jax.assembly import Parts, assemble, check_base, check_mesh, fit_to_model
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.explain import print_explanation
 from spg_jax.method import complete
@@ -77,6 +77,7 @@ def train(
     base = find_or_make_base(config, mesh, interruption)
     if base is None:
         return False
+    parts = fit_to_model(config, parts, policies.model_of_policy(base))
     guard = Guard(Rules(**config.guard), config.evaluation.problems, partial(print, flush=True))
     settings = config.to_dict()
     run = Run(workdir, config.checkpoint.keep, config.train.wandb, settings, guard.read)

@@ -58,12 +58,12 @@ def estimator(name: str, block_length: int) -> Estimator:
     if block_length < 1:
         raise ValueError(f'block_length is {block_length}; the block estimator needs at least 1')
 
-    def elbo(logp, masked, scored, block):
-        return block_elbo(logp, masked, scored, block, block_length)
+    def elbo(logp, masked, scored, block, offset=0):
+        return block_elbo(logp, masked, scored, block, block_length, offset)
 
     def upper(form):
-        def bound(logp, masked, scored, block, beta):
-            return _block_upper(logp, masked, scored, block, beta, block_length, form)
+        def bound(logp, masked, scored, block, beta, offset=0):
+            return _block_upper(logp, masked, scored, block, beta, block_length, form, offset)
 
         return bound
 
@@ -156,19 +156,28 @@ def sequence_strict_eubo(
     return _upper(logp, masked & scored[None, :], scored.sum(), beta, _STRICT)
 
 
-def block_elbo(logp: Array, masked: Array, scored: Array, block: Array, block_length: int) -> Array:
+def block_elbo(
+    logp: Array,
+    masked: Array,
+    scored: Array,
+    block: Array,
+    block_length: int,
+    offset: Array | int = 0,
+) -> Array:
     """Lower bound of the block-autoregressive likelihood, log p = sum_b log p(x_b | x_<b).
 
     N_b * mean_k [ (n_b/|S_k|) sum_{i in S_k} logp_{k,i} ], where S_k is cut to the chosen block,
     N_b is the number of blocks that the completion reaches, and n_b the number of scored positions
-    in the chosen block.
+    in the chosen block. The first block has `offset` positions before the completion.
     """
-    masked, blocks_reached, block_lengths = _within_block(masked, scored, block, block_length)
+    masked, blocks_reached, block_lengths = _within_block(
+        masked, scored, block, block_length, offset
+    )
     return blocks_reached * _lower(logp, masked, block_lengths)
 
 
 def _within_block(
-    masked: Array, scored: Array, block: Array, block_length: int
+    masked: Array, scored: Array, block: Array, block_length: int, offset: Array | int
 ) -> tuple[Array, Array, Array]:
     """What the block estimator reads instead of the whole completion.
 
@@ -176,18 +185,21 @@ def _within_block(
       masked [M, C] cut to the chosen blocks, N_b [] the number of blocks reached, and n_b [M] the
       number of scored positions in each chosen block.
     """
-    block_of_position = (jnp.arange(len(scored)) // block_length)[None, :]  # [1, C]
+    position = jnp.arange(len(scored)) + offset  # [C]
+    block_of_position = (position // block_length)[None, :]  # [1, C]
     chosen = block_of_position == block[:, None]  # [M, C]
     chosen &= scored[None, :]
-    return masked & chosen, -(-scored.sum() // block_length), chosen.sum(-1)
+    return masked & chosen, -(-(scored.sum() + offset) // block_length), chosen.sum(-1)
 
 
-def _block_upper(logp, masked, scored, block, beta, block_length, form) -> Array:
+def _block_upper(logp, masked, scored, block, beta, block_length, form, offset) -> Array:
     """Upper bound of the block-autoregressive likelihood.
 
     N_b * mean over the blocks drawn of `_upper` within the block, from the draws that chose it.
     """
-    masked, blocks_reached, block_lengths = _within_block(masked, scored, block, block_length)
+    masked, blocks_reached, block_lengths = _within_block(
+        masked, scored, block, block_length, offset
+    )
     same_block = block[:, None] == block[None, :]  # [M, M]
 
     def bound_of_block(draw_chose_it: Array, block_length: Array) -> Array:

@@ -39,6 +39,8 @@ class Draws:
     target: Array | None = None  # [M, C] bool, positions in the loss; None is masked and scored
     valid: Array | None = None  # [M, L] bool, positions that exist; None is all but padding
     weight: Array | None = None  # [M] float32, of each draw in an estimate; None is for the loss
+    # [M] int32, how many positions of the first block belong to the prompt; None is none
+    offset: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Corruption:
         so that each is uniform and together they cover the range.
       informed: whether positions of little influence are preferred.
       strength: d of informed masking; with 0 no position is preferred.
+      from_prompt: whether blocks are counted from the first token of the prompt, as models with
+        block-causal attention see them, and not from that of the completion.
 
     Raises:
       ValueError: on an unknown kind or block_draw, a number out of range, or informed masking with
@@ -88,6 +92,7 @@ class Corruption:
     times: str = 'independent'
     informed: bool = False
     strength: float = STRENGTH
+    from_prompt: bool = False
 
     def __post_init__(self) -> None:
         check_one_of('corruption.kind', self.kind, KINDS)
@@ -142,8 +147,11 @@ class Corruption:
             times = jnp.mod(jax.random.uniform(own) + jnp.arange(self.draws) / self.draws, 1.0)
         keys = jax.random.split(key, 1 + self.draws)  # one for the blocks, one for each draw
         block = jnp.zeros(self.draws, jnp.int32)  # [M]
+        offset = None  # []
         if self.kind in BLOCK_KINDS:
-            block = self._choose_blocks(keys[0], scored)
+            if self.from_prompt:
+                offset = prompt_mask.sum().astype(jnp.int32) % self.block_length
+            block = self._choose_blocks(keys[0], scored, offset)
         length = scored.size
 
         def draw(key: Array, block: Array, time: Array | None) -> Array:
@@ -157,16 +165,23 @@ class Corruption:
             if time is not None:
                 choice = choice.at[0].set(time)
             completion = self._mask_completion(
-                choice, earlier < self.prompt_rate, scored, block, influence
+                choice, earlier < self.prompt_rate, scored, block, offset, influence
             )
             return jnp.concatenate([(prompt < self.prompt_rate) & prompt_mask, completion])
 
-        return Draws(masked=jax.vmap(draw)(keys[1:], block, times), block=block)
+        return Draws(
+            masked=jax.vmap(draw)(keys[1:], block, times),
+            block=block,
+            offset=None if offset is None else jnp.broadcast_to(offset, block.shape),
+        )
 
-    def _choose_blocks(self, key: Array, scored: Array) -> Array:
+    def _choose_blocks(self, key: Array, scored: Array, offset: Array | None) -> Array:
         """The chosen block of each draw, [M] int32, among those the completion reaches."""
         total = -(-len(scored) // self.block_length)
-        reached = jnp.maximum(-(-scored.sum() // self.block_length), 1)  # []
+        last = scored.sum()  # []
+        if offset is not None:
+            total, last = total + 1, last + offset
+        reached = jnp.maximum(-(-last // self.block_length), 1)  # []
         turn = jnp.arange(self.draws)  # [M]
         if self.block_draw == 'released':
             return jax.random.permutation(key, total)[turn % total].astype(jnp.int32) % reached
@@ -181,6 +196,7 @@ class Corruption:
         perturbed: Array,
         scored: Array,
         block: Array,
+        offset: Array | None,
         influence: Array | None,
     ) -> Array:
         """One draw over the completion.
@@ -190,6 +206,7 @@ class Corruption:
           perturbed: [C] bool, where a token is masked if it lies before the chosen block.
           scored: [C] bool.
           block: [] int32, the chosen block.
+          offset: [] int32, the positions of the first block before the completion; None is none.
           influence: [C] float32, which informed masking needs.
 
         Returns:
@@ -206,7 +223,10 @@ class Corruption:
             return jnp.ones_like(scored)
         if self.kind == 'uniform':
             return subset(scored) | ~scored
-        block_of_position = jnp.arange(len(scored)) // self.block_length  # [C]
+        position = jnp.arange(len(scored))  # [C]
+        if offset is not None:
+            position = position + offset
+        block_of_position = position // self.block_length  # [C]
         in_block = (block_of_position == block) & scored
         if self.kind == 'block':
             in_block = subset(in_block)

@@ -9,7 +9,7 @@ length, `in` and `features` (or `out`) the two sides of a kernel.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,21 @@ class LoRA:
     def adapts(self, kernel: str) -> bool:
         """Whether the kernel of that name has an adapter."""
         return bool(set(targets_of(kernel)) & set(self.targets))
+
+    def for_kernels(self, kernels: Iterable[str]) -> 'LoRA':
+        """The adapters without the targets that stand for none of the kernels of a model.
+
+        Raises:
+          ValueError: if no target is left.
+        """
+        possible = {target for kernel in kernels for target in targets_of(kernel)}
+        targets = tuple(target for target in self.targets if target in possible)
+        if not targets:
+            raise ValueError(
+                f'lora.targets is {self.targets}, of which this model has none; use some of '
+                f'{", ".join(target for target in TARGETS if target in possible)}'
+            )
+        return dataclasses.replace(self, targets=targets)
 
 
 def targets_of(kernel: str) -> tuple[str, ...]:

@@ -253,8 +253,7 @@ def _targets(
 ) -> tuple[str, ...]:
     """The targets that have an adapter in at least one layer.
 
-    Targets of which this model has no kernel count as adapted, since nothing of them could be
-    saved; so does every target that shares a kernel with one that has an adapter.
+    Every target that shares a kernel with one that has an adapter has one too.
 
     Raises:
       ValueError: if the file has no tensors, or tensors that belong to no target.
@@ -280,9 +279,8 @@ def _targets(
         )
     if not files:
         raise ValueError(f'{path} holds no tensor; export the adapter again')
-    possible = {target for targets in targets_of_name.values() for target in targets}
     targets = {target for name in files for target in targets_of_name[name]}
-    return tuple(target for target in TARGETS if target in targets or target not in possible)
+    return tuple(target for target in TARGETS if target in targets)
 
 
 def _check_tensor(

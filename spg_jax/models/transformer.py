@@ -175,11 +175,7 @@ class TransformerConfig:
                 f'lora.targets has {", ".join(fused)}, but queries, keys and values of this model '
                 f'are one kernel; use all of {", ".join(FUSED_TARGETS)}, or none'
             )
-        if not any(self.lora.adapts(name) for name in self.adapted_kernels):
-            raise ValueError(
-                f'lora.targets is {self.lora.targets}, of which this model has none; adapters are '
-                f'for {", ".join(self.adapted_kernels)} here'
-            )
+        self.lora.for_kernels(self.adapted_kernels)
 
 
 def check_heads(config: TransformerConfig, mesh: Mesh) -> None:

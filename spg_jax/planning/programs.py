@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, model_of
+from spg_jax.assembly import Parts, assemble, fit_to_model, model_of
 from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
@@ -93,6 +93,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     """
     parts = assemble(config)
     policy = planned_policy(config, platform)
+    parts = fit_to_model(config, parts, dataclasses.replace(policy.config, lora=None))
     check_heads(policy.config, mesh)
     attention = policy.config.attention
     if attention == 'cudnn':  # JAX traces it only where cuDNN is installed.
@@ -148,7 +149,8 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
     model, ids = read_config(path)
     attention = resolve(parts.execution['attention'], platform, model.dtype)
     execution = parts.execution | {'attention': attention}
-    model = dataclasses.replace(model, **execution, lora=parts.lora)
+    lora = parts.lora and parts.lora.for_kernels(model.adapted_kernels)
+    model = dataclasses.replace(model, **execution, lora=lora)
     allowed = jnp.arange(model.vocab_size) != ids.mask  # other ids do not matter to the sizes
     return Policy(model, ids.mask, ids.eos, jax.device_get(allowed))
 

@@ -146,6 +146,11 @@ def base_of(directory: Path) -> Path:
     return describe(_whole(directory)).base or directory
 
 
+def model_of_policy(directory: Path) -> TransformerConfig:
+    """The sizes of a policy's model, without adapters; raises what `load_policy` raises."""
+    return describe(_whole(directory)).config
+
+
 def digest_of(directory: Path) -> str:
     """The digest of what a policy holds, '' for a published checkpoint; raises as `load_policy`."""
     return describe(_whole(directory)).digest

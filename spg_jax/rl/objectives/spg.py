@@ -99,6 +99,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             negative=settings.negative,
             omega=settings.omega,
             group_size=group_size,
+            in_blocks=settings.estimator == 'block',
         ),
     )
 
@@ -107,11 +108,12 @@ def spg_loss(
     logp: Array,
     batch: Batch,
     *,
-    lower: Callable[[Array, Array, Array, Array], Array],
-    upper: Callable[[Array, Array, Array, Array], Array],
+    lower: Callable[..., Array],
+    upper: Callable[..., Array],
     negative: str,
     omega: float,
     group_size: int = 0,
+    in_blocks: bool = False,
 ) -> Loss:
     """The sum -sum_j A_j L_j over the rows, and its weight sum_j n_j.
 
@@ -127,10 +129,16 @@ def spg_loss(
       lower, upper: the ELBO and the EUBO of one example, (logp, masked, scored, block) -> nats.
       negative: 'mixture', 'eubo', 'elbo' or 'none'.
       omega: share of the EUBO in the mixture.
+      in_blocks: whether the bounds are those of blocks, which may begin before the completion.
       group_size: G, if each functional is centred within its group by itself; 0 if not.
     """
-    elbo = jax.vmap(lower)(logp, batch.masked, batch.scored, batch.block)
-    eubo = jax.vmap(upper)(logp, batch.masked, batch.scored, batch.block)
+    examples = logp, batch.masked, batch.scored, batch.block
+    if batch.draws.offset is None or not in_blocks:
+        elbo, eubo = jax.vmap(lower)(*examples), jax.vmap(upper)(*examples)
+    else:
+        offset = batch.draws.offset[:, 0]  # [b]
+        elbo = jax.vmap(lambda offset, *row: lower(*row, offset=offset))(offset, *examples)
+        eubo = jax.vmap(lambda offset, *row: upper(*row, offset=offset))(offset, *examples)
     estimates = {
         'mixture': bounds.mixture(eubo, elbo, omega),
         'eubo': eubo,
