@@ -18,6 +18,7 @@ from rich.console import Console
 from spg_jax.assembly import assemble
 from spg_jax.method import complete
 from spg_jax.planning.machines import LISTED, find_machine
+from spg_jax.planning.programs import published_copy
 from spg_jax.planning.report import make_report, summary
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.process import cli
@@ -33,7 +34,8 @@ def main(_: list[str]) -> None:
     assemble(config)  # Settings that cannot work are refused before any long work.
     checkpoint = config.base.checkpoint
     if checkpoint and not Path(checkpoint).is_dir():
-        print(f'{checkpoint} does not exist: planned with the sizes of LLaDA-8B', file=sys.stderr)
+        sizes = published_copy(Path(checkpoint)).stem
+        print(f'{checkpoint} does not exist: planned with the sizes of {sizes}', file=sys.stderr)
     # Parameters have shapes and no values; the CPU is enough for the little that is computed.
     jax.config.update('jax_platforms', 'cpu')
     machine = find_machine(FLAGS.topology)

@@ -14,6 +14,7 @@ class Hardware(NamedTuple):
     topology: str  # the name of the machine for `spg_jax.plan`; '' is whatever machine there is
     mesh: tuple[int, int, int]  # devices along data, fsdp and tensor
     long_microbatch: int  # rows of Sudoku, of 1756 tokens, differentiated at once over all chips
+    checkpoint: str = 'LLaDA-8B-Instruct'  # the published model, a folder of checkpoints/
 
 
 # `python -m spg_jax.plan` says whether a preset fits its machine. A larger 'tensor' splits what a
@@ -26,6 +27,10 @@ HARDWARE = {
     'llada_8b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48),
     'llada_8b_h100': Hardware('h100:1', (1, 1, 1), 24),
     'llada_8b_a100x8': Hardware('a100:8', (1, 8, 1), 48),
+    'llada2_mini_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48, 'LLaDA2.0-mini'),
+    'llada2_mini_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48, 'LLaDA2.0-mini'),
+    'dream_7b_v5e16': Hardware('v5e:4x4', (1, 4, 4), 48, 'Dream-v0-Instruct-7B'),
+    'dream_7b_v5p4': Hardware('v5p:2x2x1', (1, 4, 1), 48, 'Dream-v0-Instruct-7B'),
 }
 
 
@@ -41,7 +46,7 @@ def on_llada_8b(config: ml_collections.ConfigDict, preset: str = 'llada_8b') -> 
     """
     hardware = HARDWARE[preset]
     config.task.format = 'published_train'
-    config.base.checkpoint = 'checkpoints/LLaDA-8B-Instruct'  # the model that SPG trains
+    config.base.checkpoint = f'checkpoints/{hardware.checkpoint}'  # SPG trains LLaDA-8B-Instruct
     config.model.remat = True
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = hardware.mesh
     config.rl.draws_per_pass = 1  # so that memory does not grow with M

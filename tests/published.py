@@ -57,6 +57,8 @@ def byte_pairs(specials: tuple[str, ...] = SPECIALS) -> tokenizers.Tokenizer:
             show_progress=False,
         ),
     )
+    if not specials:
+        return made
     start = (specials[0], made.token_to_id(specials[0]))
     made.post_processor = processors.TemplateProcessing(
         single=f'{start[0]} $A', pair=f'{start[0]} $A $B', special_tokens=[start]

@@ -17,6 +17,9 @@ from spg_jax.process.json_files import read_json
 
 SETTINGS = 'tokenizer_config.json'
 FILES = ('tokenizer.json', 'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
+# Tokenizers that come with code of their own, which is never run -> the class of `transformers`
+# that reads the same files.
+_EQUIVALENTS = {'DreamTokenizer': 'Qwen2Tokenizer'}
 _MARKER = re.compile(r'<\|[^|<>]*\|>')  # the form of special tokens in chat templates
 
 
@@ -228,13 +231,22 @@ def _read(directory: Path) -> Any:
         raise ValueError(
             f'{directory / SETTINGS} does not exist; put the tokenizer files beside the weights'
         )
-    read_json(directory / SETTINGS, _Settings, 'download it again')
+    settings = read_json(directory / SETTINGS, _Settings, 'download it again')
     # Otherwise it warns that it has no LLaDA model. The model is implemented in this package.
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(directory.absolute()), local_files_only=True, trust_remote_code=False
+        folder, equivalent = (
+            str(directory.absolute()),
+            _EQUIVALENTS.get(settings.get('tokenizer_class') or ''),
         )
+        if equivalent:
+            tokenizer = getattr(transformers, equivalent).from_pretrained(
+                folder, local_files_only=True
+            )
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             raise TypeError(f'tokenizer_class makes a {type(tokenizer).__name__}')
         return tokenizer

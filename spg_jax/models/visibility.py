@@ -74,8 +74,8 @@ def block_rule(query: Array, key: Array, halves: bool, xp) -> Array:
     if not halves:
         return key <= query
     length = query.shape[-2]
-    noisy_query = (xp.arange(length) < length // 2)[:, None]
-    noisy_key = noisy_query.T
+    noisy_query = xp.arange(length).reshape((1,) * (query.ndim - 2) + (length, 1)) < length // 2
+    noisy_key = noisy_query.swapaxes(-1, -2)
     same_noisy_block = noisy_query & noisy_key & (key == query)
     earlier_clean_block = noisy_query & ~noisy_key & (key < query)
     among_clean = ~noisy_query & ~noisy_key & (key <= query)

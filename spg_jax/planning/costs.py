@@ -2,8 +2,8 @@
 
 A product [n, i] x [i, o] costs 2 n i o FLOPs. The forward pass of a row of length L therefore costs
 
-    products    2 L (parameters of the layers' kernels and adapters)
-    attention   4 L^2 D: scores, and the mix of values, in each layer
+    products    2 L (parameters of the layers' kernels and adapters; of experts those visited)
+    attention   4 L^2 N H: scores, and the mix of values, in each layer
     unembedding 2 D V for each position unembedded
 
 In the backward pass attention costs a multiple of that. A product costs the same again for the
@@ -11,7 +11,6 @@ gradient of its input, and once more for that of its kernel if the kernel is tra
 and other small costs are left out.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,8 @@ from jax import Array
 
 from spg_jax import sharding
 from spg_jax.diffusion.corruption import Draws
-from spg_jax.models.attention import FUSED
+from spg_jax.models.attention import FUSED as FUSED_ATTENTION
+from spg_jax.models.lora import FUSED, SHARED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan
 from spg_jax.rl.learner import rows_together
@@ -29,6 +29,7 @@ from spg_jax.rl.scores import moments
 
 # The cost of attention in the backward pass, in units of the forward pass, which is two products.
 # Fused kernels compute the scores again, once in cuDNN and twice in splash, which has two kernels.
+EXPERT = 'expert_down'  # name of the last kernel of experts
 _ATTENTION_BACKWARDS = {'einsum': 2.0, 'folded': 2.0, 'cudnn': 2.5, 'splash': 3.5}
 
 
@@ -73,17 +74,21 @@ def forward(model: TransformerConfig, length: int, unembedded: int) -> _Pass:
       length: L.
       unembedded: the number of positions whose logits are computed.
     """
-    kernels = _kernels(model)
-    adapters = {}
+    kernels = kernels_of(model)
+    adapters = 0
     if model.lora:
-        rank = model.lora.rank
-        adapters = {name: rank * sum(kernels[name]) for name in model.lora.targets}
+        adapters = sum(
+            kernel.layers * model.lora.rank * (kernel.fan_in + kernel.fan_out)
+            for kernel in kernels
+            if kernel.name in model.adapted_kernels and model.lora.adapts(kernel.name)
+        )
+    last = [kernel for kernel in kernels if kernel.name.removeprefix(SHARED) in ('down', EXPERT)]
     return _Pass(
-        kernels=2 * length * model.layers * sum(i * o for i, o in kernels.values()),
-        adapters=2 * length * model.layers * sum(adapters.values()),
-        attention=4 * length**2 * model.width * model.layers,
+        kernels=2 * length * sum(kernel.visited for kernel in kernels),
+        adapters=2 * length * adapters,
+        attention=4 * length**2 * model.heads * model.head_dim * model.layers,
         unembedding=2 * model.width * model.vocab_size * unembedded,
-        last=2 * length * model.layers * math.prod(kernels['down']),
+        last=2 * length * sum(kernel.visited for kernel in last),
     )
 
 
@@ -91,16 +96,19 @@ def expected_received(plan: Plan, name: str) -> float:
     """The bytes that each chip receives, by formula, for chips whose compiler is not here.
 
     In every pass over a layer its kernels are gathered over 'fsdp', and two arrays of activations
-    are summed over 'tensor'.
+    (with experts and an MLP beside them three) are summed over 'tensor'.
     """
     model = plan.policy.config
     fsdp, tensor = plan.mesh.shape['fsdp'], plan.mesh.shape['tensor']
     itemsize = jnp.dtype(model.dtype).itemsize
-    kernels = model.layers * sum(i * o for i, o in _kernels(model).values()) * itemsize
+    kernels = sum(kernel.stored for kernel in kernels_of(model)) * itemsize
     gathered = kernels / tensor * (fsdp - 1) / fsdp
     rows, passes, length = _passes(plan, name)
     hidden = rows / sharding.row_shards(plan.mesh) * length * model.width * itemsize
-    summed = 2 * model.layers * hidden * 2 * (tensor - 1) / tensor
+    sums = 2 * model.layers
+    if model.experts and model.experts.shared_width:
+        sums += model.layers - model.experts.dense_layers
+    summed = sums * hidden * 2 * (tensor - 1) / tensor
     return passes * (gathered + summed)
 
 
@@ -195,27 +203,68 @@ def _traffic(plan: Plan, rows: float, length: int, unembedded: int) -> float:
     """
     model = plan.policy.config
     itemsize = jnp.dtype(model.dtype).itemsize
-    kernels = _kernels(model)
-    parameters = model.layers * sum(i * o for i, o in kernels.values())
+    kernels = kernels_of(model)
+    parameters = sum(kernel.stored for kernel in kernels)
     parameters += model.width * model.vocab_size
-    products = rows * length * model.layers * sum(i + o for i, o in kernels.values()) * itemsize
+    moved = sum(
+        kernel.layers * kernel.visits * (kernel.fan_in + kernel.fan_out) for kernel in kernels
+    )
+    products = rows * length * moved * itemsize
     scores = rows * model.layers * model.heads * length**2 * 4 * 2
-    if plan.attention in FUSED:
+    if plan.attention in FUSED_ATTENTION:
         scores = 0
     logits = rows * unembedded * model.vocab_size * 4 * 2
     return sharding.row_shards(plan.mesh) * parameters * itemsize + products + scores + logits
 
 
-def _kernels(model: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of the kernels of a layer."""
-    width, mlp = model.width, model.mlp_width
-    keys = model.kv_heads * model.head_dim
-    return {
-        'query': (width, width),
-        'key': (width, keys),
-        'value': (width, keys),
-        'attention_out': (width, width),
-        'gate': (width, mlp),
-        'up': (width, mlp),
-        'down': (mlp, width),
-    }
+class Kernel(NamedTuple):
+    """The kernels of one name."""
+
+    name: str
+    fan_in: int
+    fan_out: int
+    layers: int  # that have such a kernel
+    visits: int = 1  # kernels of a layer that each token is multiplied with
+    copies: int = 1  # kernels of a layer
+
+    @property
+    def visited(self) -> int:
+        """The parameters that each token is multiplied with, in all layers."""
+        return self.layers * self.visits * self.fan_in * self.fan_out
+
+    @property
+    def stored(self) -> int:
+        """The parameters in all layers."""
+        return self.layers * self.copies * self.fan_in * self.fan_out
+
+
+def kernels_of(model: TransformerConfig) -> list[Kernel]:
+    """The kernels of all layers."""
+    width, mlp, layers = model.width, model.mlp_width, model.layers
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    if model.fused_qkv:
+        kernels = [Kernel(FUSED, width, queries + 2 * keys, layers)]
+    else:
+        outputs = {'query': queries, 'key': keys, 'value': keys}
+        kernels = [Kernel(name, width, output, layers) for name, output in outputs.items()]
+    kernels.append(Kernel('attention_out', queries, width, layers))
+
+    def gated(prefix: str, width_of_mlp: int, layers: int) -> list[Kernel]:
+        return [
+            Kernel(f'{prefix}gate', width, width_of_mlp, layers),
+            Kernel(f'{prefix}up', width, width_of_mlp, layers),
+            Kernel(f'{prefix}down', width_of_mlp, width, layers),
+        ]
+
+    if not model.experts:
+        return kernels + gated('', mlp, layers)
+    experts, dense = model.experts, model.experts.dense_layers
+    sparse, visits, copies = layers - dense, experts.chosen, experts.count
+    kernels += [
+        Kernel('router', width, copies, sparse),
+        Kernel('expert_in', width, 2 * experts.width, sparse, visits, copies),
+        Kernel(EXPERT, experts.width, width, sparse, visits, copies),
+    ]
+    if experts.shared_width:
+        kernels += gated(SHARED, experts.shared_width, sparse)
+    return kernels + (gated('', mlp, dense) if dense else [])

@@ -67,6 +67,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     - attention: see `_attention`;
     - layer: the inputs and results of products. Decoding has r L D four times in a layer and twice
       while unembedding; an update has r L (4 D + 3 F/t);
+    - experts: each of the k visits of a token has its own row, r L k (2 D + 3 F) elements for
+      experts of width F, and the kernels of one layer's experts are gathered along 'embed';
     - saved (update): the inputs of all layers, r L D each, which are kept for the backward pass;
     - gradients (update): the sum so far and the next term, for all trained parameters.
 
@@ -82,6 +84,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     in_a_layer = {
         'attention': _attention(plan, sizes, backwards=False),
         'layer': 4 * sizes.hidden,
+        **_experts(plan, sizes),
     }
     unembedding = {
         'tables': sizes.tables,
@@ -98,14 +101,19 @@ def _updating(plan: Plan) -> dict[str, float]:
     length = plan.parts.sampling.length
     sizes = _sizes(plan, batching.microbatch * draws, length, length)
     attention = _attention(plan, sizes, backwards=True)
-    layer = (4 + 3 * model.mlp_width / plan.mesh.shape['tensor'] / model.width) * sizes.hidden
-    kept = sizes.hidden if model.remat else 2 * layer + attention
+    experts = _experts(plan, sizes)
+    mlp_width = model.mlp_width
+    if model.experts and not model.experts.dense_layers:
+        mlp_width = model.experts.shared_width
+    layer = (4 + 3 * mlp_width / plan.mesh.shape['tensor'] / model.width) * sizes.hidden
+    kept = sizes.hidden if model.remat else 2 * layer + attention + sum(experts.values())
     return {
         'casts': sizes.casts,
         'tables': sizes.tables,
         'logits': sizes.logits,
         'attention': attention,
         'layer': layer,
+        **experts,
         'saved': model.layers * kept,
         'gradients': 2 * local_bytes(plan.state.trained),
     }
@@ -122,6 +130,7 @@ def _reading(plan: Plan) -> dict[str, float]:
         'logits': sizes.logits,
         'attention': _attention(plan, sizes, backwards=False),
         'layer': 4 * sizes.hidden,
+        **_experts(plan, sizes),
         'readouts': local_bytes(plan.rollout.extras),
     }
 
@@ -155,6 +164,19 @@ def _sizes(plan: Plan, rows: int, completion: int, unembedded: int) -> _Sizes:
         tables=tables if plan.mesh.shape['fsdp'] > 1 else 0.0,
         logits=rows * unembedded * model.vocab_size / tensor * 4,
     )
+
+
+def _experts(plan: Plan, sizes: _Sizes) -> dict[str, float]:
+    """The bytes of the experts of one layer; no part for a model without experts."""
+    model, experts = plan.policy.config, plan.policy.config.experts
+    if not experts:
+        return {}
+    itemsize = jnp.dtype(model.dtype).itemsize
+    visits = sizes.rows * sizes.length * experts.chosen
+    rows = visits * (2 * model.width + 3 * experts.width) * itemsize
+    local_count = experts.count / plan.mesh.shape['tensor']
+    gathered = 3 * local_count * model.width * experts.width * itemsize
+    return {'experts': rows + (gathered if plan.mesh.shape['fsdp'] > 1 else 0.0)}
 
 
 def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:

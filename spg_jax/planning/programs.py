@@ -33,8 +33,14 @@ from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import TrainState, shardings_of
 
-# A copy of config.json of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, to plan without the checkpoint.
-PUBLISHED = Path(__file__).parent / 'llada_8b_instruct.json'
+# Copies of config.json of published checkpoints, to plan without them, by a part of their names.
+# The first is that of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, for all other names.
+PUBLISHED = {
+    '': 'llada_8b_instruct.json',
+    'llada2': 'llada2_mini.json',
+    'llada-moe': 'llada_moe_7b_a1b.json',
+    'dream': 'dream_7b.json',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +138,7 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
 def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
     """The policy that RL would start from on chips of a platform; only its sizes are right.
 
-    A published checkpoint that does not exist here is taken to be LLaDA-8B-Instruct.
+    A published checkpoint that does not exist here is taken to be what its name says.
 
     Raises:
       ValueError: if the checkpoint has another architecture.
@@ -145,7 +151,7 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
         model = dataclasses.replace(policy.config, lora=parts.lora)
         return dataclasses.replace(policy, config=model)
     directory = Path(config.base.checkpoint)
-    path = directory / 'config.json' if directory.is_dir() else PUBLISHED
+    path = directory / 'config.json' if directory.is_dir() else published_copy(directory)
     model, ids = read_config(path)
     attention = resolve(parts.execution['attention'], platform, model.dtype)
     execution = parts.execution | {'attention': attention}
@@ -153,6 +159,13 @@ def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
     model = dataclasses.replace(model, **execution, lora=lora)
     allowed = jnp.arange(model.vocab_size) != ids.mask  # other ids do not matter to the sizes
     return Policy(model, ids.mask, ids.eos, jax.device_get(allowed))
+
+
+def published_copy(directory: Path) -> Path:
+    """The copy of config.json of the published checkpoint that a directory would hold."""
+    name = directory.name.lower()
+    part = next((part for part in reversed(PUBLISHED) if part in name), '')
+    return Path(__file__).parent / PUBLISHED[part]
 
 
 def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:

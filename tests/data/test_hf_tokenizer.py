@@ -91,6 +91,37 @@ def test_the_published_settings_of_llada_give_its_ids(tmp_path):
     assert tokenizer.decode([5, 126348, 126081, 6]) == '2'
 
 
+def test_the_tokenizer_of_dream_is_read_without_its_code(tmp_path):
+    """Its files are those of Qwen2: vocab.json, merges.txt, and special tokens in the settings."""
+    specials = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|beginoftext|>', '<|mask|>')
+    backend = byte_pairs(())
+    model = json.loads(backend.to_str())['model']
+    (tmp_path / 'vocab.json').write_text(json.dumps(model['vocab']))
+    merges = [' '.join(pair) for pair in model['merges']]
+    (tmp_path / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]))
+    first = len(model['vocab'])
+    added = {str(first + i): {'content': text, 'special': True} for i, text in enumerate(specials)}
+    turn = '<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n'
+    declared = {
+        'tokenizer_class': 'DreamTokenizer',
+        'auto_map': {'AutoTokenizer': ['tokenization_dream.DreamTokenizer', None]},
+        'added_tokens_decoder': added,
+        'chat_template': turn,
+        'unk_token': None,
+    }
+    declared |= {'eos_token': specials[0], 'pad_token': specials[0], 'mask_token': specials[4]}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(declared))
+    tokenizer = HFTokenizer(tmp_path, first + 4, first, first)
+    plain = backend.encode('Use 3, 44', add_special_tokens=False).ids
+    assert tokenizer.encode('Use 3, 44') == plain
+    start, end = first + 1, first + 2
+    prompt = tokenizer.encode_prompt('Use 3, 44')
+    assert (prompt[0], prompt.count(start), prompt.count(end)) == (start, 2, 1)
+    assert not tokenizer.allowed(first + 8)[first + 4]
+    tokenizer.save(tmp_path / 'copy')
+    assert HFTokenizer(tmp_path / 'copy', first + 4, first, first).encode_prompt('x')
+
+
 def test_text_comes_back_as_it_was(tokenizer):
     for text in ('', ' a  b ', TEXT, '<answer>\n(44 - 3) / 7 = 5.9\n</answer>', 'don \'t , "x" .'):
         ids = tokenizer.encode(text)

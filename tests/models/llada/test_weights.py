@@ -230,10 +230,10 @@ def test_a_configuration_of_another_model_is_refused(checkpoint, config, message
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_its_name(tmp_path):
-    """The configuration of a Llama checkpoint has other keys."""
-    config = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 4096}
+    """The message names the families that are known."""
+    config = {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_embd': 768}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    message = "config.json: model_type is 'llama', expected 'llada'; use a checkpoint of the LLaDA"
+    message = "config.json: architectures is .'GPT2LMHeadModel'.*LLaDAModelLM .LLaDA and LLaDA-1.5"
     with pytest.raises(ValueError, match=message) as error:
         load_checkpoint(tmp_path)
     assert '\n' not in str(error.value)

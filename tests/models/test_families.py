@@ -1,0 +1,542 @@
+"""Published families against the outputs of their own classes on tiny random models.
+
+The numbers in tests/reference/families were computed in float32 by the published PyTorch classes;
+docs/families.md says which. Tolerances are those of the classes against float64, three times over.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file, save_file
+
+from spg_jax.diffusion.sampling import SamplingConfig, timestep_commits
+from spg_jax.models.families import FAMILIES, find_family, read_config
+from spg_jax.models.lora import COLLECTION, LoRA
+from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
+from spg_jax.models.policy import Policy, with_adapters
+from spg_jax.models.published import SpecialIds
+from spg_jax.models.transformer import Transformer, check_heads
+from spg_jax.models.visibility import Visibility
+from spg_jax.models.weights import load_checkpoint, save_checkpoint, tensor_shapes
+from spg_jax.rl.collection import make_generate
+from spg_jax.sharding import abstract_params
+from tests.meshes import mesh_of
+
+pytestmark = pytest.mark.numerical
+
+REFERENCE = Path(__file__).parents[1] / 'reference' / 'families'
+AUTOREGRESSIVE = (
+    'tiny_qwen2/untied',
+    'tiny_qwen2/tied',
+    'tiny_llama/untied',
+    'tiny_llama/tied',
+    'tiny_llama/tied_llama3rope',
+)
+MIXTURES = ('tiny_llada2_moe', 'tiny_llada_moe', 'tiny_llada_moe_options')
+# What config.json of the published mixtures does not say and the reference files do.
+EXTRA = {
+    'tiny_llada2_moe': {'mask_token_id': 104, 'block_length': 8},
+    'tiny_llada_moe': {'mask_token_id': 120},
+    'tiny_llada_moe_options': {'mask_token_id': 90},
+}
+ALL = (*AUTOREGRESSIVE, 'tiny_dream', *MIXTURES)
+LOGITS = {'atol': 1e-4, 'rtol': 0}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A function that writes a copy of a tiny checkpoint with other settings in config.json."""
+
+    def copy(name, **config):
+        shutil.copytree(REFERENCE / name, tmp_path / name, dirs_exist_ok=True)
+        path = tmp_path / name / 'config.json'
+        contents = json.loads(path.read_text()) | EXTRA.get(name, {}) | config
+        path.write_text(json.dumps({key: x for key, x in contents.items() if x != 'absent'}))
+        return tmp_path / name
+
+    return copy
+
+
+def golden(name, file='logits'):
+    return np.load(REFERENCE / name / f'{file}.npz')
+
+
+def logits_of(config, params, tokens, valid=None):
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    return np.asarray(jax.jit(Transformer(config).apply)({'params': params}, tokens, valid))
+
+
+def seeing(config, block, shift=False):
+    """The model with other attention, and by default with outputs where they were computed."""
+    return dataclasses.replace(config, visible_block=block, shift_logits=shift)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', AUTOREGRESSIVE)
+def test_logits_of_qwen2_and_llama(checkpoint, name):
+    numbers = golden(name)
+    config, _, params = load_checkpoint(checkpoint(name))
+    tokens, block = numbers['tokens'], int(numbers['block'])
+    for key, length in (('causal', 1), (f'block{block}', block), ('full', 0)):
+        if f'logits_{key}' in numbers:
+            logits = logits_of(seeing(config, length), params, tokens)
+            assert_allclose(logits, numbers[f'logits_{key}'], **LOGITS)
+    # As the model is read, the output at a position predicts the token of that position.
+    log_prob = jax.nn.log_softmax(logits_of(config, params, tokens))
+    nll = -np.take_along_axis(np.asarray(log_prob), tokens[:, :, None], 2)[:, 1:, 0]
+    assert_allclose(nll, numbers['next_token_nll'], **LOGITS)
+
+
+@pytest.mark.fast
+def test_logits_of_dream_are_shifted_by_one(checkpoint):
+    numbers = golden('tiny_dream')
+    config, ids, params = load_checkpoint(checkpoint('tiny_dream'))
+    assert ids == SpecialIds(mask=120, eos=121, pad=121)
+    logits = logits_of(config, params, numbers['tokens'])
+    assert_allclose(logits, numbers['logits_shifted'], **LOGITS)
+    labels = numbers['labels']
+    nll = -np.asarray(jax.nn.log_softmax(logits))
+    nll = np.take_along_axis(nll, np.maximum(labels, 0)[:, :, None], 2)[:, :, 0]
+    assert_allclose(np.where(labels >= 0, nll, 0), numbers['ce_per_token_shifted'], **LOGITS)
+    valid = numbers['attention_mask'].astype(bool)
+    logits = logits_of(seeing(config, 0), params, numbers['tokens_padded'], valid)
+    assert_allclose(np.where(valid[:, :, None], logits, 0), numbers['logits_padded'], **LOGITS)
+
+
+@pytest.mark.parametrize('name', MIXTURES[1:])
+def test_logits_of_llada_moe(checkpoint, name):
+    numbers = golden(name)
+    config, ids, params = load_checkpoint(checkpoint(name))
+    assert (ids.mask, ids.eos) == (numbers['mask_id'], numbers['eos_id'])
+    assert_allclose(logits_of(config, params, numbers['tokens']), numbers['logits'], **LOGITS)
+    valid = numbers['attention_mask'].astype(bool)
+    logits = logits_of(config, params, numbers['tokens_padded'], valid)
+    assert_allclose(np.where(valid[:, :, None], logits, 0), numbers['logits_padded'], **LOGITS)
+    check_router(config, params, numbers, 'router_idx', 'router_w')
+
+
+@pytest.mark.fast
+@pytest.mark.compiled_as_users_do
+def test_logits_of_llada2(checkpoint):
+    numbers = golden('tiny_llada2_moe')
+    config, ids, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    assert (ids.mask, ids.eos) == (numbers['mask_id'], numbers['eos_id'])
+    assert config.visible_block == numbers['block']
+    tokens = numbers['tokens']
+    assert_allclose(logits_of(config, params, tokens), numbers['logits_block8'], **LOGITS)
+    full = logits_of(seeing(config, 0), params, tokens)
+    assert_allclose(full, numbers['logits_full'], **LOGITS)
+    ragged = logits_of(seeing(config, 32), params, tokens[1:2])
+    assert_allclose(ragged, numbers['logits_block32_row1'], **LOGITS)
+    check_router(config, params, numbers, 'router_idx_block8', 'router_w_block8')
+    check_router(seeing(config, 0), params, numbers, 'router_idx_full', 'router_w_full')
+
+
+def check_router(config, params, numbers, index, weight):
+    """The experts chosen as a set, with their weights; neighbours in the order can be too close."""
+    tokens = numbers['tokens']
+    _, sown = Transformer(config).apply(
+        {'params': params}, tokens, jnp.ones(tokens.shape, bool), mutable=['intermediates']
+    )
+    (_, chosen, weights), *_ = jax.tree.leaves(sown, is_leaf=lambda x: isinstance(x, tuple))[0]
+    shape, count = numbers[index].shape, config.experts.count
+
+    def table(chosen, weights):
+        dense = np.full((*shape[:-1], count), -1.0)
+        np.put_along_axis(
+            dense, np.reshape(chosen, shape).astype(int), np.reshape(weights, shape), axis=-1
+        )
+        return dense
+
+    expected = table(numbers[index], numbers[weight])
+    actual = table(chosen, weights)
+    assert_array_equal(actual < 0, expected < 0)
+    assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+def token_nll(logits, labels):
+    log_prob = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_prob, jnp.maximum(labels, 0)[:, :, None], 2)[:, :, 0]
+
+
+def test_block_diffusion_losses_and_gradients_of_llada2(checkpoint):
+    numbers = golden('tiny_llada2_moe', 'train')
+    config, _, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    clean, length = numbers['clean'], numbers['clean'].shape[1]
+    valid = jnp.ones((len(clean), 2 * length), bool)
+    halves = Visibility(valid, block_length=int(numbers['block']), halves=True)
+    assert_array_equal(halves.mask()[0], numbers['mask_2L'])
+
+    @jax.jit
+    def losses(params, noisy, labels):
+        tokens = jnp.concatenate([noisy, clean], axis=1)
+        logits = Transformer(config).apply({'params': params}, tokens, halves)[:, :length]
+        nll = jnp.where(labels >= 0, token_nll(logits, labels), 0.0)
+        return nll.sum() / (labels >= 0).sum(), (logits, nll)
+
+    value_and_grad = jax.value_and_grad(losses, has_aux=True)
+    (mean, (logits, nll)), gradient = value_and_grad(params, numbers['noisy'], numbers['labels'])
+    assert_allclose(logits, numbers['logits_noisy'], **LOGITS)
+    assert_allclose(nll, numbers['ce_per_token'], **LOGITS)
+    assert_allclose(mean, numbers['ce_mean'], atol=2e-5)
+    maskable = length - numbers['prompt_len']
+    by_row = np.asarray(nll).sum(1) / (numbers['t'] * maskable)
+    assert_allclose(by_row, numbers['loss_inv_t_rows'], atol=2e-5)
+    layers = gradient['layers']
+    for actual, key in (
+        (layers['experts']['router'][0].T, 'grad_gate'),
+        (layers['experts']['down'][0, 0].T, 'grad_expert0_down'),
+        (layers['shared_gate']['kernel'][0].T, 'grad_shared_gate_proj'),
+        (gradient['dense_layers']['query_norm']['scale'][0], 'grad_query_layernorm'),
+    ):
+        scale = np.abs(numbers[key]).max()
+        assert_allclose(actual, numbers[key], atol=1e-4 * scale, rtol=0)
+    assert_array_equal(layers['experts']['bias'], 0)  # a buffer in the published class
+    norm = np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in jax.tree.leaves(gradient)))
+    assert_allclose(norm, numbers['grad_norm_pad_row_included'], rtol=1e-4)
+    complement = losses(params, numbers['noisy_complement'], numbers['labels_complement'])
+    assert_allclose(complement[0], numbers['ce_mean_complement'], atol=2e-5)
+
+    full = logits_of(seeing(config, 0), params, numbers['noisy'])  # the phase without a clean half
+    nll = np.where(numbers['labels'] >= 0, token_nll(full, numbers['labels']), 0)
+    assert_allclose(nll, numbers['mdlm_ce_per_token'], **LOGITS)
+
+
+def left_padded(prompts, width):
+    """Tokens and validity [B, width]."""
+    rows = [np.concatenate([np.zeros(width - len(p), np.int32), p]) for p in prompts]
+    valid = [np.arange(width) >= width - len(p) for p in prompts]
+    return jnp.asarray(np.stack(rows)), jnp.asarray(np.stack(valid))
+
+
+def policy_of(config, ids):
+    return Policy(config, ids.mask, ids.eos, np.ones(config.vocab_size, bool))
+
+
+def completions(policy, params, prompts, valid, decoding):
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    return make_generate(policy, decoding)({'params': params}, prompts, valid, keys)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ('case', 'threshold', 'steps_per_block'),
+    [
+        ('v20_t0.95_s32', 0.95, 8),
+        ('v20_t0.5_s8', 0.5, 8),
+        ('v20_t0.95_s5', 0.95, 5),
+        ('v20_eos_stop', 0.5, 8),
+        ('v20_eos_nostop', 0.5, 8),
+    ],
+)
+def test_completions_of_llada2(checkpoint, case, threshold, steps_per_block):
+    """Three prompts of different lengths in one batch, none of them a multiple of the block."""
+    numbers = golden('tiny_llada2_moe', 'generate')
+    config, ids, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    if 'eos' in case:
+        assert (numbers['eos_case_threshold'], numbers['eos_case_steps']) == (0.5, 8)
+        ids = ids._replace(eos=int(numbers['eos_case_id']))
+    length, block = int(numbers['gen_length']), int(numbers['block'])
+    blocks = -(-length // block)
+    prompts, valid = left_padded([numbers[f'prompt{i}'] for i in range(3)], 14)
+    decoding = SamplingConfig(
+        blocks * block, blocks * steps_per_block, block, 0.0, threshold=threshold
+    )
+    tokens = completions(policy_of(config, ids), params, prompts, valid, decoding).tokens
+    for row, actual in enumerate(np.asarray(tokens)[:, :length]):
+        key = f'{case}/prompt{row}/completion'
+        if key not in numbers:  # The cases with an EOS have one prompt only.
+            continue
+        expected = numbers[key]
+        assert_array_equal(actual[: len(expected)], expected)
+        # The published completion is cut after the first EOS.
+        assert len(expected) == length or expected[-1] == ids.eos
+
+
+@pytest.mark.parametrize(
+    ('algorithm', 'commit'),
+    [('maskgit_plus', 'low_confidence'), ('topk_margin', 'margin'), ('entropy', 'entropy')],
+)
+@pytest.mark.parametrize('steps', [6, 12])
+def test_completions_of_dream(checkpoint, algorithm, commit, steps):
+    numbers = golden('tiny_dream', 'generate')
+    config, ids, params = load_checkpoint(checkpoint('tiny_dream'))
+    valid = numbers['batch_attention_mask'].astype(bool)
+    decoding = SamplingConfig(
+        12, steps, 12, 0.0, commit=commit, schedule='timesteps', stop_early=False
+    )
+    completion = completions(
+        policy_of(config, ids), params, numbers['batch_prompt'], valid, decoding
+    )
+    case = f'{algorithm}_s{steps}/batch'
+    assert_array_equal(completion.tokens, numbers[f'{case}/sequence'])
+    states = numbers[f'{case}/states'][:, :, -12:]  # [steps, B, C]
+    for step in range(steps):
+        is_known = np.asarray(completion.commit_step) <= step
+        assert_array_equal(states[step] != ids.mask, is_known)
+
+
+def test_the_schedule_of_dream_loses_one():
+    assert timestep_commits(12, 6).tolist() == [1, 2, 2, 2, 2, 3]
+    assert timestep_commits(7, 1).tolist() == [7]
+
+
+@pytest.mark.parametrize('name', ['tiny_qwen2/untied', 'tiny_llama/tied'])
+def test_an_autoregressive_model_decodes_from_left_to_right(checkpoint, name):
+    """Against a loop that appends the likeliest next token to the row itself, without padding."""
+    config, ids, params = load_checkpoint(checkpoint(name))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 100, length).astype(np.int32) for length in (3, 6)]
+    prompts, valid = left_padded(rows, 7)
+    # Blocks and steps that a diffusion model would use do not change what is decoded.
+    decoding = SamplingConfig(8, 4, 4, 0.0, stop_early=False)
+    tokens = completions(policy_of(config, ids), params, prompts, valid, decoding).tokens
+    raw = seeing(config, 1)
+    for row, actual in zip(rows, np.asarray(tokens), strict=True):
+        for position in range(8):
+            logits = logits_of(raw, params, np.pad(row, (0, 20 - len(row)))[None])
+            best = logits[0, len(row) - 1]
+            best[ids.mask] = -np.inf
+            assert actual[position] == best.argmax()
+            row = np.append(row, actual[position])
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_export_of_an_import_is_the_identity(checkpoint, tmp_path, name):
+    directory = checkpoint(name)
+    _, _, params = load_checkpoint(directory, mesh_of(1, 2, 1))
+    save_checkpoint(tmp_path / 'out', params, directory, shard_bytes=20_000)
+    assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 2
+    expected, actual = load_file(directory / 'model.safetensors'), {}
+    for file in (tmp_path / 'out').glob('*.safetensors'):
+        actual |= load_file(file)
+    assert actual.keys() == expected.keys()
+    for tensor in expected:
+        assert_array_equal(actual[tensor], expected[tensor])
+    _, _, again = load_checkpoint(tmp_path / 'out')
+    jax.tree.map(assert_array_equal, again, jax.device_get(params))
+
+
+LLADA2_MINI = {
+    'num_hidden_layers': 20,
+    'hidden_size': 2048,
+    'intermediate_size': 5120,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 4,
+    'head_dim': 128,
+    'num_experts': 256,
+    'num_experts_per_tok': 8,
+    'moe_intermediate_size': 512,
+    'n_group': 8,
+    'topk_group': 4,
+    'vocab_size': 157184,
+    'pad_token_id': 156892,
+    'mask_token_id': 'absent',
+    'block_length': 'absent',
+}
+DREAM_7B = {
+    'num_hidden_layers': 28,
+    'hidden_size': 3584,
+    'num_attention_heads': 28,
+    'num_key_value_heads': 4,
+    'intermediate_size': 18944,
+    'vocab_size': 152064,
+    'mask_token_id': 151666,
+    'eos_token_id': 151643,
+    'pad_token_id': 151643,
+}
+LLADA_MOE_7B = {
+    'num_hidden_layers': 16,
+    'hidden_size': 2048,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 16,
+    'num_experts': 64,
+    'num_experts_per_tok': 8,
+    'expert_intermediate_size': 1024,
+    'moe_layer_freq': [1] * 16,
+    'vocab_size': 157184,
+    'eos_token_id': 156892,
+    'pad_token_id': 156892,
+    'mask_token_id': 'absent',
+}
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'tensors', 'numbers', 'ids'),
+    [
+        # Tensors and numbers are those of the published index files; LLaDA-MoE's number is
+        # 14,032 MiB of bfloat16.
+        ('tiny_llada2_moe', LLADA2_MINI, 14_813, 16_255_643_392, (156895, 156892, 156892)),
+        ('tiny_dream', DREAM_7B, 339, 7_615_616_512, (151666, 151643, 151643)),
+        ('tiny_llada_moe', LLADA_MOE_7B, None, 7_356_880_896, (156895, 156892, 156892)),
+    ],
+)
+def test_sizes_are_those_of_the_published_checkpoints(
+    checkpoint, name, sizes, tensors, numbers, ids
+):
+    config, special = read_config(checkpoint(name, **sizes) / 'config.json')
+    shapes = tensor_shapes(config)
+    # The norms of queries and keys of LLaDA-MoE, 2 x 16 x 128 numbers, are in no published count.
+    norms = 2 * 16 * 128 if name == 'tiny_llada_moe' else 0
+    assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == numbers + norms
+    assert tensors in (None, len(shapes))
+    assert special == SpecialIds(*ids)
+    if name == 'tiny_llada2_moe':
+        assert config.visible_block == 32 and config.rotary_dims == 64
+        assert shapes['model.layers.0.mlp.gate_proj.weight'] == (5120, 2048)
+        assert shapes['model.layers.19.mlp.experts.255.down_proj.weight'] == (2048, 512)
+        assert shapes['model.layers.1.attention.query_key_value.weight'] == (3072, 2048)
+        assert shapes['model.layers.1.mlp.gate.expert_bias'] == (256,)
+
+
+@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_llada_moe'])
+@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 2, 2), (1, 1, 2), (8, 1, 1)])
+def test_experts_over_a_mesh_change_nothing(checkpoint, name, sizes):
+    """Logits and gradients, of all parameters, on one device and with experts split."""
+    numbers, directory = golden(name), checkpoint(name)
+    tokens = np.tile(numbers['tokens'], (3, 1))[:8, :16]
+    config, _, host = load_checkpoint(directory)
+
+    def loss(params, tokens):
+        logits = Transformer(config).apply({'params': params}, tokens, tokens >= 0)
+        return (jax.nn.log_softmax(logits)[:, :, 7] ** 2).mean(), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, expected), expected_gradient = run(host, tokens)
+    mesh = mesh_of(*sizes)
+    _, _, params = load_checkpoint(directory, mesh)
+    experts = params['layers']['experts']['gate']
+    shard = experts.sharding.shard_shape(experts.shape)
+    assert shard[1] == experts.shape[1] // sizes[2]
+    assert shard[2] == experts.shape[2] // sizes[1]
+    with jax.set_mesh(mesh):
+        (_, actual), gradient = run(params, tokens)
+    assert_allclose(actual, expected, atol=2e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected_gradient):
+        other = gradient
+        for key in path:
+            other = other[key.key]
+        assert_allclose(other, leaf, atol=2e-5 * max(1, np.abs(leaf).max()), err_msg=str(path))
+
+
+@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_llada_moe', 'tiny_dream'])
+def test_adapters_have_the_names_of_peft_and_come_back(checkpoint, tmp_path, name):
+    directory = checkpoint(name)
+    config, ids, params = load_checkpoint(directory)
+    lora = LoRA(rank=3, alpha=6.0).for_kernels(config.adapted_kernels)
+    policy, variables = with_adapters(
+        policy_of(config, ids), {'params': params}, lora, 0, mesh_of()
+    )
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), variables[COLLECTION]
+    )
+    save_adapter(tmp_path / 'adapter', adapters, policy.config, 'the/base')
+    names = load_file(tmp_path / 'adapter' / 'adapter_model.safetensors').keys()
+    module = {
+        'tiny_llada2_moe': 'model.layers.1.attention.query_key_value',
+        'tiny_llada_moe': 'model.layers.1.self_attn.q_proj',
+        'tiny_dream': 'model.layers.1.mlp.gate_proj',
+    }[name]
+    assert f'base_model.model.{module}.lora_A.weight' in names
+    again, restored = load_adapter(tmp_path / 'adapter', config)
+    assert again == lora
+    jax.tree.map(assert_array_equal, restored, jax.device_get(adapters))
+
+    # Merging them into the kernels gives the logits of the adapted model.
+    save_checkpoint(
+        tmp_path / 'merged', params, directory, adapters=adapters, lora=policy.config.lora
+    )
+    _, _, merged = load_checkpoint(tmp_path / 'merged')
+    tokens = golden(name)['tokens'][:1]
+    adapted = Transformer(policy.config).apply(
+        {'params': params, COLLECTION: adapters}, tokens, tokens >= 0
+    )
+    assert_allclose(logits_of(config, merged, tokens), adapted, atol=2e-3, rtol=1e-3)
+
+
+def test_adapters_of_experts_are_refused(checkpoint, tmp_path):
+    config, _, _ = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    lora = LoRA(rank=2, alpha=2.0, targets=('attention_out',))
+    adapted = dataclasses.replace(config, lora=lora)
+    adapters = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32),
+        abstract_params(Transformer(adapted), collection=COLLECTION),
+    )
+    save_adapter(tmp_path, adapters, adapted, 'base')
+    path = tmp_path / 'adapter_model.safetensors'
+    name = 'base_model.model.model.layers.1.mlp.experts.0.up_proj.lora_A.weight'
+    save_file(load_file(path) | {name: np.zeros((2, 32), np.float32)}, path)
+    with pytest.raises(ValueError, match='experts.0.*surplus.*experts have no adapters here'):
+        check_adapter(tmp_path, config)
+    with pytest.raises(ValueError, match='queries, keys and values of this model are one kernel'):
+        dataclasses.replace(config, lora=LoRA(rank=2, alpha=2.0, targets=('query', 'gate')))
+
+
+@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_dream'])
+def test_a_quantised_base_is_near_the_plain_one(checkpoint, name):
+    pytest.importorskip('qwix')
+    directory, tokens = checkpoint(name), golden(name)['tokens']
+    config, _, plain = load_checkpoint(directory)
+    quantised, _, params = load_checkpoint(directory, mesh_of(1, 1, 2), quantize='int8')
+    expected = logits_of(config, plain, tokens)
+    with jax.set_mesh(mesh_of(1, 1, 2)):
+        actual = logits_of(quantised, params, tokens)
+    # Codes of 8 bits are off by up to 1/254 of the largest entry; a wrong kernel by a whole one.
+    assert np.sqrt(((actual - expected) ** 2).mean()) < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ('name', 'config', 'message'),
+    [
+        (
+            'tiny_dream',
+            {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2'},
+            'GPT2LMHeadModel.*gpt2.*expected one of LLaDAModelLM .LLaDA.*LLaDA2MoeModelLM.*'
+            'LLaDAMoEModelLM.*DreamModel.*Qwen2ForCausalLM.*LlamaForCausalLM',
+        ),
+        ('tiny_dream', {'use_sliding_window': True}, 'use_sliding_window is True, expected False'),
+        ('tiny_dream', {'mask_token_id': 'absent'}, 'mask_token_id is missing'),
+        ('tiny_dream', {'hidden_size': '48'}, "hidden_size is '48', expected int"),
+        ('tiny_dream', {'rope_scaling': {'rope_type': 'yarn'}}, "type 'yarn', expected 'llama3'"),
+        ('tiny_llama/untied', {'mlp_bias': True}, 'mlp_bias is True, expected False'),
+        ('tiny_llada2_moe', {'use_qk_norm': False}, 'use_qk_norm is False, expected True'),
+        ('tiny_llada2_moe', {'n_group': 3}, '16 experts in 3 groups'),
+        ('tiny_llada2_moe', {'num_experts_per_tok': 9}, '9 experts per token of 8'),
+        ('tiny_llada2_moe', {'num_experts': 12}, r'is \[16, 32\], expected \[12, 32\]'),
+        ('tiny_llada2_moe', {'mask_token_id': 'absent'}, 'no tokenizer beside it has <.mask.>'),
+        ('tiny_llada2_moe', {'rms_norm_eps': 'absent'}, 'rms_norm_eps is missing'),
+        ('tiny_llada_moe', {'moe_layer_freq': [1, 0, 1]}, 'moe_layer_freq is .1, 0, 1.'),
+    ],
+)
+def test_what_is_not_supported_is_named(checkpoint, name, config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(checkpoint(name, **config))
+    assert '\n' not in str(error.value)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_refused(checkpoint):
+    config, _, _ = load_checkpoint(checkpoint('tiny_llada_moe'))
+    with pytest.raises(ValueError, match='mesh.tensor is 8.*the 12 experts'):
+        check_heads(config, mesh_of(1, 1, 8))
+
+
+def test_blocks_of_another_length_are_refused(checkpoint):
+    config, ids, _ = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    with pytest.raises(ValueError, match='block_length is 4, but .* see blocks of 8'):
+        make_generate(policy_of(config, ids), SamplingConfig(16, 16, 4, 0.0))
+
+
+def test_families_are_told_apart_by_architectures_first(checkpoint):
+    """LLaDA-MoE says that its model_type is 'llada'."""
+    found = {name: find_family(checkpoint(name) / 'config.json') for name in ALL}
+    families = ('qwen2', 'qwen2', 'llama', 'llama', 'llama', 'dream')
+    expected = dict(zip(ALL, (*families, 'llada2', 'llada_moe', 'llada_moe'), strict=True))
+    assert found == {name: FAMILIES[family] for name, family in expected.items()}

@@ -1,0 +1,122 @@
+"""Blocks counted from the prompt: bounds against enumerated likelihoods, and the shift of Dream."""
+
+import dataclasses
+from itertools import combinations, permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax.diffusion.bounds import completion_log_probs, estimator
+from spg_jax.diffusion.corruption import Corruption
+from spg_jax.models.policy import Policy
+from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.sharding import init_params
+from tests.meshes import mesh_of
+
+pytestmark = pytest.mark.numerical
+
+MASK, BLOCK = 9, 2
+PROMPT = np.array([3, 1, 4])  # one position of its last block is free: the grid has offset 1
+COMPLETION = np.array([2, 7, 1, 8, 2])
+BLOCKS = ((0,), (1, 2), (3, 4))  # positions of the completion in each block of the model
+
+
+@pytest.fixture(scope='module')
+def policy():
+    config = TransformerConfig(10, 16, 2, 2, 1, 32, visible_block=BLOCK, tie_embeddings=True)
+    params = init_params(Transformer(config), jax.random.key(1), mesh_of())
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
+    return Policy(config, MASK, 0, np.arange(10) != MASK), {'params': params}
+
+
+def log_prob(policy, variables, position, known):
+    """log p(token at a position | known ones), from a sequence that ends with the block.
+
+    No later block is there that could be seen, so the mask of attention plays no part in this.
+    """
+    last = next(block for block in BLOCKS if position in block)[-1]
+    noisy = np.where([i in known for i in range(last + 1)], COMPLETION[: last + 1], MASK)
+    tokens = np.concatenate([PROMPT, noisy])
+    config = dataclasses.replace(policy.config, visible_block=BLOCK)
+    logits = Transformer(config).apply(variables, tokens[None], np.ones((1, len(tokens)), bool))
+    return float(jax.nn.log_softmax(logits)[0, 3 + position, COMPLETION[position]])
+
+
+def orders_of_block(policy, variables, block):
+    """The log-probability of a block, given the blocks before it, in every order."""
+    sums = []
+    for order in permutations(block):
+        known, total = set(range(block[0])), 0.0
+        for position in order:
+            total += log_prob(policy, variables, position, known)
+            known.add(position)
+        sums.append(total)
+    return np.array(sums)
+
+
+def every_draw():
+    """(block, masked positions), each as often as blocks, sizes and sets are drawn uniformly."""
+    for index, block in enumerate(BLOCKS):
+        later = [i for i in range(5) if i > block[-1]]
+        weights = {1: [2, 2]} if len(block) == 1 else {1: [1], 2: [2]}
+        for size, repeats in weights.items():
+            for chosen in combinations(block, size):
+                for _ in range(sum(repeats)):
+                    yield index, [*chosen, *later]
+
+
+def test_bounds_of_blocks_enclose_the_exact_likelihood(policy):
+    policy, variables = policy
+    draws = list(every_draw())
+    block = np.array([index for index, _ in draws])
+    masked = np.array([[i in chosen for i in range(5)] for _, chosen in draws])
+    noisy = np.where(masked, MASK, COMPLETION)
+    prompt = np.tile(np.concatenate([[0, 0], PROMPT]), (len(draws), 1))  # with padding
+    valid = np.tile([False, False, True, True, True], (len(draws), 1))
+    logits = policy.completion_logits(variables, prompt, valid, noisy)
+    logp = completion_log_probs(logits, jnp.asarray(COMPLETION))
+    orders = [orders_of_block(policy, variables, block) for block in BLOCKS]
+    exact = sum(np.log(np.exp(sums).mean()) for sums in orders)
+    bounds = estimator('block', BLOCK)
+    scored = jnp.ones(5, bool)
+    elbo = bounds.elbo(logp, masked, scored, block, offset=1)
+    # In expectation over draws the bound is the mean over orders, block by block.
+    assert_allclose(elbo, sum(sums.mean() for sums in orders), atol=2e-5)
+    assert elbo < exact - 1e-3
+    for beta in (1.0, 2.0):
+        assert bounds.strict_eubo(logp, masked, scored, block, beta, offset=1) > exact
+    # Blocks that were counted from the completion would be other blocks.
+    assert abs(bounds.elbo(logp, masked, scored, block) - elbo) > 1e-2
+
+
+def test_corruption_masks_the_blocks_that_the_model_sees():
+    corruption = Corruption('block', 40, BLOCK, 0.0, perturb_completion=False, from_prompt=True)
+    valid = jnp.asarray([False, False, True, True, True])
+    draws = corruption(jax.random.key(0), valid, jnp.ones(5, bool))
+    assert (np.asarray(draws.offset) == 1).all()
+    assert set(np.asarray(draws.block).tolist()) == {0, 1, 2}
+    for index, masked in zip(draws.block, np.asarray(draws.masked)[:, 5:], strict=True):
+        block = BLOCKS[int(index)]
+        assert masked[block[-1] + 1 :].all() and not masked[: block[0]].any()
+        assert masked[list(block)].any()
+    # A short completion reaches fewer blocks; what comes after its end is always masked.
+    scored = jnp.arange(5) < 2
+    draws = corruption(jax.random.key(1), valid, scored)
+    assert set(np.asarray(draws.block).tolist()) == {0, 1}
+    assert np.asarray(draws.masked)[:, 5 + 2 :].all()
+
+
+def test_every_reader_of_shifted_logits_gets_the_prediction_of_its_position(policy):
+    """Dream predicts a position one to the left of it; padding and a cut change nothing."""
+    policy, variables = policy
+    config = dataclasses.replace(policy.config, visible_block=0)
+    shifted = dataclasses.replace(policy, config=dataclasses.replace(config, shift_logits=True))
+    tokens = np.concatenate([PROMPT, np.where([1, 0, 1, 1, 0], MASK, COMPLETION)])[None]
+    raw = Transformer(config).apply(variables, tokens, np.ones((1, 8), bool))
+    prompt = np.concatenate([[5, 5], PROMPT])[None]
+    valid = np.array([[False, False, True, True, True]])
+    logits = shifted.completion_logits(variables, prompt, valid, tokens[:, 3:])
+    assert_allclose(logits, raw[:, 2:-1], atol=1e-5)
