@@ -273,6 +273,11 @@ def _starting_point(
                 f'{start_from} has adapters, but every parameter is trained here; merge them with '
                 'spg_jax.export --merge and start from the result'
             )
+        if policies.model_of_policy(start_from).autoregressive:
+            raise ValueError(
+                f'{start_from} is an autoregressive model, which this training of diffusion models '
+                'would not make one; convert it first, or start from a diffusion model'
+            )
         execution = parts.execution | {'quantize': ''}  # only frozen parameters are quantised
         return policies.load_policy(start_from, mesh, **execution)
     tokenizer = word_tokenizer(parts.task)

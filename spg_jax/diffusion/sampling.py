@@ -250,7 +250,7 @@ def generate(
     completion = Completion(final.tokens[:, prompt.shape[1] :], final.commit_step, final.extras)
     if not config.stop_early:
         return completion
-    return _end_at_eos(completion, decoder.is_eos(final.tokens), eos_id, config)
+    return _end_at_eos(completion, decoder.is_eos(completion.tokens), eos_id, config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,9 +268,9 @@ class _Decoder:
     allowed: Array  # [V] bool, without MASK
     generated: Array | None  # [B, C] bool, False on given tokens of the completion; None is all
 
-    def is_eos(self, tokens: Array) -> Array:
-        """Where a completion has an EOS that was generated: [B, L] -> [B, C] bool."""
-        is_eos = tokens[:, self.prompt_length :] == self.eos_id
+    def is_eos(self, completion: Array) -> Array:
+        """Where a completion has an EOS that was generated: [B, C] -> [B, C] bool."""
+        is_eos = completion == self.eos_id
         return is_eos if self.generated is None else is_eos & self.generated
 
     def unfinished(self, carry: _Carry) -> Array:
@@ -279,7 +279,7 @@ class _Decoder:
         if not self.config.stop_early:
             return step_left
         between_blocks = carry.step % self.config.steps_per_block == 0
-        all_ended = self.is_eos(carry.tokens).any(-1).all()
+        all_ended = self.is_eos(carry.tokens[:, self.prompt_length :]).any(-1).all()
         return step_left & ~(between_blocks & all_ended)
 
     def denoise(self, carry: _Carry) -> _Carry:

@@ -262,14 +262,14 @@ class Transformer(nn.Module):
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
         x = jnp.take(table, tokens, axis=0)  # [B, L, D]
         x = constrain(x, 'rows', None, None)
-        if dropout is not None:
-            exists = valid.valid if isinstance(valid, Visibility) else valid
-            dropout = _token_keys(dropout, exists, config.layers)  # [layers, B, L]
+        exists = valid.valid if isinstance(valid, Visibility) else valid
         if config.visible_block and not isinstance(valid, Visibility):
             valid = Visibility(valid, positions(valid), block_length=config.visible_block)
         rotary = rotary_table(
             valid, config.rotary_dims or config.head_dim, config.rope_theta, config.rope_scaling
         )
+        if dropout is not None:
+            dropout = _token_keys(dropout, exists, config.layers)  # [layers, B, L]
         if config.experts and config.experts.dense_layers:
             number = config.experts.dense_layers
             first = None if dropout is None else dropout[:number]

@@ -132,13 +132,16 @@ def spg_loss(
       in_blocks: whether the bounds are those of blocks, which may begin before the completion.
       group_size: G, if each functional is centred within its group by itself; 0 if not.
     """
-    examples = logp, batch.masked, batch.scored, batch.block
-    if batch.draws.offset is None or not in_blocks:
-        elbo, eubo = jax.vmap(lower)(*examples), jax.vmap(upper)(*examples)
-    else:
+
+    def estimate(bound: Callable[..., Array]) -> Array:
+        """A bound of each row, [b]."""
+        examples = logp, batch.masked, batch.scored, batch.block
+        if batch.draws.offset is None or not in_blocks:
+            return jax.vmap(bound)(*examples)
         offset = batch.draws.offset[:, 0]  # [b]
-        elbo = jax.vmap(lambda offset, *row: lower(*row, offset=offset))(offset, *examples)
-        eubo = jax.vmap(lambda offset, *row: upper(*row, offset=offset))(offset, *examples)
+        return jax.vmap(lambda offset, *row: bound(*row, offset=offset))(offset, *examples)
+
+    elbo, eubo = estimate(lower), estimate(upper)
     estimates = {
         'mixture': bounds.mixture(eubo, elbo, omega),
         'eubo': eubo,
