@@ -200,6 +200,8 @@ def _clue(name: str, config: TransformerConfig) -> str:
     if name == table_of(config)[('unembedding',)].name:
         key = 'weight_tying' if is_llada else 'tie_word_embeddings'
         return f' (config.json says {key} {config.tie_embeddings})'
+    if config.experts and '.experts.' in name:
+        return f' (config.json says num_experts {config.experts.count})'
     key = 'n_layers' if is_llada else 'num_hidden_layers'
     return f' (config.json says {key} {config.layers})'
 

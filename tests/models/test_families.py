@@ -394,8 +394,9 @@ def test_sizes_are_those_of_the_published_checkpoints(
         assert shapes['model.layers.1.mlp.gate.expert_bias'] == (256,)
 
 
-@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_llada_moe'])
-@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 2, 2), (1, 1, 2), (8, 1, 1)])
+@pytest.mark.parametrize(
+    ('name', 'sizes'), [('tiny_llada2_moe', (1, 2, 2)), ('tiny_llada_moe', (2, 1, 4))]
+)
 def test_experts_over_a_mesh_change_nothing(checkpoint, name, sizes):
     """Logits and gradients, of all parameters, on one device and with experts split."""
     numbers, directory = golden(name), checkpoint(name)
@@ -416,12 +417,12 @@ def test_experts_over_a_mesh_change_nothing(checkpoint, name, sizes):
     assert shard[2] == experts.shape[2] // sizes[1]
     with jax.set_mesh(mesh):
         (_, actual), gradient = run(params, tokens)
-    assert_allclose(actual, expected, atol=2e-5)
+    assert_allclose(actual, expected, **LOGITS)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected_gradient):
         other = gradient
         for key in path:
             other = other[key.key]
-        assert_allclose(other, leaf, atol=2e-5 * max(1, np.abs(leaf).max()), err_msg=str(path))
+        assert_allclose(other, leaf, atol=1e-4 * np.abs(leaf).max(), rtol=0, err_msg=str(path))
 
 
 @pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_llada_moe', 'tiny_dream'])
