@@ -203,6 +203,16 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def current_row_shards() -> int:
+    """`row_shards` of the mesh of `jax.set_mesh`; 1 without a mesh."""
+    return math.prod(current_shards(axis) for axis in ROWS)
+
+
+def current_shards(axis: str) -> int:
+    """The size of an axis of the mesh of `jax.set_mesh`; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """The indices of the rows of a batch that this process puts on its devices: [b], ascending.
 

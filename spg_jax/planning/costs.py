@@ -123,11 +123,11 @@ def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
         return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
     draws = plan.parts.objective.draws
     at_once = batching.draws_per_pass or draws
-    passes = plan.rows_of_update // batching.microbatch * (draws // at_once)
+    passes = plan.rows_of_update // plan.rows_at_once * (draws // at_once)
     # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking
     # pieces, which first needs the readouts of all, and each policy that is looked at.
     kinds = 2 + plan.policy.config.remat + _in_pieces(plan) + _looks(plan)
-    return batching.microbatch * at_once, passes * kinds, length
+    return plan.rows_at_once * at_once, passes * kinds, length
 
 
 def _update_flops(plan: Plan) -> float:
@@ -152,9 +152,9 @@ def _in_pieces(plan: Plan) -> bool:
     """Whether an update first reads out all that its loss couples, and differentiates then."""
     objective, batching = plan.parts.objective, plan.parts.batching
     whole = rows_together(
-        objective.couples, plan.rows_of_update, batching.microbatch, batching.group_size
+        objective.couples, plan.rows_of_update, plan.rows_at_once, batching.group_size
     )
-    return 0 < batching.draws_per_pass < objective.draws or whole > batching.microbatch
+    return 0 < batching.draws_per_pass < objective.draws or whole > plan.rows_at_once
 
 
 def _looks(plan: Plan) -> int:

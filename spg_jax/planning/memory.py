@@ -99,7 +99,7 @@ def _updating(plan: Plan) -> dict[str, float]:
     batching, model = plan.parts.batching, plan.policy.config
     draws = batching.draws_per_pass or plan.parts.objective.draws
     length = plan.parts.sampling.length
-    sizes = _sizes(plan, batching.microbatch * draws, length, length)
+    sizes = _sizes(plan, plan.rows_at_once * draws, length, length)
     attention = _attention(plan, sizes, backwards=True)
     experts = _experts(plan, sizes)
     mlp_width = model.mlp_width

@@ -27,7 +27,7 @@ from spg_jax.random import root_key
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_generate
 from spg_jax.rl.experience import experience_shapes
-from spg_jax.rl.learner import kept_policies, make_update
+from spg_jax.rl.learner import kept_policies, make_update, rows_at_once
 from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
@@ -68,6 +68,18 @@ class Plan:
         """Rows that an update learns from."""
         ring = self.parts.objective.experience
         return ring.rows if ring else self.parts.batching.rows
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that an update differentiates at once, over all chips."""
+        batching = self.parts.batching
+        return rows_at_once(
+            self.parts.objective,
+            self.rows_of_update,
+            batching.microbatch,
+            batching.group_size,
+            sharding.row_shards(self.mesh),
+        )
 
     @property
     def prompt_length(self) -> int:

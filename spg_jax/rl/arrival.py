@@ -12,13 +12,12 @@ from spg_jax.models.policy import Policy
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.learner import (
     BEHAVIOUR,
-    join_parts,
     join_passes,
     other_policies,
-    split_parts,
     split_passes,
 )
 from spg_jax.rl.objectives import Objective
+from spg_jax.rl.packing import join_parts, split_parts
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import Reader, corrupt, moments
 from spg_jax.training.train_state import TrainState

@@ -7,8 +7,12 @@ computes all readouts without a gradient, and from them d loss / d readouts. The
 differentiated, weighted by its part of d loss / d readouts, which stays fixed. Memory then does not
 grow with the draws, nor with the rows that a loss couples, at the price of one more forward pass.
 The gradient is the same. Where all that a loss couples is one piece, there is one stage.
+
+Rows that cannot move the gradient (`Objective.idle`) leave the update (rl/packing.py): the program
+differentiates only the pieces that hold a row which can. The gradient is the same sum.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,10 +26,19 @@ from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.experience import rows_of_update
-from spg_jax.rl.objectives import Batch, Objective
+from spg_jax.rl.objectives import Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import never, token_log_probs
+from spg_jax.rl.packing import (
+    Pieces,
+    loss_of_idle,
+    loss_of_live,
+    packed,
+    rows_of_piece,
+    whole_units,
+)
 from spg_jax.rl.rollout import Rollout, rollout_metrics
 from spg_jax.rl.scores import Reader, corrupt, moments
+from spg_jax.sharding import current_row_shards
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
 
 BEHAVIOUR = 'behaviour'  # extras: readouts [B, turns, M, C] of the policy that sampled the rollout
@@ -39,6 +52,7 @@ class Rows(NamedTuple):
     draws: Draws  # [b, M, ...]
     dropout: Array | None  # [b, M] keys of the adapters' dropout
     others: dict[str, Array]  # readouts [b, M, C] that are there already
+    idle: Array | None = None  # [b] bool, rows that leave the update; None where none can
 
 
 def make_update(
@@ -139,7 +153,8 @@ def make_gradient(
     Args:
       policy: the model.
       objective: its loss is differentiated; its corruption made `draws`, [B, M, ...].
-      microbatch: rows that are differentiated at once; it divides B.
+      microbatch: rows that are differentiated at once; it divides B. Where rows can be idle, they
+        may be fewer, see `rows_at_once`.
       draws_per_pass: draws that are differentiated at once; it divides M, and 0 stands for all.
       group_size: G, for an objective that couples the rows of a group.
 
@@ -148,6 +163,12 @@ def make_gradient(
     already, `kept` the kept policies by name, and `step` is the number of updates done.
     """
     reader = Reader(policy, objective.readout, objective.teacher)
+
+    def loss_of(readouts: Array, batch: Batch) -> Loss:
+        loss = objective.loss(readouts, batch)
+        if objective.readout is token_log_probs:
+            loss = loss.replace(metrics=loss.metrics | elbo_spread(readouts, batch))
+        return loss
 
     def gradient_of(
         trained: Variables,
@@ -163,33 +184,38 @@ def make_gradient(
         policies = other_policies(frozen, kept or {})
         rows = Rows(rollout, draws, dropout, dict(others or {}))
         batch_size = len(rollout.reward)
-        together = rows_together(objective.couples, batch_size, microbatch, group_size)
+        at_once = rows_at_once(objective, batch_size, microbatch, group_size, current_row_shards())
+        together = rows_together(objective.couples, batch_size, at_once, group_size)
         passes = draws.masked.shape[1] // draws_per_pass if draws_per_pass else 1
+        coupled = {'row': 1, 'group': group_size, 'batch': batch_size}[objective.couples]
 
         def read(variables: Variables, piece: Rows, dropout: Array | None) -> Array:
             return reader(variables, piece.rollout, piece.draws, step, dropout, policies)
 
-        def loss_of(readouts: Array, rows: Rows, others: dict[str, Array]) -> tuple[Array, Any]:
+        def loss_of_rows(
+            readouts: Array, rows: Rows, others: dict[str, Array]
+        ) -> tuple[Array, Loss]:
             batch = Batch(rows.rollout, rows.draws, rows.others | others, step)
-            loss = objective.loss(readouts, batch)
-            if objective.readout is token_log_probs:
-                loss = loss.replace(metrics=loss.metrics | elbo_spread(readouts, batch))
+            if rows.idle is None:
+                loss = loss_of(readouts, batch)
+            else:
+                loss = loss_of_live(loss_of, readouts, batch, rows.idle, coupled)
             return loss.total, loss
 
-        weights_of = jax.grad(loss_of, has_aux=True)  # -> (d loss / d readouts, Loss)
+        weights_of = jax.grad(loss_of_rows, has_aux=True)  # -> (d loss / d readouts, Loss)
 
         def read_others(piece: Rows) -> dict[str, Array]:
             return {name: read(policies[name], piece, None) for name in objective.looks_at}
 
-        def in_one_stage(rows: Rows) -> tuple[Variables, Any]:
+        def in_one_stage(rows: Rows) -> tuple[Variables, Loss]:
             readouts, pull_back = jax.vjp(
                 lambda trained: read(frozen | trained, rows, rows.dropout), trained
             )
             weights, loss = weights_of(readouts, rows, jax.lax.stop_gradient(read_others(rows)))
             return pull_back(weights)[0], loss
 
-        def in_two_stages(rows: Rows) -> tuple[Variables, Any]:
-            parts = jax.tree.map(lambda x: split_parts(x, together // microbatch), rows)
+        def in_two_stages(rows: Rows, pieces: Pieces) -> tuple[Variables, Loss]:
+            parts = pieces.split(rows)
 
             def read_part(part: Rows) -> tuple[Array, dict[str, Array]]:
                 def read_pass(cut: tuple[Draws, Array | None]) -> tuple[Array, dict[str, Array]]:
@@ -199,7 +225,7 @@ def make_gradient(
                 cuts = jax.tree.map(lambda x: split_passes(x, passes), (part.draws, part.dropout))
                 return jax.tree.map(join_passes, jax.lax.map(read_pass, cuts))
 
-            readouts, others = jax.tree.map(join_parts, jax.lax.map(read_part, parts))
+            readouts, others = pieces.join(pieces.map(read_part, parts))
             weights, loss = weights_of(readouts, rows, others)
 
             def add_part(gradient: Variables, part: tuple[Rows, Array]) -> tuple[Variables, None]:
@@ -221,22 +247,35 @@ def make_gradient(
                 return jax.lax.scan(add_pass, gradient, cuts)[0], None
 
             zero = jax.tree.map(jnp.zeros_like, trained)
-            weights = jax.tree.map(lambda x: split_parts(x, together // microbatch), weights)
-            return jax.lax.scan(add_part, zero, (parts, weights))[0], loss
+            return pieces.fold(add_part, zero, (parts, pieces.split(weights)))[0], loss
 
-        one_stage = together == microbatch and passes == 1
-        differentiate = in_one_stage if one_stage else in_two_stages
-
-        def add(gradient: Variables, rows: Rows) -> tuple[Variables, Any]:
-            addend, loss = differentiate(rows)
+        def add(gradient: Variables, rows: Rows) -> tuple[Variables, Loss]:
+            if passes == 1:
+                addend, loss = in_one_stage(rows)
+            else:
+                addend, loss = in_two_stages(rows, Pieces(1))
             return jax.tree.map(jnp.add, gradient, addend), loss
 
-        unit = group_size if objective.couples == 'group' else 1
-        parts = jax.tree.map(lambda x: split_parts(x, batch_size // together, unit), rows)
-        gradient, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), parts)
-        losses = jax.tree.map(lambda x: x.sum(0), losses)
-        weight = jnp.maximum(losses.weight, 1.0)
-        return losses.total / weight, jax.tree.map(lambda g: g / weight, gradient), losses.metrics
+        is_whole = together == at_once  # whether a piece holds all that its loss couples
+        unit = group_size if is_whole and objective.couples == 'group' else 1
+        pieces, of_idle = Pieces(batch_size // at_once, unit), None
+        if objective.idle is not None:
+            batch = Batch(rollout, draws, rows.others, step)
+            idle = whole_units(
+                objective.idle(batch), group_size if objective.couples == 'group' else 1
+            )
+            rows = rows._replace(idle=idle)
+            pieces = packed(idle, at_once, unit)
+            of_idle = loss_of_idle(loss_of, batch, idle, coupled)
+        if is_whole:
+            zero = jax.tree.map(jnp.zeros_like, trained)
+            gradient, loss = pieces.fold(add, zero, pieces.split(rows), of_idle)
+        else:
+            gradient, loss = in_two_stages(rows, pieces)
+            if of_idle is not None:
+                loss = jax.tree.map(jnp.add, loss, of_idle)
+        weight = jnp.maximum(loss.weight, 1.0)
+        return loss.total / weight, jax.tree.map(lambda g: g / weight, gradient), loss.metrics
 
     return gradient_of
 
@@ -288,24 +327,28 @@ def kept_policies(objective: Objective, new_adapters: bool) -> list[str]:
     ]
 
 
+def rows_at_once(
+    objective: Objective, rows: int, microbatch: int, group_size: int, shards: int
+) -> int:
+    """The rows that are differentiated at once: a microbatch, or less where rows can be idle.
+
+    Args:
+      objective: of the update.
+      rows: B.
+      microbatch: which divides B.
+      group_size: G.
+      shards: the parts that rows are split into over devices.
+    """
+    if objective.idle is None or (objective.couples == 'batch' and microbatch == rows):
+        return microbatch  # A part of a coupled batch would need two stages.
+    whole_groups = objective.couples == 'group' and microbatch % group_size == 0
+    return rows_of_piece(rows, microbatch, math.lcm(shards, group_size if whole_groups else 1))
+
+
 def rows_together(couples: str, rows: int, microbatch: int, group_size: int) -> int:
     """The rows that a loss sees at once: a microbatch if that holds all that it couples."""
     whole = {'row': True, 'group': microbatch % group_size == 0, 'batch': microbatch == rows}
     return microbatch if whole[couples] else rows
-
-
-def split_parts(x: Array, parts: int, unit: int = 1) -> Array:
-    """[B, ...] -> [parts, B / parts, ...], with neighbours of a unit in one part.
-
-    The stride keeps rows on their devices.
-    """
-    split = x.reshape(len(x) // (parts * unit), parts, unit, *x.shape[1:])
-    return jnp.moveaxis(split, 1, 0).reshape(parts, -1, *x.shape[1:])
-
-
-def join_parts(x: Array) -> Array:
-    """[parts, b, ...] -> [parts * b, ...]: the inverse of `split_parts` with units of one row."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def split_passes(x: Array, passes: int) -> Array:

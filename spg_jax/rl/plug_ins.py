@@ -322,4 +322,5 @@ def with_kl(objective: Objective, weight: float, estimator: str, group_size: int
         loss=loss,
         looks_at=tuple(dict.fromkeys((*objective.looks_at, REFERENCE))),
         kept={REFERENCE: never} | dict(objective.kept),
+        idle=None,  # every row can move the divergence
     )

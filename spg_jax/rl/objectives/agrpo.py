@@ -40,6 +40,7 @@ from spg_jax.rl.objectives.objective import (
     Protocol,
     View,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.ratios import token_losses
 from spg_jax.rl.rollout import Rollout
@@ -107,6 +108,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         readout=RecordedLaw(temperature),
         records=('log_prob', 'entropy', 'kept'),
         clips=True,
+        idle=without_advantage,
     )
 
 

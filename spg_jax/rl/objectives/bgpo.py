@@ -32,6 +32,7 @@ from spg_jax.rl.objectives.objective import (
     Objective,
     Protocol,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
@@ -105,4 +106,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         advantage=partial(standardised, epsilon=1e-6),
         behaviour=True,
         refuses={'rl.clip': 'it clips its bounds of the ratio already, by bgpo.epsilon'},
+        idle=without_advantage,
     )

@@ -38,6 +38,7 @@ from spg_jax.rl.objectives.objective import (
     never,
     over_groups,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.ratios import token_losses
 from spg_jax.rl.rollout import Rollout
@@ -115,6 +116,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': refresh} if settings.kl else {},
+        idle=None if settings.kl else without_advantage,
     )
 
 

@@ -25,6 +25,7 @@ from spg_jax.rl.objectives.objective import (
     never,
     over_groups,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.ratios import token_losses
 
@@ -64,4 +65,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
+        idle=None if settings.kl else without_advantage,
     )

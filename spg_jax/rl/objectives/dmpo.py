@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.corruption import Draws
+from spg_jax.rl.advantages import groups_with_signal
 from spg_jax.rl.objectives.objective import (
     Batch,
     Metrics,
@@ -66,6 +67,8 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             f'dmpo.alpha is {settings.alpha}; rewards are divided by it, use a number above 0'
         )
 
+    group_size = protocol.batching.group_size
+
     def draws(key: Array, row: Rollout) -> Draws:
         rate_key, mask_key = jax.random.split(key)
         size = (settings.pairs, row.completion.size)
@@ -97,10 +100,14 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         metrics = {'effective_share': (effective, jnp.float32(1))}
         return -((better - worse) * score).sum(), metrics
 
+    def idle(batch: Batch) -> Array:
+        """[B] bool. Equal rewards tilt nothing: both weights of a completion are then the same."""
+        return jnp.repeat(~groups_with_signal(batch.rows.reward, group_size), group_size)
+
     return Objective(
         corruption=corruption,
         draws=2 * settings.pairs,
-        loss=over_groups(loss_of_group, protocol.batching.group_size),
+        loss=over_groups(loss_of_group, group_size),
         couples='group',
         at_rollout=at_rollout,
         kept={'reference': never},
@@ -108,4 +115,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             'rl.advantage': 'its weights are softmaxes over the group, which a baseline leaves as '
             'they are; dmpo.alpha is their scale'
         },
+        idle=idle,
     )

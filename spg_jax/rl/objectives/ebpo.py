@@ -31,6 +31,7 @@ from spg_jax.rl.objectives.objective import (
     Objective,
     Protocol,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
@@ -94,4 +95,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         advantage=partial(standardised, epsilon=1e-6),
         behaviour=True,
         clips=True,
+        idle=without_advantage,
     )

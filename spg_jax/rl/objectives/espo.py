@@ -35,6 +35,7 @@ from spg_jax.rl.objectives.objective import (
     Protocol,
     never,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.ratios import k2
 from spg_jax.rl.objectives.sequences import (
@@ -92,6 +93,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
+        idle=None if settings.kl else without_advantage,
     )
 
 

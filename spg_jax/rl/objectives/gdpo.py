@@ -29,6 +29,7 @@ from spg_jax.rl.objectives.objective import (
     Objective,
     Protocol,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.sequences import (
     after_clean_prompt,
@@ -88,5 +89,10 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         return Loss(total=total, weight=jnp.float32(len(losses)), metrics=metrics)
 
     return Objective(
-        corruption=corruption, draws=settings.points, loss=loss, behaviour=True, clips=True
+        corruption=corruption,
+        draws=settings.points,
+        loss=loss,
+        behaviour=True,
+        idle=without_advantage,
+        clips=True,
     )

@@ -37,6 +37,7 @@ from spg_jax.rl.objectives.objective import (
     Protocol,
     over_groups,
     setting,
+    without_advantage,
 )
 from spg_jax.rl.objectives.ratios import token_losses
 from spg_jax.rl.rollout import Rollout
@@ -104,6 +105,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         behaviour=bool(settings.epsilon),
         clips=bool(settings.epsilon),
         refuses={} if settings.epsilon else {'rl.clip': NO_RATIOS},
+        idle=without_advantage,
     )
 
 

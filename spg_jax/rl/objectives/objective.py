@@ -114,6 +114,7 @@ Corrupt = Callable[[Rollout, Moment], Draws]  # one row -> its M draws
 # (logits [M, C, V], view of one row) -> [M, C], or a pytree of several such arrays
 Readout = Callable[[Array, View], Any]
 Refresh = Callable[[Array, Any, Any], Any]  # (updates done, kept, trained) -> kept
+Idle = Callable[[Batch], Array]  # all rows of an update -> [B] bool
 
 
 class LogProbs:
@@ -129,6 +130,11 @@ def token_log_probs(logits: Array, view: View) -> Array:
 def never(step: Array, kept: Any, trained: Any) -> Any:
     """The `Refresh` of a policy that stays as it is."""
     return kept
+
+
+def without_advantage(batch: Batch) -> Array:
+    """The `Idle` of losses that are a sum over rows of a multiple of their advantage, [B] bool."""
+    return batch.advantage == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +214,11 @@ class Objective:
       compares: whether completions are compared within their group, which then needs two or more.
       records: what the sampler records of each token, names of `sampling.RECORDS`; they are
         extras of the rollout.
+      idle: the rows whose readouts move neither the gradient nor that of other rows, so that they
+        leave the update: (Batch of all rows) -> [B] bool; None: every row can move it. They still
+        count in the weight. Metrics that depend on readouts are then those of the other rows. Where
+        a loss couples groups, only groups leave that are idle as a whole; where it couples the
+        batch, it sees the readout 0 of idle rows. The readout must be one array [M, C].
       needs_law: whether the product of the recorded probabilities, 'log_prob', must be the law of
         the completions. A sampler where it is not is refused.
       clips: whether the loss clips ratios with `ratios.token_losses` or `sequences.clipped_rows`,
@@ -233,6 +244,7 @@ class Objective:
     rate: Callable[[Array], Array] | None = None
     compares: bool = True
     records: tuple[str, ...] = ()
+    idle: Idle | None = None
     needs_law: bool = False
     clips: bool = False
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -35,6 +35,7 @@ from spg_jax.rl.objectives.objective import (
     Protocol,
     configured,
     setting,
+    without_advantage,
 )
 
 UPPER = {'plain': 'eubo', 'strict': 'strict_eubo', 'loose': 'loose_eubo'}
@@ -101,6 +102,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             group_size=group_size,
             in_blocks=settings.estimator == 'block',
         ),
+        idle=partial(without_gain, group_size=group_size),
     )
 
 
@@ -151,11 +153,8 @@ def spg_loss(
     better = batch.advantage > 0
     total = -(batch.advantage * jnp.where(better, elbo, estimates[negative])).sum()
     if group_size:
-        gain = jnp.maximum(batch.advantage, 0.0)  # [b] A+
-        mean_gain = gain.reshape(-1, group_size).mean(axis=1)  # [b / G]
-        mean_gain = jnp.repeat(mean_gain, group_size)  # [b]
-        loss_part = jnp.minimum(batch.advantage, 0.0) + mean_gain  # [b] of the negative estimate
-        total = -((gain - mean_gain) * elbo + loss_part * estimates[negative]).sum()
+        of_elbo, of_negative = centred_parts(batch.advantage, group_size)
+        total = -(of_elbo * elbo + of_negative * estimates[negative]).sum()
     length = batch.scored.sum(axis=1).astype(jnp.float32)
     tokens, rows = length.sum(), jnp.float32(len(length))
     worse = (batch.advantage < 0).astype(jnp.float32)
@@ -171,3 +170,24 @@ def spg_loss(
             'share_better': (better.sum().astype(jnp.float32), rows),
         },
     )
+
+
+def centred_parts(advantage: Array, group_size: int) -> tuple[Array, Array]:
+    """A+ - a and A- + a, the factors of the ELBO and of the negative estimate, each [b]."""
+    gain = jnp.maximum(advantage, 0.0)  # [b] A+
+    mean_gain = gain.reshape(-1, group_size).mean(axis=1)  # [b / G] a
+    mean_gain = jnp.repeat(mean_gain, group_size)  # [b]
+    return gain - mean_gain, jnp.minimum(advantage, 0.0) + mean_gain
+
+
+def without_gain(batch: Batch, group_size: int) -> Array:
+    """[B] bool, the rows that no bound is raised or lowered for.
+
+    With `baseline='each'` a row without an advantage in a group with one still has two factors.
+    Under `negative='none'` worse rows move nothing either; they stay, so that the log shows what
+    becomes of their likelihood.
+    """
+    if not group_size:
+        return without_advantage(batch)
+    of_elbo, of_negative = centred_parts(batch.advantage, group_size)
+    return (of_elbo == 0) & (of_negative == 0)

@@ -29,7 +29,15 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.rl.advantages import groups_with_signal, standardised
-from spg_jax.rl.objectives.objective import Batch, Loss, Moment, Objective, Protocol, setting
+from spg_jax.rl.objectives.objective import (
+    Batch,
+    Loss,
+    Moment,
+    Objective,
+    Protocol,
+    setting,
+    without_advantage,
+)
 from spg_jax.rl.objectives.ratios import state_losses
 from spg_jax.rl.objectives.trajectory import replay
 from spg_jax.rl.rollout import Rollout
@@ -100,6 +108,11 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         share = (kept.sum().astype(jnp.float32), jnp.float32(len(kept)))
         return loss.replace(metrics=loss.metrics | {'kept_rows': share})
 
+    def idle(batch: Batch) -> Array:
+        """[B] bool. A row that is kept has a divergence, whatever its advantage."""
+        dropped = ~batch.rows.extras[KEPT]
+        return dropped if settings.kl else dropped | without_advantage(batch)
+
     return Objective(
         corruption=corruption,
         draws=states,
@@ -108,4 +121,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         behaviour=True,
         clips=True,
         at_rollout=at_rollout,
+        idle=idle,
     )

@@ -32,7 +32,16 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.errors import check_one_of
-from spg_jax.rl.objectives.objective import Batch, Loss, Moment, Objective, Protocol, never, setting
+from spg_jax.rl.objectives.objective import (
+    Batch,
+    Loss,
+    Moment,
+    Objective,
+    Protocol,
+    never,
+    setting,
+    without_advantage,
+)
 from spg_jax.rl.objectives.ratios import state_losses, token_losses
 from spg_jax.rl.rollout import Rollout
 
@@ -105,6 +114,7 @@ def _paper(settings: Settings, updates: int) -> Objective:
         clips=True,
         looks_at=('reference',) if settings.kl else (),
         kept={'reference': never} if settings.kl else {},
+        idle=None if settings.kl else without_advantage,
     )
 
 
@@ -125,6 +135,7 @@ def _later(settings: Settings, coupled: bool) -> Objective:
         loss=lambda logp, batch: state_losses(logp, batch, settings.epsilon, settings.kl),
         behaviour=True,
         clips=True,
+        idle=None if settings.kl else without_advantage,
     )
 
 

@@ -24,6 +24,7 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.errors import check_one_of
+from spg_jax.rl.advantages import groups_with_signal
 from spg_jax.rl.objectives.objective import (
     Batch,
     Loss,
@@ -91,6 +92,10 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         of_groups = over_groups(loss_of_group, group_size)(logp, batch)
         return of_groups.replace(weight=of_groups.metrics['groups_with_pair'][0])
 
+    def idle(batch: Batch) -> Array:
+        """[B] bool, True for rows of groups without a pair."""
+        return jnp.repeat(~groups_with_signal(batch.rows.reward, group_size), group_size)
+
     return Objective(
         corruption=corruption,
         draws=settings.draws,
@@ -102,4 +107,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             'rl.advantage': 'it compares the best and the worst of a group by their rewards',
             'rl.clip': 'its margin is made of whole log-likelihood ratios to the reference',
         },
+        idle=idle,
     )

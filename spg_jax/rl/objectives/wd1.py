@@ -27,6 +27,7 @@ from spg_jax.rl.objectives.objective import (
     Protocol,
     configured,
     setting,
+    without_advantage,
 )
 
 RECIPE = {
@@ -85,4 +86,5 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             'rl.advantage': 'its weights are softmaxes over the group, which a baseline leaves as '
             'they are; wd1.temperature is their scale'
         },
+        idle=without_advantage,
     )

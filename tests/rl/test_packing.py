@@ -1,0 +1,331 @@
+"""Rows that cannot move the gradient leave the update, and nothing else changes.
+
+The truth is the same update of an objective that does not say which of its rows are idle.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax import sharding
+from spg_jax.assembly import assemble
+from spg_jax.config import default_config
+from spg_jax.diffusion.corruption import Corruption, Draws
+from spg_jax.models.lora import LoRA
+from spg_jax.rl.advantages import group_advantages
+from spg_jax.rl.learner import make_gradient, rows_at_once
+from spg_jax.rl.objectives import REGISTRY, Batch, Loss, Objective
+from spg_jax.rl.objectives.objective import configured, over_groups, without_advantage
+from spg_jax.rl.packing import packed, rows_of_piece
+from spg_jax.rl.scores import corrupt, moments
+from tests.meshes import mesh_of
+from tests.rl.conftest import VOCAB, random_rollout
+from tests.rl.test_couplings import Config, Toy, parameters, scores
+
+pytestmark = pytest.mark.numerical
+GROUP, ROWS = 4, 16
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2))
+READ = []  # the number of rows and draws of each forward pass that was computed
+
+
+class Counting(Toy):
+    """The toy policy of test_couplings, which notes what it computes."""
+
+    def completion_logits(self, variables, prompt, *arguments):
+        jax.debug.callback(lambda: READ.append(len(prompt)))
+        return super().completion_logits(variables, prompt, *arguments)
+
+
+def loss_of_rows(logp, batch):
+    logp = jnp.where(batch.target, logp, 0.0)
+    score, behaviour = scores(logp, batch), scores(batch.others['behaviour'], batch)
+    tokens = batch.scored.sum().astype(jnp.float32)
+    metrics = {
+        'score': (score.sum(), tokens),
+        'better': ((batch.advantage > 0).sum().astype(jnp.float32), jnp.float32(len(score))),
+    }
+    return Loss(-(jnp.exp(score - behaviour) * batch.advantage).sum(), tokens, metrics)
+
+
+def loss_of_group(logp, batch):
+    return (jax.nn.softmax(3 * scores(logp, batch)) * batch.advantage).sum(), {}
+
+
+def loss_of_batch(logp, batch):
+    total = (scores(logp, batch) * batch.advantage).sum()
+    return Loss(total**2, batch.scored.sum().astype(jnp.float32), {})
+
+
+def objective_of(couples: str) -> Objective:
+    losses = {
+        'row': loss_of_rows,
+        'group': over_groups(loss_of_group, GROUP),
+        'batch': loss_of_batch,
+    }
+    corruption = configured(Corruption('uniform', draws=2, block_length=4))  # not called here
+    return Objective(corruption, 2, losses[couples], couples, idle=without_advantage)
+
+
+def inputs(mesh, live: tuple[int, ...]):
+    """A rollout whose groups named in `live` have advantages, with draws and other readouts."""
+    rng = np.random.default_rng(2)
+    rollout = jax.tree.map(np.asarray, random_rollout(ROWS))
+    group = np.arange(ROWS) // GROUP
+    advantage = rng.normal(size=ROWS).astype(np.float32) * np.isin(group, live)
+    advantage[ROWS // 2 + 1] = 0.0  # a row without an advantage in a group that has some
+    draws = Draws(masked=rng.random((ROWS, 2, 16)) < 0.5)
+    others = {'behaviour': rng.normal(size=(ROWS, 2, 12)).astype(np.float32) - 3}
+    return sharding.put_batch(mesh, (rollout.replace(advantage=advantage), draws, others))
+
+
+def gradient_of(objective, mesh, live, microbatch, draws_per_pass, lora=None):
+    """(loss, largest entries first: the gradient as numpy arrays, metrics, forward passes)."""
+    policy = Counting(Config(lora))
+    gradient = make_gradient(
+        policy,
+        objective,
+        microbatch=microbatch,
+        draws_per_pass=draws_per_pass,
+        group_size=GROUP,
+    )
+    with jax.set_mesh(mesh):
+        frozen = parameters(bool(lora), mesh)
+        trained = {policy.trained: frozen.pop(policy.trained)}
+        run = jax.jit(gradient)
+        results = []
+        for groups in live:
+            READ.clear()
+            rollout, draws, others = inputs(mesh, groups)
+            loss, leaves, metrics = run(trained, frozen, rollout, draws, others=others)
+            jax.effects_barrier()
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(leaves)]
+            results.append((float(loss), leaves, jax.device_get(metrics), sum(READ)))
+        assert run._cache_size() == 1
+    return results
+
+
+def norm(leaves) -> float:
+    return float(np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in leaves)))
+
+
+def distance(leaves, others) -> float:
+    return norm([leaf - other for leaf, other in zip(leaves, others, strict=True)])
+
+
+LIVE = ((0, 1, 2, 3), (2,), (0, 2), ())
+
+
+PIECES = [
+    ('row', ROWS, 0),
+    ('group', ROWS, 0),
+    ('batch', 8, 1),
+    ('row', 8, 1),
+    ('group', 2, 0),  # less than a group: two stages over the whole batch
+    ('batch', ROWS, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ('couples', 'microbatch', 'draws_per_pass', 'sizes'),
+    [
+        *((*pieces, MESHES[0]) for pieces in PIECES),
+        *((*pieces, sizes) for pieces in PIECES[:3] for sizes in MESHES[1:]),
+    ],
+    ids=str,
+)
+def test_the_gradient_without_idle_rows_is_the_one_with_them(
+    couples, microbatch, draws_per_pass, sizes
+):
+    mesh, objective = mesh_of(*sizes), objective_of(couples)
+    pieces = microbatch, draws_per_pass
+    packed_ones = gradient_of(objective, mesh, LIVE, *pieces)
+    # In pieces of another size the same sum differs by a few units of 1e-6, packed or not.
+    shards = sharding.row_shards(mesh)
+    size = rows_at_once(objective, ROWS, microbatch, GROUP, shards)
+    plain = dataclasses.replace(objective, idle=None)
+    whole_ones = gradient_of(plain, mesh, LIVE, size, draws_per_pass)
+    for (loss, leaves, metrics, _), (expected_loss, expected, whole, _) in zip(
+        packed_ones, whole_ones, strict=True
+    ):
+        assert_allclose(loss, expected_loss, rtol=1e-6, atol=1e-7)  # a sum of terms near 1
+        assert distance(leaves, expected) <= 1e-6 * norm(expected)
+        if couples == 'row':
+            assert metrics['better'] == whole['better']
+    assert all((leaf == 0).all() for leaf in packed_ones[-1][1])
+    assert norm(whole_ones[1][1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('couples', 'microbatch', 'expected'),  # rows that are read, for each of LIVE
+    [
+        ('row', ROWS, [ROWS, 4, 8, 0]),
+        ('group', ROWS, [ROWS, 4, 8, 0]),
+        ('batch', 8, [2 * ROWS, 2 * 4, 2 * 8, 0]),
+    ],
+)
+def test_idle_rows_are_not_read_out(couples, microbatch, expected):
+    """A batch-wide loss reads each piece twice. One row of group 2 is idle by itself."""
+    results = gradient_of(objective_of(couples), mesh_of(), LIVE, microbatch, 0)
+    assert [read / 2 for *_, read in results] == expected  # two draws a row
+
+
+def test_metrics_of_readouts_are_those_of_live_rows():
+    """Whatever the pieces: an idle row that fills up a piece does not count."""
+    objective = objective_of('row')
+    rows = [
+        gradient_of(objective, mesh_of(), [(2,)], microbatch, 0)[0][2] for microbatch in (2, ROWS)
+    ]
+    rollout, draws, _ = inputs(mesh_of(), (2,))
+    live = np.asarray(rollout.advantage) != 0
+    assert live.sum() == 3
+    scored = np.asarray(rollout.scored)
+    unread = ~(np.asarray(draws.masked)[:, :, 4:] & scored[:, None]).any((1, 2))
+    for metrics in rows:  # The score of a row without a target depends on no readout.
+        assert metrics['score'][1] == scored[live | unread].sum()
+        assert metrics['better'][1] == ROWS
+    assert_allclose(rows[0]['score'], rows[1]['score'], rtol=1e-5)
+
+
+def test_adapters_learn_the_same_without_idle_rows():
+    objective, lora = objective_of('row'), LoRA(rank=2, alpha=2.0)
+    mesh = mesh_of(2, 2, 2)
+    (_, leaves, *_), (_, expected, *_) = (
+        gradient_of(each, mesh, [(1,)], ROWS, 1, lora)[0]
+        for each in (objective, dataclasses.replace(objective, idle=None))
+    )
+    assert norm(expected) > 1e-3
+    assert distance(leaves, expected) <= 1e-6 * norm(expected)
+
+
+@pytest.mark.parametrize('unit', [1, 4])
+def test_pieces_hold_live_rows_first_and_are_joined_again(unit):
+    idle = jnp.asarray(np.repeat([True, False, True, False], 4))
+    pieces = packed(idle, rows=8, unit=unit)
+    rows = pieces.split(jnp.arange(16))
+    assert int(pieces.live) == 1
+    assert sorted(rows[0].tolist()) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert all((rows.reshape(-1, unit)[:, 0] % unit == 0).tolist())
+    if unit == 1:
+        assert pieces.join(rows).tolist() == list(range(16))
+
+
+def test_rows_of_a_piece():
+    assert rows_of_piece(128, 128, 1) == 32
+    assert rows_of_piece(128, 16, 1) == 16  # the user's choice, if it is smaller
+    assert rows_of_piece(96, 48, 16) == 48  # 24 rows do not split over 16 shards
+    assert rows_of_piece(96, 48, 4) == 24
+    assert rows_of_piece(6, 6, 1) == 2
+    assert rows_of_piece(7, 7, 1) == 7
+
+
+# --- which rows objectives declare idle -----------------------------------------------------------
+
+
+def built(name: str, **settings) -> tuple[Objective, int]:
+    """An objective for groups of 4 rows without a divergence, and its number of sampler steps."""
+    config = default_config(name)
+    config.sampling.update(prompt_length=4, length=12, steps=12, block_length=4, temperature=1.0)
+    config.rl.update(group_size=GROUP, prompts=ROWS // GROUP, microbatch=ROWS, inner_updates=2)
+    if name == 'just_grpo':
+        config.sampling.commit = 'left_to_right'
+    if name == 'tracerl':
+        settings = {'shrink': 4} | settings
+    if name == 'd2':
+        settings = {'segments': 4} | settings
+    if 'kl' in config[name]:
+        settings = {'kl': 0.0} | settings
+    config[name].update(settings)
+    return assemble(config).objective, config.sampling.steps
+
+
+def rows_of(objective: Objective) -> Batch:
+    """A batch with two groups whose rewards are equal, and what any objective looks at."""
+    rng = np.random.default_rng(3)
+    rollout, bits = random_rollout(ROWS), -(-VOCAB // 8)
+    reward = np.float32(rng.integers(0, 2, ROWS))
+    reward[:3], reward[4:8], reward[12:] = (0, 1, 0), 1.0, 0.0
+    reward[8:10] = 0, 1
+    extras = {
+        'log_prob': rng.normal(size=(ROWS, 12)).astype(np.float32) - 2,
+        'entropy': rng.random((ROWS, 12)).astype(np.float32) + 0.1,
+        'kept': np.full((ROWS, 12, bits), 255, np.uint8),
+        'log_ratio': rng.normal(size=ROWS).astype(np.float32),
+    }
+    commit_step = np.argsort(rng.random((ROWS, 12)), axis=1).astype(np.int32)
+    rollout = rollout.replace(
+        reward=jnp.asarray(reward),
+        advantage=jnp.asarray(objective.advantage(jnp.asarray(reward), GROUP)),
+        commit_step=jnp.asarray(commit_step),
+        scored=jnp.ones((ROWS, 12), bool),
+        extras=jax.tree.map(jnp.asarray, extras),
+    )
+    if objective.at_rollout:
+        rollout = with_extras(objective, rollout)
+    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+    draws = jax.jit(lambda rows: corrupt(objective.corruption, rows, moment))(rollout)
+    shape = (ROWS, objective.draws, 12)
+    names = ('behaviour', *objective.looks_at)
+    others = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) * 0.1 - 2 for name in names}
+    return Batch(rollout, draws, others, jnp.int32(0))
+
+
+def with_extras(objective: Objective, rollout):
+    def read(name, draws):
+        return jnp.zeros((ROWS, draws.masked.shape[1], 12))
+
+    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+    return rollout.replace(extras=rollout.extras | objective.at_rollout(read, rollout, moment))
+
+
+CASES = [
+    *((name, {}) for name in sorted(REGISTRY) if name not in ('dtm', 'rspo', 'gdsd')),
+    ('spg', {'baseline': 'each'}),
+    ('spg', {'negative': 'none'}),
+    ('tracerl', {'kl': 0.1}),
+    ('unigrpo', {'masking': 'random', 'masks': 3}),
+]
+
+
+@pytest.mark.parametrize(('name', 'settings'), CASES, ids=str)
+def test_idle_rows_move_no_gradient_and_others_do(name, settings):
+    objective, _ = built(name, **settings)
+    batch = rows_of(objective)
+    idle = np.asarray(objective.idle(batch))
+    assert 0 < idle.sum() < ROWS
+    rng = np.random.default_rng(4)
+    noise = jnp.asarray(rng.normal(size=(ROWS, objective.draws, 12)), jnp.float32)
+    logp = batch.others['behaviour'] + 1e-3 * noise  # so near that nothing is clipped
+    gradient = jax.jit(jax.grad(lambda logp: objective.loss(logp, batch).total))
+    of_readouts = np.asarray(gradient(logp))
+    largest = np.abs(of_readouts).max()
+    assert np.abs(of_readouts[idle]).max() <= 1e-5 * largest
+    other = jnp.where(jnp.asarray(idle)[:, None, None], logp - 1.0, logp)
+    assert_allclose(np.asarray(gradient(other))[~idle], of_readouts[~idle], rtol=1e-5, atol=1e-9)
+    moved = np.abs(of_readouts).max(axis=(1, 2)) > 1e-6 * largest
+    exempt = {'vrpo': 4, 'spg': 2 * GROUP if settings else 0}.get(name, 0)
+    assert (moved[~idle]).sum() >= (~idle).sum() - exempt
+
+
+@pytest.mark.parametrize(
+    ('name', 'settings'),
+    [
+        *((name, {'kl': 0.1}) for name in ('coupled_grpo', 'd1', 'd2', 'espo', 'unigrpo')),
+        ('unigrpo', {'kl': 0.1, 'masking': 'random'}),
+        ('gdsd', {}),
+        ('rspo', {}),
+    ],
+    ids=str,
+)
+def test_no_row_is_idle_where_every_row_has_a_term(name, settings):
+    assert built(name, **settings)[0].idle is None
+
+
+def test_an_advantage_that_is_not_a_number_is_not_idle():
+    advantage = np.array(group_advantages(jnp.zeros(ROWS), GROUP))
+    advantage[1] = np.nan
+    batch = Batch(random_rollout(ROWS).replace(advantage=jnp.asarray(advantage)), None, {}, None)
+    assert np.asarray(without_advantage(batch)).sum() == ROWS - 1
