@@ -66,7 +66,22 @@ class Policy:
         dropout: Array | None = None,
         exists: Array | None = None,
     ) -> Array:
-        """Logits [B, C, V] at the completion positions only.
+        """Logits [B, C, V] at the completion positions only; arguments of `completion_hidden`."""
+        return self.unembed(
+            variables,
+            self.completion_hidden(variables, prompt, valid, completion, dropout, exists),
+        )
+
+    def completion_hidden(
+        self,
+        variables: Variables,
+        prompt: Array,
+        valid: Array,
+        completion: Array,
+        dropout: Array | None = None,
+        exists: Array | None = None,
+    ) -> Array:
+        """Final hidden states [B, C, D] at the completion positions.
 
         Args:
           variables: the collections of parameters.
@@ -81,7 +96,7 @@ class Policy:
         exists = jnp.ones(completion.shape, bool) if exists is None else exists
         valid = jnp.concatenate([valid, exists], axis=1)  # [B, L]
         hidden = self.hidden(variables, tokens, valid, dropout)  # [B, L, D]
-        return self.unembed(variables, hidden[:, prompt.shape[1] :])
+        return hidden[:, prompt.shape[1] :]
 
 
 def with_adapters(

@@ -15,6 +15,8 @@ from spg_jax import sharding
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
 from spg_jax.planning.programs import Plan
+from spg_jax.rl.objectives.objective import token_log_probs
+from spg_jax.rl.scores import logit_pieces
 from spg_jax.training.train_state import TrainState
 
 
@@ -63,7 +65,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
     - casts: the adapters in the type of products, because the compiler converts them before loops;
     - tables: embedding and unembedding whole along 'embed', 2 V/t D elements, unless f is 1;
-    - logits: r V/t in float32 for every position that is unembedded at once;
+    - logits: r V/t in float32 for every position that is unembedded at once, which are few where
+      the readout takes pieces of the completion (`scores.logit_pieces`);
     - attention: see `_attention`;
     - layer: the inputs and results of products. Decoding has r L D four times in a layer and twice
       while unembedding; an update has r L (4 D + 3 F/t);
@@ -98,8 +101,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 def _updating(plan: Plan) -> dict[str, float]:
     batching, model = plan.parts.batching, plan.policy.config
     draws = batching.draws_per_pass or plan.parts.objective.draws
-    length = plan.parts.sampling.length
-    sizes = _sizes(plan, plan.rows_at_once * draws, length, length)
+    sizes = _readout_sizes(plan, plan.rows_at_once * draws)
     attention = _attention(plan, sizes, backwards=True)
     experts = _experts(plan, sizes)
     mlp_width = model.mlp_width
@@ -121,9 +123,9 @@ def _updating(plan: Plan) -> dict[str, float]:
 
 def _reading(plan: Plan) -> dict[str, float]:
     """The parts of 'arrival': a forward pass of a piece, and the readouts of all."""
-    batching, length = plan.parts.batching, plan.parts.sampling.length
+    batching = plan.parts.batching
     draws = batching.draws_per_pass or plan.parts.objective.draws
-    sizes = _sizes(plan, batching.microbatch * draws, length, length)
+    sizes = _readout_sizes(plan, batching.microbatch * draws)
     return {
         'casts': sizes.casts,
         'tables': sizes.tables,
@@ -177,6 +179,15 @@ def _experts(plan: Plan, sizes: _Sizes) -> dict[str, float]:
     local_count = experts.count / plan.mesh.shape['tensor']
     gathered = 3 * local_count * model.width * experts.width * itemsize
     return {'experts': rows + (gathered if plan.mesh.shape['fsdp'] > 1 else 0.0)}
+
+
+def _readout_sizes(plan: Plan, rows: int) -> _Sizes:
+    """Sizes where `rows` corrupted completions are read out at once, over all chips."""
+    length, pieces = plan.parts.sampling.length, 1
+    if plan.parts.objective.readout is token_log_probs:
+        shards, tensor = sharding.row_shards(plan.mesh), plan.mesh.shape['tensor']
+        pieces = logit_pieces(rows // shards, length, plan.policy.config.vocab_size // tensor)
+    return _sizes(plan, rows, length, length // pieces)
 
 
 def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:

@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from spg_jax.diffusion.bounds import completion_log_probs
 from spg_jax.diffusion.corruption import Draws, apply_masks
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys, step_key
 from spg_jax.rl.objectives.objective import Corrupt, Moment, Readout, View, token_log_probs
 from spg_jax.rl.rollout import Rollout
+from spg_jax.sharding import current_row_shards, current_shards
 
+# The bytes of float32 logits that a device holds at once for `token_log_probs`. Below it cuts save
+# nothing that matters, and take time (docs/performance.md).
+LARGEST_LOGITS = 2**26
 BIRTH = 'birth'  # of a row of a ring: the update before which it was sampled; part of its identity
 
 
@@ -93,6 +98,8 @@ class Reader:
           dropout: [b, m] keys of the adapters' dropout, or None.
           others: the parameters of other policies, for the teacher.
         """
+        if self.readout is token_log_probs and self._pieces(rows, draws) > 1:
+            return self._log_probs(variables, rows, draws, dropout)
         teacher = None
         if self.teacher:
             teacher = jax.lax.stop_gradient(
@@ -107,27 +114,90 @@ class Reader:
         self, variables: Variables, rows: Rollout, draws: Draws, dropout: Array | None
     ) -> Array:
         """[b, m, C, V]."""
+        policy = self._of(variables)
+        logits = policy.completion_logits(
+            variables, *_corrupted(rows, draws, policy.mask_id, dropout)
+        )
+        return logits.reshape(*draws.masked.shape[:2], *logits.shape[1:])
+
+    def _log_probs(
+        self, variables: Variables, rows: Rollout, draws: Draws, dropout: Array | None
+    ) -> Array:
+        """`token_log_probs` [b, m, C], which holds the logits of a piece of the positions only.
+
+        The backward pass unembeds each piece again.
+        """
+        policy, pieces = self._of(variables), self._pieces(rows, draws)
+        hidden = policy.completion_hidden(  # [b m, C, D]
+            variables, *_corrupted(rows, draws, policy.mask_id, dropout)
+        )
+        label = rows.completion[:, None] if draws.label is None else draws.label
+        shape = (*draws.masked.shape[:2], rows.completion.shape[1])  # b, m, C
+        label = jnp.broadcast_to(label, shape).reshape(hidden.shape[:2])  # [b m, C]
+
+        def cut(x: Array) -> Array:
+            """[b m, C, ...] -> [pieces, b m, C / pieces, ...]."""
+            return jnp.moveaxis(x.reshape(len(x), pieces, -1, *x.shape[2:]), 1, 0)
+
+        @jax.checkpoint
+        def read(hidden: Array, label: Array) -> Array:
+            return completion_log_probs(policy.unembed(variables, hidden), label)
+
+        logp = jax.lax.map(lambda piece: read(*piece), (cut(hidden), cut(label)))
+        return jnp.moveaxis(logp, 0, 1).reshape(shape)
+
+    def _pieces(self, rows: Rollout, draws: Draws) -> int:
+        """The pieces of the positions of a completion whose logits are held at once."""
+        if not isinstance(self.policy, Policy):
+            return 1  # Another model may have logits only.
+        return logit_pieces(
+            len(rows.reward) * draws.masked.shape[1] // current_row_shards(),
+            rows.completion.shape[1],
+            self.policy.config.vocab_size // current_shards('tensor'),
+        )
+
+    def _of(self, variables: Variables) -> Policy:
+        """The policy without its adapters, if they are not among the parameters."""
         policy = self.policy
         if policy.config.lora and COLLECTION not in variables:
             without = dataclasses.replace(policy.config, lora=None)
             policy = dataclasses.replace(policy, config=without)
-        number, many, _ = draws.masked.shape
-        prompt_length = rows.prompt.shape[1]
-        if draws.tokens is None:
-            tokens = jnp.concatenate([rows.prompt, rows.completion], axis=1)
-            noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, draws.masked, policy.mask_id)
-        else:
-            noisy = jnp.where(draws.masked, policy.mask_id, draws.tokens)
-        noisy = noisy.reshape(number * many, -1)
-        valid = None
-        if draws.valid is not None:
-            valid = draws.valid[:, :, prompt_length:].reshape(number * many, -1)
-        logits = policy.completion_logits(
-            variables,
-            noisy[:, :prompt_length],
-            jnp.repeat(rows.prompt_mask, many, axis=0),
-            noisy[:, prompt_length:],
-            None if dropout is None else dropout.reshape(-1),
-            valid,
-        )
-        return logits.reshape(number, many, *logits.shape[1:])
+        return policy
+
+
+def logit_pieces(rows: int, length: int, vocab_size: int) -> int:
+    """The fewest equal pieces of the positions whose logits take at most LARGEST_LOGITS bytes.
+
+    Args:
+      rows: sequences on a device.
+      length: C.
+      vocab_size: the ids on a device.
+    """
+    for pieces in range(1, length):
+        if length % pieces == 0 and 4 * rows * length // pieces * vocab_size <= LARGEST_LOGITS:
+            return pieces
+    return length
+
+
+def _corrupted(
+    rows: Rollout, draws: Draws, mask_id: int, dropout: Array | None
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """The arguments of `Policy.completion_hidden` for b x m corrupted sequences."""
+    number, many, _ = draws.masked.shape
+    prompt_length = rows.prompt.shape[1]
+    if draws.tokens is None:
+        tokens = jnp.concatenate([rows.prompt, rows.completion], axis=1)
+        noisy = jax.vmap(apply_masks, (0, 0, None))(tokens, draws.masked, mask_id)
+    else:
+        noisy = jnp.where(draws.masked, mask_id, draws.tokens)
+    noisy = noisy.reshape(number * many, -1)
+    valid = None
+    if draws.valid is not None:
+        valid = draws.valid[:, :, prompt_length:].reshape(number * many, -1)
+    return (
+        noisy[:, :prompt_length],
+        jnp.repeat(rows.prompt_mask, many, axis=0),
+        noisy[:, prompt_length:],
+        None if dropout is None else dropout.reshape(-1),
+        valid,
+    )

@@ -16,6 +16,7 @@ from spg_jax.planning.machines import find_machine
 from spg_jax.planning.programs import compile_program, lower_for_cuda, make_plan, program
 from spg_jax.planning.report import make_report, remedy, summary, times
 from spg_jax.planning.tables import heading, table, verdict
+from spg_jax.rl.scores import LARGEST_LOGITS, logit_pieces
 
 pytestmark = pytest.mark.compiled_as_users_do
 
@@ -109,12 +110,12 @@ def test_logits_are_of_the_scored_positions_of_a_microbatch_and_no_more(report, 
     vocabulary, width = plan_of(MESH).policy.config.vocab_size, 256
     shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled['update'].text)
     positions = largest_logits(shapes, vocabulary, {width, width // 4})
-    # A microbatch has 32 rows over 4 shards, and a completion has 128 positions.
-    assert positions == 32 // 4 * 128
+    # A piece of the batch has 16 rows over 4 shards, and a completion has 128 positions.
+    assert positions == plan_of(MESH).rows_at_once // 4 * 128 == 16 // 4 * 128
 
 
 @pytest.mark.parametrize('task', [gsm8k, sudoku])
-def test_logits_of_llada_8b_are_of_the_scored_positions_and_no_more(task):
+def test_logits_of_llada_8b_are_of_few_of_the_scored_positions(task):
     """The update is traced only, so that shapes are of all devices; a pass has one draw."""
     config = task.get_config('llada_8b_v5e8')
     plan = make_plan(config, sharding.make_mesh(config.mesh), 'tpu')
@@ -122,7 +123,10 @@ def test_logits_of_llada_8b_are_of_the_scored_positions_and_no_more(task):
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
         shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', str(run.trace(*arguments).jaxpr))
     positions = largest_logits(shapes, 126_464, {4096})
-    assert positions == config.rl.microbatch * config.sampling.length
+    shards, tensor = sharding.row_shards(plan.mesh), plan.mesh.shape['tensor']
+    pieces = logit_pieces(plan.rows_at_once // shards, config.sampling.length, 126_464 // tensor)
+    assert positions == plan.rows_at_once * config.sampling.length // pieces
+    assert 4 * positions // shards * 126_464 // tensor <= LARGEST_LOGITS
 
 
 def largest_logits(shapes, vocabulary, widths):

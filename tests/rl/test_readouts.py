@@ -1,0 +1,53 @@
+"""Log-probabilities that are read out in pieces of the completion are those read out at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from spg_jax.assembly import assemble
+from spg_jax.rl import scores
+from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.scores import corrupt, logit_pieces, moments
+from tests.meshes import mesh_of
+from tests.parameters import random_params
+from tests.rl.conftest import VOCAB, random_rollout
+
+pytestmark = pytest.mark.numerical
+
+
+def test_the_fewest_pieces_that_hold_no_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr(scores, 'LARGEST_LOGITS', 4 * 10 * 12 * 100)
+    assert logit_pieces(10, 12, 100) == 1
+    assert logit_pieces(11, 12, 100) == 2
+    assert logit_pieces(30, 12, 100) == 3
+    assert logit_pieces(41, 12, 100) == 6  # five do not divide 12 positions
+    assert logit_pieces(10**6, 12, 100) == 12
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_gradient_in_pieces_is_the_one_at_once(policy, config, monkeypatch, sizes):
+    """With a label of its own for each draw, as where an edit is scored."""
+    objective, mesh = assemble(config).objective, mesh_of(*sizes)
+    rollout = random_rollout()
+    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+    draws = jax.jit(lambda rows: corrupt(objective.corruption, rows, moment))(rollout)
+    label = np.random.default_rng(0).integers(2, VOCAB, (8, objective.draws, 12))
+    draws = draws.replace(label=jnp.asarray(label, jnp.int32))
+    results, largest = [], []
+    for limit in (2**40, 1):
+        monkeypatch.setattr(scores, 'LARGEST_LOGITS', limit)
+        with jax.set_mesh(mesh):
+            variables = {'params': random_params(policy.model, mesh=mesh)}
+            run = make_gradient(policy, objective, microbatch=8, draws_per_pass=0)
+            largest.append(
+                f'12,{VOCAB}]' in str(jax.make_jaxpr(run)(variables, {}, rollout, draws))
+            )
+            results.append(jax.device_get(jax.jit(run)(variables, {}, rollout, draws)[:2]))
+    (loss, gradient), (in_pieces, other) = results
+    assert largest == [True, False]  # whether an array holds the logits of all 12 positions
+    assert_allclose(in_pieces, loss, rtol=1e-6)
+    biggest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+    for left, right in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
+        assert_allclose(left, right, rtol=0, atol=1e-6 * biggest)
