@@ -204,13 +204,15 @@ def _recording(
 ) -> SamplingConfig:
     """The sampler of rollouts, which records what the objective asks for."""
     records = set(objective.records)
+    if sampling.approximate:  # so that its gap to the model is logged (`rl.arrival`)
+        records.add('log_prob')
     if objective.needs_law:
         records.add('log_prob')
         if not sampling.exact_law:
             raise ValueError(
                 f'rl.objective {config.rl.objective!r} needs the law of completions, which '
-                f'sampling.commit {sampling.commit!r} does not record at temperature '
-                f'{sampling.temperature}; use random, left_to_right, entropy or margin'
+                f'sampling.{sampling.rule_setting} {sampling.rule_name!r} does not record at '
+                f'temperature {sampling.temperature}; use random, left_to_right, entropy or margin'
             )
     return dataclasses.replace(
         sampling, records=tuple(sorted(records)), influence_window=config.corruption.window
@@ -249,6 +251,7 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
                 temperature=0.0,
                 guidance=config.sampling.guidance,
                 stop_early=config.sampling.stop_early,
+                sampler=config.evaluation.sampler,
                 threshold=config.sampling.threshold,
                 schedule=config.sampling.schedule,
             )

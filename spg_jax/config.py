@@ -99,13 +99,24 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             block_length=32,  # positions in a block, which is finished before the next starts [A]
             temperature=0.9,  # temperature of the choice of tokens; 0 takes the likeliest [C]
             # 'low_confidence' is the published name for keeping the most probable tokens; the other
-            # rules are random, entropy, margin and left_to_right.
+            # rules are random, entropy, margin and left_to_right, and those of sampling.sampler.
             commit='low_confidence',  # the rule by which a step keeps some tokens [C]
+            # Rules that may keep more tokens a step, so that a block ends sooner: threshold, factor,
+            # llada2 and entropy_bounded; remask also takes tokens back (docs/sampling.md).
+            sampler='',  # the rule by its name or your own by dotted path; '' is sampling.commit
+            # LLaDA2 keeps all tokens above 0.95.
+            threshold=0.9,  # the probability from which threshold, llada2 and remask are sure
+            factor=1.0,  # f of factor: the n surest are kept while (n + 1)(1 - confidence) < f
+            entropy_bound=0.1,  # the sum of entropies, in nats, up to which entropy_bounded keeps
+            remasks=4,  # how many tokens of a block remask may take back
+            # A cache is approximate: keys and values outside of the window are old.
+            cache='',  # what a step computes: '' all, dual its block, prefix its block and the rest
+            refresh=32,  # steps of a block between two passes that compute everything
+            # 'fast' sets what FAST in spg_jax/method.py holds. Settings of the command line stay.
+            preset='',  # settings of a faster rollout: '' sets none, or fast
             top_k=0,  # tokens are drawn among this many likeliest ids; 0 takes all
             top_p=1.0,  # the share of probability, in likeliest ids, that tokens are drawn from
             guidance=0.0,  # scale of classifier-free guidance; 0 switches it off [C]
-            # LLaDA2 keeps all tokens above 0.95 and ends a block as soon as it is full.
-            threshold=0.0,  # the probability above which tokens are kept at once; 0 is off
             # 'timesteps' is Dream's: the share of masked tokens that a noise schedule removes.
             schedule='even',  # how many tokens each step of a block keeps: even or timesteps
             # The released code does not stop early and decodes all blocks.
@@ -139,6 +150,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             prompts=16,  # the number of prompts in a rollout batch [S]
             # While one part is generated, the part before it is decoded and rewarded.
             generation_batch=0,  # completions that are generated at once; 0 generates all
+            # Needs one shard of rows (mesh.data x mesh.fsdp); others generate whole batches.
+            compact=True,  # whether completions that have ended make room between two blocks
             inner_updates=4,  # updates on each rollout batch [S]
             # The released code differentiates 6 rows at once on each of 8 GPUs.
             microbatch=48,  # rows that are differentiated at once, on all devices together
@@ -192,6 +205,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             lengths=(128, 256, 512),  # lengths of completions in tokens, all of them reported [E]
             steps=(64, 128, 256),  # denoising steps for each of evaluation.lengths [E]
             block_length=32,  # positions in a block, which is finished before the next starts [E]
+            sampler='',  # the rule of commitment, as sampling.sampler; '' is low_confidence [E]
             every=100,  # updates between two validations
             problems=256,  # the number of problems in a validation
             batch=64,  # completions that are generated at once, on all devices together

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from spg_jax import config as table_of_settings
 from spg_jax.limits import check_settings
-from spg_jax.method import SPG, alias_names
+from spg_jax.method import FAST, SPG, alias_names
 from spg_jax.process.config_flag import Sources
 from spg_jax.rl.objectives import find, group_of
 
@@ -56,7 +56,7 @@ def explain(config: ml_collections.ConfigDict, sources: Sources) -> list[Setting
             if {key, group} & overridden:
                 source = 'command line'
             elif key in sources.completed:
-                source = 'recipe'
+                source = 'sampling.preset' if key in FAST and config.sampling.preset else 'recipe'
             elif value != defaults[group][name]:
                 source = 'preset'
             else:

@@ -8,7 +8,7 @@ import ml_collections
 
 from spg_jax.config import default_config
 from spg_jax.errors import check_one_of
-from spg_jax.method import RECIPES, SPG, alias_names, set_objective, unknown
+from spg_jax.method import PRESETS, RECIPES, SPG, alias_names, set_objective, unknown
 from spg_jax.process.files import local_path
 from spg_jax.random import SEEDS
 from spg_jax.rl.batching import Batching
@@ -106,6 +106,7 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         set_objective(config, objective)
     _check_kinds(config, defaults)
     check_one_of('rl.recipe', config.rl.recipe, RECIPES)
+    check_one_of('sampling.preset', config.sampling.preset, PRESETS)
     for key in alias_names() if objective == SPG else ():
         if config.rl[key] != config.spg[key]:  # in a copy, where they are two values
             raise ValueError(

@@ -15,6 +15,13 @@ from spg_jax.rl.objectives import REGISTRY, find, group_of, source_file
 
 RECIPES = ('ours', 'published')
 SPG = 'spg'
+PRESETS = ('', 'fast')
+# What `sampling.preset` 'fast' sets; docs/sampling.md holds the figures that decided it.
+FAST = {
+    'sampling.sampler': 'threshold',
+    'sampling.threshold': 0.9,
+    'sampling.cache': 'dual',
+}
 # Sizes of pieces, which a recipe with another group size scales, so that they still hold groups.
 PIECES = ('microbatch', 'generation_batch')
 
@@ -91,6 +98,27 @@ def use_recipe(config: ml_collections.ConfigDict, fixed: Collection[str] = ()) -
     return frozenset(chosen)
 
 
+def use_preset(config: ml_collections.ConfigDict, fixed: Collection[str] = ()) -> frozenset[str]:
+    """Sets the values of `sampling.preset`.
+
+    Args:
+      config: the configuration, which is changed if the preset is 'fast'.
+      fixed: settings GROUP.KEY that stay as they are.
+
+    Returns:
+      The settings that the preset decides.
+
+    Raises:
+      ValueError: no such preset.
+    """
+    check_one_of('sampling.preset', config.sampling.preset, PRESETS)
+    if not config.sampling.preset:
+        return frozenset()
+    chosen = {key: value for key, value in FAST.items() if key not in fixed}
+    config.update_from_flattened_dict(chosen)
+    return frozenset(chosen)
+
+
 def complete(config: ml_collections.ConfigDict, assigned: Mapping[str, str]) -> frozenset[str]:
     """Completes what a configuration file returned, before the command line changes settings.
 
@@ -102,10 +130,10 @@ def complete(config: ml_collections.ConfigDict, assigned: Mapping[str, str]) -> 
       assigned: values on the command line by GROUP.KEY.
 
     Returns:
-      The settings that the recipe decides.
+      The settings that the recipe and the preset decide.
 
     Raises:
-      ValueError: no such objective, recipe or setting; one line.
+      ValueError: no such objective, recipe, preset or setting; one line.
     """
     rl = config.get('rl', {})
     if not {'objective', 'recipe'} <= {*rl}:  # `assemble` says what a configuration lacks.
@@ -114,11 +142,14 @@ def complete(config: ml_collections.ConfigDict, assigned: Mapping[str, str]) -> 
     if name != rl.objective or group_of(name) not in config:
         set_objective(config, name)
     rl.recipe = assigned.get('rl.recipe', rl.recipe)
-    from_recipe = use_recipe(config, assigned)
+    completed = use_recipe(config, assigned)
+    if 'preset' in config.get('sampling', {}):
+        config.sampling.preset = assigned.get('sampling.preset', config.sampling.preset)
+        completed |= use_preset(config, assigned)
     for key in assigned:
         if key not in names(config):
             raise ValueError(unknown(key, config))
-    return from_recipe
+    return completed
 
 
 def names(config: ml_collections.ConfigDict) -> list[str]:

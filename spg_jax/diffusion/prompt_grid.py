@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from spg_jax.diffusion.sampling import Completion, SamplingConfig, generate
+from spg_jax.diffusion.sampling import CachedModel, Completion, SamplingConfig, generate
 
 
 def generate_on_prompt_grid(
@@ -29,6 +29,7 @@ def generate_on_prompt_grid(
     mask_id: int,
     eos_id: int,
     allowed: Array,
+    cached: CachedModel | None = None,
 ) -> Completion:
     """Completes a batch of prompts block by block, with blocks counted from the prompt.
 
@@ -60,6 +61,7 @@ def generate_on_prompt_grid(
         mask_id,
         eos_id,
         allowed,
+        cached,
         opening=tokens[:, first:],
     )
     back = jnp.arange(length)[None, :] + (size - gap)[:, None]  # [B, C]

@@ -36,9 +36,9 @@ def attention(
 
     Args:
       q: [B, L, N, H] queries, already rotated.
-      k: [B, L, K, H] keys, already rotated.
-      v: [B, L, K, H] values.
-      valid: [B, L] bool, False on padding, for attention to every valid key; or a `Visibility`.
+      k: [B, L', K, H] keys, already rotated; L' may differ from L.
+      v: [B, L', K, H] values.
+      valid: [B, L'] bool, False on padding, for attention to every valid key; or a `Visibility`.
       implementation: 'einsum' runs anywhere, 'folded' is for CPUs, 'splash' for TPUs and 'cudnn'
         for CUDA; `resolve` chooses one of them.
 
@@ -49,6 +49,10 @@ def attention(
       ValueError: for an implementation that does not exist or does not accept these arrays.
     """
     check_implementation(implementation)
+    if q.shape[1] != k.shape[1] and implementation in FUSED:
+        # The fused kernels take queries and keys of one length. Other lengths come from a cache,
+        # where queries are few, so that their scores are small.
+        implementation = 'einsum'
     return _IMPLEMENTATIONS[implementation](q, k, v, valid)
 
 
@@ -137,19 +141,19 @@ def _folded(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     axis makes the compiler gather.
     """
     B, L, N, H = q.shape
-    K = k.shape[2]
+    M, K = k.shape[1:3]  # L', K
     # Queries that share a key/value head become more rows of one product, so that no key is copied.
     queries = q.transpose(0, 2, 1, 3).reshape(B * K, (N // K) * L, H)  # [B K, g L, H]
-    keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, L)  # [B K, H, L']
-    values = v.transpose(0, 2, 1, 3).reshape(B * K, L, H)  # [B K, L', H]
+    keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, M)  # [B K, H, L']
+    values = v.transpose(0, 2, 1, 3).reshape(B * K, M, H)  # [B K, L', H]
     scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)  # [B K, g L, L']
     if isinstance(valid, Visibility):
         visible = valid.mask()[:, None]  # [B, 1, L, L']
-        weights = _softmax(scores.reshape(B, N, L, L), visible, H)  # [B, N, L, L']
+        weights = _softmax(scores.reshape(B, N, L, M), visible, H)  # [B, N, L, L']
     else:
-        weights = _softmax(scores.reshape(B, N * L, L), valid[:, None, :], H)  # [B, N L, L']
+        weights = _softmax(scores.reshape(B, N * L, M), valid[:, None, :], H)  # [B, N L, L']
     mixed = jnp.matmul(  # [B K, g L, H]
-        weights.astype(v.dtype).reshape(B * K, (N // K) * L, L), values
+        weights.astype(v.dtype).reshape(B * K, (N // K) * L, M), values
     )
     return mixed.reshape(B, N, L, H).transpose(0, 2, 1, 3)
 

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax.models.lora import COLLECTION, LoRA
-from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.models.transformer import Cache, Transformer, TransformerConfig
 from spg_jax.random import Purpose, root_key
 from spg_jax.sharding import init_params
 
@@ -52,6 +52,18 @@ class Policy:
           dropout: [B] keys of the adapters' dropout; None drops nothing.
         """
         return self.model.apply(variables, tokens, valid, dropout, method='hidden')
+
+    def hidden_with_cache(
+        self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array
+    ) -> tuple[Array, Cache]:
+        """`Transformer.hidden_with_cache`, without dropout."""
+        return self.model.apply(variables, tokens, valid, cache, start, method='hidden_with_cache')
+
+    def empty_cache(self, rows: int, length: int) -> Cache:
+        """A cache for B = `rows` sequences of L = `length` positions, of zeros."""
+        config = self.config
+        shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
+        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     def unembed(self, variables: Variables, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""

@@ -40,6 +40,7 @@ from spg_jax.models.layers import (
 from spg_jax.models.lora import COLLECTION, FUSED, FUSED_TARGETS, SHARED, LoRA
 from spg_jax.models.quantized import check_format
 from spg_jax.models.visibility import Visibility
+from spg_jax.models.windows import cut, put
 from spg_jax.sharding import RULES, constrain
 
 DTYPES = ('float32', 'bfloat16')
@@ -57,6 +58,9 @@ LIMITS = {
 MOST_ROPE_THETA = 1e12  # a million times what published models have, and within float32
 # Fields of `TransformerConfig` that say how to compute and not what; saved policies omit them.
 EXECUTION = ('remat', 'scan_unroll', 'attention', 'quantize')
+
+
+Cache = tuple[Array, Array]  # keys and values, [layers, B, L, K, H] or those of one layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +236,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={'params': 0, COLLECTION: 0, 'intermediates': 0},
             split_rngs={'params': True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0, nn.broadcast),
             length=length,
             unroll=config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -274,13 +278,38 @@ class Transformer(nn.Module):
             number = config.experts.dense_layers
             first = None if dropout is None else dropout[:number]
             dropout = None if dropout is None else dropout[number:]
-            x, _ = self.dense_layers(x, rotary, valid, first)
-        x, _ = self.layers(x, rotary, valid, dropout)
+            x, _ = self.dense_layers(x, rotary, valid, first, None, None)
+        x, _ = self.layers(x, rotary, valid, dropout, None, None)
         x = self.final_norm(x)
         if config.shift_logits:
             # The output at a position predicts the token after it, and the first one also its own.
             x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
         return x
+
+    def hidden_with_cache(
+        self, tokens: Array, valid: Array, cache: Cache, start: Array
+    ) -> tuple[Array, Cache]:
+        """Final hidden states of a window of w positions, with the keys and values of all others.
+
+        Args:
+          tokens: [B, w] int32, at the positions from `start`.
+          valid: [B, L] bool, False on padding, as in `hidden`.
+          cache: keys and values [layers, B, L, K, H] of earlier passes, the keys rotated already.
+          start: [] or [B] int32.
+
+        Returns:
+          [B, w, D], and the cache with the keys and values of the window. With w = L the states are
+          those of `hidden`, and nothing of the cache is read.
+        """
+        config = self.config
+        table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
+        x = constrain(jnp.take(table, tokens, axis=0), 'rows', None, None)  # [B, w, D]
+        rotary = rotary_table(
+            valid, config.rotary_dims or config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        rotary = tuple(cut(table, start, tokens.shape[1]) for table in rotary)
+        x, cache = self.layers(x, rotary, valid, None, cache, start)
+        return self.final_norm(x), cache
 
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
@@ -303,11 +332,15 @@ class Block(nn.Module):
         rotary: tuple[Array, Array],
         valid: Array | Visibility,
         dropout: Array | None,
-    ) -> tuple[Array, None]:
+        cache: Cache | None,
+        start: Array | None,
+    ) -> tuple[Array, Cache | None]:
         """x [B, L, D], rotary (cosine, sine) [B, L, H/2], valid [B, L] bool -> (x [B, L, D], None).
 
         valid: [B, L] bool, or a `Visibility`.
         dropout: [B, L] keys of the tokens in this layer, or None.
+        cache: keys and values [B, L, K, H] of this layer, which come back with those of x, or None.
+        start: [] or [B] int32, the first position of x, which is then a window of the row.
         """
         config = self.config
         B, L, D = x.shape
@@ -332,7 +365,10 @@ class Block(nn.Module):
             q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
         if config.clip_qkv:
             q, k, v = (jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (q, k, v))
-        mixed = attention(rotate(q, rotary), rotate(k, rotary), v, valid, config.attention)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache = tuple(put(*each, start) for each in zip(cache, (k, v), strict=True))
+        mixed = attention(q, k, v, valid, config.attention)
         x = x + linear(D, ('heads', 'embed'), residual_gain, name='attention_out')(
             mixed.reshape(B, L, N * H), dropout
         )
@@ -352,7 +388,7 @@ class Block(nn.Module):
             x = x + linear(D, ('mlp', 'embed'), residual_gain, name=f'{prefix}down')(
                 swiglu(gate, up), dropout
             )
-        return constrain(x, 'rows', None, None), None
+        return constrain(x, 'rows', None, None), cache
 
 
 def _token_keys(row_keys: Array, valid: Array, layers: int) -> Array:

@@ -20,6 +20,7 @@ class Batching:
       group_size: G, completions of each prompt.
       inner_updates: gradient steps on each rollout batch.
       generation_batch: rows that are generated at once, over all devices; 0 stands for all.
+      compact: whether rows that have ended make room between blocks (`rl.slots`).
       microbatch: rows that are differentiated at once, over all devices.
       draws_per_pass: Monte-Carlo draws that are differentiated at once; 0 stands for all.
 
@@ -31,6 +32,7 @@ class Batching:
     group_size: int
     inner_updates: int
     generation_batch: int
+    compact: bool
     microbatch: int
     draws_per_pass: int
 

@@ -24,7 +24,8 @@ from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
 from spg_jax.rl.rollout import Rollout
-from spg_jax.sharding import constrain, own_rows, own_values, put_batch
+from spg_jax.rl.slots import Part, can_refill, functions_of, make_stream
+from spg_jax.sharding import constrain, own_rows, own_values, put_batch, row_shards
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
@@ -47,9 +48,10 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
     def generate(
         variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
     ) -> sampling.Completion:
+        hidden, unembed, cached = functions_of(policy, variables)
         completion = sample(
-            lambda tokens, valid: policy.hidden(variables, tokens, valid),
-            lambda hidden: policy.unembed(variables, hidden),
+            hidden,
+            unembed,
             prompt,
             prompt_mask,
             keys,
@@ -57,6 +59,7 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
             policy.mask_id,
             policy.eos_id,
             policy.allowed,
+            cached,
         )
         return jax.tree.map(lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)), completion)
 
@@ -71,7 +74,8 @@ def decoding_of(
     An autoregressive model commits one token after the other, whatever is configured.
 
     Raises:
-      ValueError: if the model sees blocks of another length than those that are decoded.
+      ValueError: if the model sees blocks of another length than those that are decoded, or cannot
+        keep keys and values.
     """
     if model.autoregressive:
         return dataclasses.replace(
@@ -79,14 +83,20 @@ def decoding_of(
             steps=config.length,
             block_length=1,
             commit='left_to_right',
-            threshold=0.0,
+            sampler='',
             schedule='even',
+            cache='',
         )
     if model.visible_block and config.block_length != model.visible_block:
         raise ValueError(
             f'block_length is {config.block_length}, but positions of this model see blocks of '
             f'{model.visible_block}; set sampling.block_length and evaluation.block_length to '
             f'{model.visible_block}'
+        )
+    if config.cache and (model.visible_block or model.shift_logits or model.experts):
+        raise ValueError(
+            f'sampling.cache is {config.cache!r}, which models of the family {model.family} do not '
+            "have here; use sampling.cache ''"
         )
     return config
 
@@ -122,7 +132,8 @@ def make_collect(
 
     The prompts and the texts are those of this process, in whole groups; the rollout has the rows
     of all processes. Completions are generated in parts. While the devices work on one part, the
-    host decodes and rewards the part before it.
+    host decodes and rewards the part before it. On one shard of rows, parts are what ends between
+    two blocks (`slots`), and otherwise equal shares of the batch.
 
     Args:
       policy: the model.
@@ -134,30 +145,47 @@ def make_collect(
       seed: the root of the run's random numbers.
       mesh: the devices.
     """
-    generate = make_generate(policy, decoding)
     group_size = batching.group_size
     keys_of = make_keys(seed, Purpose.SAMPLE)
     rows_at_once = len(own_rows(mesh, batching.rows_at_once))
+    processes = {device.process_index for device in mesh.devices.flat}
+    alone = row_shards(mesh) == len(processes) == 1
+    # Slots have no blocks that are counted from the prompt.
+    on_grid = policy.config.visible_block > 1
+    in_slots = batching.compact and decoding.stop_early and alone and not on_grid
+    if in_slots:
+        stream = make_stream(policy, decoding, rows_at_once)
+    else:
+        generate = make_generate(policy, decoding)
 
-    @partial(jax.profiler.annotate_function, name='generate')
-    def start(variables: Variables, rows: dict[str, np.ndarray], step: int) -> sampling.Completion:
-        placed = put_batch(mesh, rows)
-        keys = keys_of(step, placed['example_id'])
-        return generate(variables, placed['prompt'], placed['prompt_mask'], keys)
+    def generated(variables: Variables, rows: dict[str, np.ndarray], step: int) -> Iterator[Part]:
+        """The completions of all rows, in parts, each yielded while the next is under way."""
+        count = len(rows['prompt'])
+        at_once = count if in_slots and can_refill(decoding) else rows_at_once
+        for first in range(0, count, at_once):
+            part = slice(first, first + at_once)
+            placed = put_batch(mesh, {name: x[part] for name, x in rows.items()})
+            keys = keys_of(step, placed['example_id'])
+            arguments = variables, placed['prompt'], placed['prompt_mask'], keys
+            if in_slots:
+                yield from ((first + index, ended) for index, ended in stream(*arguments))
+            else:
+                yield np.arange(first, first + at_once), generate(*arguments)
 
     @partial(jax.profiler.annotate_function, name='decode and reward')
     def finish(
         completion: sampling.Completion, examples: Sequence[Example]
     ) -> tuple[dict[str, Any], list[str]]:
-        tokens = own_values(completion.tokens)
+        completion = jax.tree.map(lambda x: own_values(x)[: len(examples)], completion)
+        tokens = completion.tokens
         texts = decode(tokenizer, tokens)
         rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
         check_rewards(task, rewards, texts)
         rows = {
             'completion': tokens,
-            'commit_step': own_values(completion.commit_step),
+            'commit_step': completion.commit_step,
             'reward': np.asarray(rewards, np.float32),
-            'extras': {name: own_values(x) for name, x in completion.extras.items()},
+            'extras': completion.extras,
         }
         return rows, texts
 
@@ -168,18 +196,20 @@ def make_collect(
             'example_id': np.asarray(example_ids(prompts.index, group_size)),
         }
         examples = [example for example in prompts.examples for _ in range(group_size)]
-        parts = [
-            slice(first, first + rows_at_once) for first in range(0, len(examples), rows_at_once)
-        ]
-        started = (
-            (start(variables, {name: x[part] for name, x in rows.items()}, step), examples[part])
-            for part in parts
+        parts = generated(variables, rows, step)
+        order, finished, texts = zip(
+            *[
+                (index, *finish(completion, [examples[row] for row in index]))
+                for index, completion in (parts if in_slots else one_ahead(parts))
+            ],
+            strict=True,
         )
-        finished, texts = zip(*[finish(*part) for part in one_ahead(started)], strict=True)
-        rows |= jax.tree.map(lambda *parts: np.concatenate(parts), *finished)
+        back = np.argsort(np.concatenate(order))  # from the order of ending to that of the prompts
+        rows |= jax.tree.map(lambda *parts: np.concatenate(parts)[back], *finished)
+        texts = list(itertools.chain(*texts))
         rows['scored'] = np.asarray(scored_positions(rows['completion'], policy.eos_id))
         rows['advantage'] = np.asarray(advantage(rows['reward'], group_size))
-        return Rollout(**put_batch(mesh, rows)), list(itertools.chain(*texts))
+        return Rollout(**put_batch(mesh, rows)), [texts[row] for row in back]
 
     return collect
 

@@ -10,6 +10,7 @@ import ml_collections
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
+from spg_jax.diffusion import samplers
 from spg_jax.method import SPG
 from spg_jax.rl.objectives import group_of, source_file
 from spg_jax.runs import policies
@@ -23,10 +24,11 @@ FREE = frozenset(
     {
         *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
         *('rl.microbatch', 'rl.generation_batch', 'rl.draws_per_pass', 'evaluation.batch'),
+        'rl.compact',
         *('model.remat', 'model.scan_unroll', 'model.attention'),
         *('sampling.prompt_buckets', 'task.data_dir', 'base.cache'),
         *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),
-        'rl.recipe',
+        *('rl.recipe', 'sampling.preset'),
         'train.diagnose_every',
         'train.profile',
     }
@@ -104,6 +106,8 @@ def digest_files(
     digests = {}
     if file := source_file(config.rl.objective):
         digests['rl.objective'] = digest_path(file)
+    if file := samplers.source_file(config.sampling.sampler or config.sampling.commit):
+        digests['sampling.sampler'] = digest_path(file)
     if config.task.prompt_template:
         digests['task.prompt_template'] = digest_path(Path(config.task.prompt_template))
     if config.base.checkpoint:

@@ -248,7 +248,7 @@ def test_completions_of_llada2(checkpoint, case, threshold, steps_per_block):
     blocks = -(-length // block)
     prompts, valid = left_padded([numbers[f'prompt{i}'] for i in range(3)], 14)
     decoding = SamplingConfig(
-        blocks * block, blocks * steps_per_block, block, 0.0, threshold=threshold
+        blocks * block, blocks * steps_per_block, block, 0.0, sampler='llada2', threshold=threshold
     )
     tokens = completions(policy_of(config, ids), params, prompts, valid, decoding).tokens
     for row, actual in enumerate(np.asarray(tokens)[:, :length]):

@@ -115,9 +115,10 @@ def check_order(sampling: SamplingConfig) -> None:
     Raises:
       ValueError: one line that names the setting.
     """
-    if sampling.commit != 'left_to_right' and sampling.block_length > 1:
+    if sampling.rule_name != 'left_to_right' and sampling.block_length > 1:
         raise ValueError(
-            f'sampling.commit is {sampling.commit!r} in blocks of {sampling.block_length}, but '
+            f'sampling.{sampling.rule_setting} is {sampling.rule_name!r} in blocks of '
+            f'{sampling.block_length}, but '
             "just_grpo scores tokens from left to right; use sampling.commit 'left_to_right'"
         )
     if sampling.steps != sampling.length:

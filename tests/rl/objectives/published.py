@@ -60,6 +60,7 @@ def objective_of(
     """
     method, length = REGISTRY[name], published()['completion'].shape[1]
     batching = Batching(
+        compact=False,
         prompts=rows // (group_size or rows),
         group_size=group_size or rows,
         inner_updates=2,

@@ -1,0 +1,366 @@
+"""The loop of a sampler: a decoder advances a batch by one block, step by step.
+
+All rows of a batch take the same steps within a block. A row whose block is finished waits, so that
+it does not matter to a row how many steps its neighbours need. Rows may be in different blocks:
+then `Carry.block` has one entry a row, and everything that is cut out of a row is cut at its own
+place.
+
+A comment such as `# [B, b, V]` after an assignment is the shape of the value: `B` sequences, `L`
+tokens of prompt (`P`) and completion (`C`), `b` positions of a block, `V` vocabulary, `D` width;
+`[]` is a scalar.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from spg_jax.diffusion import informed, token_law
+from spg_jax.diffusion.samplers import rules
+from spg_jax.diffusion.samplers.settings import SamplingConfig
+from spg_jax.models.windows import cut, put
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedModel:
+    """The model with a cache of keys and values, for approximate samplers.
+
+    Attributes:
+      empty: (B, L) -> a cache, a pytree whose values do not matter.
+      read: (tokens [B, w] at the positions from `start`, valid [B, L], cache, start [] or [B]) ->
+        (hidden states [B, w, D], cache), where keys and values of the w positions are new and those
+        of all others are the cache's. With w = L nothing of the cache is read.
+    """
+
+    empty: Callable[[int, int], Any]
+    read: Callable[[Array, Array, Any, Array], tuple[Array, Any]]
+
+
+@struct.dataclass
+class Carry:
+    """What one block hands to the next."""
+
+    block: Array  # int32, the next block to finish: [] for all rows, or [B]; at the end `blocks`
+    tokens: Array  # [B, L] int32, prompt and completion, MASK where not yet committed
+    commit_step: Array  # [B, C] int32, the step that committed a token, -1 where none did
+    extras: dict[str, Array]  # [B, C, ...], what is recorded of each token
+    # [B, C] float32, top-1 probabilities of the step before, where they were read; or None
+    confidence: Array | None
+
+
+@struct.dataclass
+class _Steps:
+    """What one step of a block hands to the next."""
+
+    turn: Array  # [] int32, the step of this block
+    carry: Carry
+    taken: Array | None  # [B] int32, tokens of this block that were taken back; or None
+    cache: Any  # keys and values, or None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoder:
+    """The steps of a block. Its fields do not change between steps."""
+
+    hidden_fn: Callable[[Array, Array], Array]
+    unembed_fn: Callable[[Array], Array]
+    valid: Array  # [B, L] bool
+    keys: Array  # [B]
+    config: SamplingConfig
+    prompt_length: int
+    mask_id: int
+    eos_id: int
+    allowed: Array  # [V] bool, without MASK
+    cached: CachedModel | None = None
+    generated: Array | None = None  # [B, C] bool, False on given tokens; None is all
+
+    def ended(self, carry: Carry) -> Array:
+        """Whether each row needs no further block, [B] bool; it is asked between blocks."""
+        finished = carry.block >= self.config.blocks  # [] or [B]
+        if not self.config.stop_early:
+            return jnp.broadcast_to(finished, self.keys.shape)
+        completion = carry.tokens[:, self.prompt_length :]  # [B, C]
+        return finished | is_generated_eos(completion, self.eos_id, self.generated).any(-1)
+
+    def unfinished(self, carry: Carry) -> Array:
+        """Whether a block is left and some row has not ended, [] bool."""
+        return ~self.ended(carry).all()
+
+    def advance(self, carry: Carry) -> Carry:
+        """Finishes the current block of each row.
+
+        Where rows are in different blocks, a row that has ended goes to the end.
+        """
+        rule, rows = self.config.rule, len(self.keys)
+        ended = self.ended(carry)  # [B]
+        steps = _Steps(
+            turn=jnp.zeros((), jnp.int32),
+            carry=carry,
+            taken=jnp.zeros(rows, jnp.int32) if rule.takes_back else None,
+            cache=self.cached.empty(rows, self.valid.shape[1]) if self.cached else None,
+        )
+
+        def goes_on(steps: _Steps) -> Array:
+            step_left = steps.turn < self.config.steps_per_block
+            if rule.even:  # so that the last step always has something to commit
+                return step_left
+            is_masked = self._block_tokens(steps.carry) == self.mask_id  # [B, b]
+            return step_left & (is_masked.any(-1) & ~ended).any()
+
+        carry = jax.lax.while_loop(goes_on, self._denoise, steps).carry
+        block = carry.block + 1
+        if block.ndim:
+            block = jnp.where(self.ended(carry.replace(block=block)), self.config.blocks, block)
+        return carry.replace(block=block)
+
+    def _start(self, carry: Carry) -> Array:
+        """The first completion position of the current block, [] or [B]; within the completion."""
+        block = carry.block
+        if block.ndim:  # The rows that have ended look at the last block and change nothing.
+            block = jnp.minimum(block, self.config.blocks - 1)
+        return block * self.config.block_length
+
+    def _block_tokens(self, carry: Carry) -> Array:
+        """[B, b]."""
+        return cut(carry.tokens, self.prompt_length + self._start(carry), self.config.block_length)
+
+    def _denoise(self, steps: _Steps) -> _Steps:
+        """Predicts the masked positions of the current block and commits some of them."""
+        config, carry, rule = self.config, steps.carry, self.config.rule
+        start = self._start(carry)  # [] or [B]
+        step = carry.block * config.steps_per_block + steps.turn  # [] or [B], over the completion
+        tokens = self._block_tokens(carry)  # [B, b]
+        is_masked = tokens == self.mask_id
+        if carry.block.ndim:
+            is_masked &= (carry.block < config.blocks)[:, None]
+        carry, logits, cache = self._look(steps, step, start)  # logits [B, b, V]
+        names = config.records
+        if rule.takes_back:
+            names = tuple({*names, 'confidence'})
+        prediction, commit, records = _predict(
+            logits,
+            is_masked,
+            self.keys,
+            step,
+            steps.turn,
+            self.allowed,
+            config,
+            names,
+        )
+        commit_step = cut(carry.commit_step, start, config.block_length)  # [B, b]
+        taken, is_back = steps.taken, None
+        if taken is not None:
+            # A row whose block is finished waits, and does not begin to take tokens back.
+            committed = (commit_step >= 0) & is_masked.any(-1)[:, None]  # [B, b]
+            is_last = steps.turn + 1 == config.steps_per_block
+            is_back = jax.vmap(rules.least_sure, (0, 0, 0, None))(  # [B, b]
+                cut(carry.extras['confidence'], start, config.block_length),
+                committed,
+                jnp.where(is_last, 0, config.remasks - taken),
+                config,
+            )
+            taken = taken + is_back.sum(-1)
+        tokens = jnp.where(commit, prediction, tokens)
+        step_of_row = step if not step.ndim else step[:, None]
+        commit_step = jnp.where(commit, step_of_row, commit_step)
+        if is_back is not None:
+            tokens = jnp.where(is_back, self.mask_id, tokens)
+            commit_step = jnp.where(is_back, -1, commit_step)
+        extras = dict(carry.extras)
+        for name, value in records.items():
+            before = cut(extras[name], start, config.block_length)
+            chosen = commit.reshape(commit.shape + (1,) * (value.ndim - 2))
+            extras[name] = put(extras[name], jnp.where(chosen, value, before), start)
+        carry = carry.replace(
+            tokens=put(carry.tokens, tokens, self.prompt_length + start),
+            commit_step=put(carry.commit_step, commit_step, start),
+            extras=extras,
+        )
+        return _Steps(turn=steps.turn + 1, carry=carry, taken=taken, cache=cache)
+
+    def _look(self, steps: _Steps, step: Array, start: Array) -> tuple[Carry, Array, Any]:
+        """The logits [B, b, V] of the block at `start`, after noting what changed around it.
+
+        To measure influence, the pass also reads the positions of the next blocks that are near
+        enough to be influenced, and gives the tokens of the step before their influence.
+        """
+        carry, config = steps.carry, self.config
+        if self.cached:
+            states, cache = self._look_with_cache(steps, start)
+            return carry, self.unembed_fn(states), cache
+        size, window = config.block_length, config.positions_read  # b, W
+        if carry.confidence is None:
+            return carry, self._logits(carry.tokens, start, size), None
+        first = jnp.minimum(start, config.length - window)  # [] or [B]
+        logits = self._logits(carry.tokens, first, window)  # [B, W, V]
+        best = jnp.where(self.allowed[None, None, :], logits, -jnp.inf).max(-1)  # [B, W]
+        confidence = put(carry.confidence, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1)), first)
+        change = informed.change_around(
+            carry.confidence,
+            confidence,
+            carry.tokens[:, self.prompt_length :] == self.mask_id,
+            config.influence_window,
+        )
+        before = (step if not step.ndim else step[:, None]) - 1
+        is_latest = (carry.commit_step == before) & (carry.commit_step >= 0)
+        influence = jnp.where(is_latest, change, carry.extras['influence'])
+        extras = carry.extras | {'influence': influence}
+        carry = carry.replace(extras=extras, confidence=confidence)
+        return carry, cut(logits, start - first, size), None
+
+    def _look_with_cache(self, steps: _Steps, start: Array) -> tuple[Array, Any]:
+        """Hidden states [B, b, D] of the block at `start`, and the cache after the pass."""
+        config, tokens = self.config, steps.carry.tokens
+        place = self.prompt_length + start  # [] or [B]
+
+        def refresh(cache: Any) -> tuple[Array, Any]:
+            hidden, cache = self.cached.read(tokens, self.valid, cache, jnp.int32(0))
+            return cut(hidden, place, config.block_length), cache
+
+        def dual(cache: Any) -> tuple[Array, Any]:
+            window = cut(tokens, place, config.block_length)
+            return self.cached.read(window, self.valid, cache, place)
+
+        def prefix(block: int, cache: Any) -> tuple[Array, Any]:
+            # The size of the window must be known to the compiler, so each block has a branch.
+            first = self.prompt_length + block * config.block_length
+            hidden, cache = self.cached.read(tokens[:, first:], self.valid, cache, jnp.int32(first))
+            return hidden[:, : config.block_length], cache
+
+        def suffix(cache: Any) -> tuple[Array, Any]:
+            branches = [lambda cache, j=j: prefix(j, cache) for j in range(config.blocks)]
+            return jax.lax.switch(steps.carry.block, branches, cache)
+
+        reuse = dual if config.cache == 'dual' else suffix
+        return jax.lax.cond(steps.turn % config.refresh == 0, refresh, reuse, steps.cache)
+
+    def _logits(self, tokens: Array, start: Array, size: int) -> Array:
+        """The logits, with guidance, of `size` completion positions from `start`, [B, size, V]."""
+        conditional = self._unguided(tokens, start, size)
+        if self.config.guidance == 0.0:
+            return conditional
+        promptless = tokens.at[:, : self.prompt_length].set(self.mask_id)
+        if self.generated is not None:
+            completion = promptless[:, self.prompt_length :]
+            completion = jnp.where(self.generated, completion, self.mask_id)
+            promptless = promptless.at[:, self.prompt_length :].set(completion)
+        unconditional = self._unguided(promptless, start, size)
+        return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
+
+    def _unguided(self, tokens: Array, start: Array, size: int) -> Array:
+        """The logits [B, size, V] of the model itself."""
+        hidden = self.hidden_fn(tokens, self.valid)  # [B, L, D]
+        return self.unembed_fn(cut(hidden, self.prompt_length + start, size))
+
+
+def is_generated_eos(completion: Array, eos_id: int, generated: Array | None) -> Array:
+    """Where a completion has an EOS that was not given: [B, C] -> [B, C] bool.
+
+    Args:
+      completion: [B, C] int32.
+      eos_id: the end-of-sequence token.
+      generated: [B, C] bool, False on given tokens; None is all.
+    """
+    is_eos = completion == eos_id
+    return is_eos if generated is None else is_eos & generated
+
+
+def _predict(
+    logits: Array,
+    is_masked: Array,
+    keys: Array,
+    step: Array,
+    turn: Array,
+    allowed: Array,
+    config: SamplingConfig,
+    names: tuple[str, ...],
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Predicts a token for each position of the block, and chooses the positions to commit.
+
+    Args:
+      logits: [B, b, V] float32.
+      is_masked: [B, b] bool, the positions that may be committed.
+      keys: [B] keys of the rows.
+      step: [] or [B] int32, counted over the completion.
+      turn: [] int32, the step of the block.
+      allowed: [V] bool.
+      config: how to decode.
+      names: what is recorded.
+
+    Returns:
+      token [B, b] int32, commit [B, b] bool, and records by name.
+    """
+    step_axis = 0 if step.ndim else None
+
+    def key_of(purpose: int) -> Array:
+        """Keys [B], which depend on the key of the row, the step and the purpose."""
+        fold = lambda key, step: jax.random.fold_in(key, 2 * step + purpose)  # noqa: E731
+        return jax.vmap(fold, (0, step_axis))(keys, step)
+
+    # Where the model gives -inf to all allowed ids, the finite floor keeps them ahead of the ids
+    # that are not allowed.
+    floored = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # [B, b, V]
+    choosable = jnp.where(allowed[None, None, :], floored, -jnp.inf)  # [B, b, V]
+    noisy = drawable = choosable
+    if config.temperature > 0.0:
+        if config.top_k or config.top_p < 1.0:
+            kept = token_law.kept_ids(choosable, config.temperature, config.top_k, config.top_p)
+            drawable = jnp.where(kept, choosable, -jnp.inf)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(key_of(0))
+        noisy = drawable + config.temperature * noise
+    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)  # [B, b]
+    view = rules.View(
+        logits=logits,
+        choosable=choosable,
+        token=token,
+        masked=is_masked,
+        count=_due(is_masked.sum(-1), turn, config),
+        scheduled=jnp.broadcast_to(scheduled_commits(config)[turn], keys.shape),
+        key=key_of(1),
+    )
+    commit = jax.vmap(lambda view: rules.commitment(config.rule, view, config))(view)
+    records = token_law.record(names, drawable, token, config.temperature)
+    if 'confidence' in names:
+        records['confidence'] = jnp.exp(jax.vmap(lambda view: view.log_confidence)(view))
+    return token, commit, records
+
+
+def _due(masked: Array, turn: Array, config: SamplingConfig) -> Array:
+    """How many of the masked tokens [B] of each row a step of a block commits at least."""
+    if config.schedule == 'timesteps':
+        return jnp.minimum(masked, scheduled_commits(config)[turn])
+    # What is left is spread evenly, and the first steps of an uneven block commit one more.
+    return -(-masked // (config.steps_per_block - turn))
+
+
+def scheduled_commits(config: SamplingConfig) -> Array:
+    """How many tokens each step of a block commits if no rule commits more, [steps_per_block].
+
+    Where the block does not divide evenly, the first steps of an even schedule commit one token
+    more.
+    """
+    if config.schedule == 'timesteps':
+        return jnp.asarray(timestep_commits(config.block_length, config.steps_per_block))
+    share, remainder = divmod(config.block_length, config.steps_per_block)
+    return share + (jnp.arange(config.steps_per_block) < remainder)
+
+
+def timestep_commits(masked: int, steps: int) -> np.ndarray:
+    """How many of the masked tokens each step commits in Dream's schedule, [steps] int32.
+
+    A step from time t to s commits the share 1 - s/t of the tokens that are masked, rounded down,
+    and the last step all. The published times end at 1e-3, in float32, which rounds down once more:
+    12 tokens in 6 steps give 1, 2, 2, 2, 2, 3.
+    """
+    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
+    commits = []
+    for step in range(steps):
+        share = np.float32(1) - times[step + 1] / times[step]
+        commits.append(masked if step == steps - 1 else int(np.float32(masked) * share))
+        masked -= commits[-1]
+    return np.array(commits, np.int32)

@@ -1,0 +1,167 @@
+"""Generation in slots: rows that have ended leave the batch between blocks, and others move in.
+
+The host looks at the batch after each block. A row that has ended is taken out. While rows wait,
+the next one takes its slot, so that rows of one batch are in different blocks. When none waits and
+few rows are left, the batch is compacted to the smallest of a few sizes that holds them. The tokens
+of a row depend on its prompt and its key alone, so they are those of `sampling.generate`.
+
+Slots are for one shard of rows. Over several shards each would have to keep as many rows as the
+others, and rows of long completions would move between devices; there whole batches are generated.
+
+Letters of axes: `N` rows in all, `B` slots, `P` tokens of a prompt, `C` positions of a completion.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from spg_jax.diffusion import sampling
+from spg_jax.models.policy import Policy, Variables
+from spg_jax.sharding import constrain
+
+# A batch shrinks to a half, a quarter or an eighth of its slots: each size is a program of its own.
+SHARES = (1, 2, 4, 8)
+
+# Which of the N rows have ended, [n], and their completions, whose rows after the first n are
+# fillers: a part of all rows.
+Part = tuple[np.ndarray, sampling.Completion]
+
+
+@struct.dataclass
+class Slots:
+    """The rows under way."""
+
+    prompt_mask: Array  # [B, P] bool
+    keys: Array  # [B]
+    carry: sampling.Carry
+
+
+def sizes_of(slots: int) -> tuple[int, ...]:
+    """The numbers of rows that a batch of B = `slots` can shrink to, ascending."""
+    return tuple(sorted({-(-slots // share) for share in SHARES}))
+
+
+def can_refill(config: sampling.SamplingConfig) -> bool:
+    """Whether rows of a batch may be in different blocks, which the prefix cache does not allow."""
+    return config.cache != 'prefix'
+
+
+def functions_of(
+    policy: Policy, variables: Variables
+) -> tuple[Callable[[Array, Array], Array], Callable[[Array], Array], sampling.CachedModel]:
+    """What the sampler needs of a policy: its hidden states, its logits, and its cache."""
+    cached = sampling.CachedModel(
+        empty=policy.empty_cache,
+        read=lambda *window: policy.hidden_with_cache(variables, *window),
+    )
+    hidden = lambda tokens, valid: policy.hidden(variables, tokens, valid)  # noqa: E731
+    return hidden, lambda hidden: policy.unembed(variables, hidden), cached
+
+
+def make_stream(
+    policy: Policy, config: sampling.SamplingConfig, slots: int
+) -> Callable[[Variables, Array, Array, Array], Iterator[Part]]:
+    """A function (variables, prompt [N, P], prompt_mask [N, P], keys [N]) that yields parts.
+
+    A part is yielded after the next block was started, so that the host has time for it.
+
+    Args:
+      policy: the model.
+      config: how completions are decoded; with `stop_early` False no row ends before the others.
+      slots: B, the rows that are generated at once.
+    """
+
+    @jax.jit
+    def begin(prompt: Array, prompt_mask: Array, keys: Array, block: Array) -> Slots:
+        carry = sampling.begin(
+            prompt, prompt_mask, keys, config, policy.mask_id, policy.allowed.size, block
+        )
+        return _by_rows(Slots(prompt_mask, keys, carry))
+
+    @jax.jit
+    def advance(variables: Variables, slots: Slots) -> tuple[Slots, Array]:
+        hidden, unembed, cached = functions_of(policy, variables)
+        decoder = sampling.decoder_of(
+            hidden,
+            unembed,
+            slots.prompt_mask,
+            slots.keys,
+            config,
+            policy.mask_id,
+            policy.eos_id,
+            policy.allowed,
+            cached,
+        )
+        carry = decoder.advance(slots.carry)
+        return _by_rows(slots.replace(carry=carry)), decoder.ended(carry)
+
+    @jax.jit
+    def take(slots: Slots, index: Array) -> Slots:
+        return jax.tree.map(lambda x: x[index] if x.ndim else x, slots)
+
+    @jax.jit
+    def completion(slots: Slots, index: Array) -> sampling.Completion:
+        return sampling.completion_of(take(slots, index).carry, policy.eos_id, config)
+
+    @jax.jit
+    def refill(slots: Slots, fresh: Slots, is_fresh: Array) -> Slots:
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(is_fresh.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, fresh, slots)
+
+    def stream(
+        variables: Variables, prompt: Array, prompt_mask: Array, keys: Array
+    ) -> Iterator[Part]:
+        total = len(prompt)
+        size = min(slots, total)
+        sizes = sizes_of(size)
+        # With rows in different blocks every slot has its own block, else all have one.
+        block = np.zeros(size if total > size else (), np.int32)
+        rows = np.arange(size)  # [B] the row in each slot, -1 in an empty one
+        waiting = iter(range(size, total))
+        state = begin(prompt[:size], prompt_mask[:size], keys[:size], block)
+        ready: list[Part] = []
+        while (rows >= 0).any():
+            state, ended = advance(variables, state)
+            yield from ready
+            ready = []
+            done = np.flatnonzero(np.asarray(ended) & (rows >= 0))
+            if not len(done):
+                continue
+            index = _filled(done, sizes)
+            ready = [(rows[done], completion(state, index))]
+            rows[done] = -1
+            fresh = [row for _, row in zip(done, waiting, strict=False)]
+            if fresh:
+                rows[done[: len(fresh)]] = fresh
+                # Slots that are not filled get some row, which `refill` leaves out.
+                source = np.where(np.isin(rows, fresh), rows, 0)
+                entries = (prompt[source], prompt_mask[source], keys[source])
+                state = refill(state, begin(*entries, block), np.isin(rows, fresh))
+                continue
+            live = np.flatnonzero(rows >= 0)
+            index = _filled(live, sizes) if len(live) else rows
+            if len(index) < len(rows):
+                state = take(state, index)
+                rows = np.append(rows[live], np.full(len(index) - len(live), -1))
+        yield from ready
+
+    return stream
+
+
+def _filled(index: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    """An index [n] with its first entry repeated up to the next of some sizes."""
+    size = next(size for size in sizes if size >= len(index))
+    return np.append(index, np.full(size - len(index), index[0]))
+
+
+def _by_rows(slots: Any) -> Any:
+    return jax.tree.map(
+        lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)) if x.ndim else x, slots
+    )
