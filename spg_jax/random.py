@@ -24,6 +24,7 @@ class Purpose(enum.IntEnum):
     SHARED = 5  # what all rows of an update share
     RING = 6  # which rows of a ring an update takes
     DIAGNOSE = 7  # what is masked where a policy is diagnosed
+    GAP = 8  # which step of a row is scored again, to compare with what the sampler recorded
 
 
 SEEDS = 2**32  # seeds from 0 to this number give different keys

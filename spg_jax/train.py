@@ -106,6 +106,7 @@ def train(
     # --- the loop: metrics are read one update late, so that the next is already dispatched -------
     updates = range(run.step, config.train.steps)
     for step in track(updates, f'{config.rl.objective} updates', lambda: _describe(run)):
+        gap: Metrics = {}
         if due := programs.due(step):  # If none, the checkpoint had the experience.
             run.flush()  # The samples come from the update under way, so all wait for it anyway.
             if guard.has_given_up():
@@ -113,9 +114,9 @@ def train(
                 break
             if guard.goes_back():
                 arrays, programs = go_back(run, guard, arrays, parts, programs, mesh)
-            arrays = collect(run, programs, arrays, step, due)
+            arrays, gap = collect(run, programs, arrays, step, due)
         arrays, metrics = update(programs, arrays, step, config.train.diagnose_every)
-        run.push(metrics)
+        run.push(metrics | gap)
         last, stop = run.step == config.train.steps, interruption.requested()
         if last:
             run.flush()  # no update comes after it that would read its metrics
@@ -142,17 +143,24 @@ def train(
     return True
 
 
-def collect(run: Run, programs: Programs, arrays: Arrays, step: int, batches: int) -> Arrays:
-    """The arrays with completions of the next batches of prompts, from which updates learn."""
+def collect(
+    run: Run, programs: Programs, arrays: Arrays, step: int, batches: int
+) -> tuple[Arrays, Metrics]:
+    """The arrays with completions of the next batches of prompts, from which updates learn.
+
+    The metrics say how far an approximate sampler is from the model; an exact one has none.
+    """
     state, rollout, probe = arrays
+    gap: Metrics = {}
     for collected in range(batches):
         batch = next(programs.prompts)
         fresh, texts = programs.collect(state, batch, step)
+        gap = programs.gap(state, fresh, step)
         run.samples.write(step, batch.examples, texts, fresh)
         rollout = programs.keep(rollout, fresh, step, collected)
         if step == collected == 0 and programs.diagnosis:
             probe = programs.diagnosis.begin(state, fresh)
-    return Arrays(state, rollout, probe)
+    return Arrays(state, rollout, probe), gap
 
 
 def update(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from spg_jax.assembly import Parts
 from spg_jax.data import batches
 from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.models.policy import Policy, check_adapters, with_adapters
+from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
 from spg_jax.process import distributed
 from spg_jax.random import check_range
 from spg_jax.rl.arrival import make_arrival
@@ -21,7 +21,9 @@ from spg_jax.rl.collection import make_collect
 from spg_jax.rl.diagnostics import Diagnosis, make_diagnosis
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.experience import collections_due, experience_shapes, make_keep
+from spg_jax.rl.gap import make_gap
 from spg_jax.rl.learner import kept_policies, make_update
+from spg_jax.rl.objectives import Objective
 from spg_jax.rl.rollout import Rollout
 from spg_jax.runs import policies
 from spg_jax.tasks.listed import Listed
@@ -81,6 +83,8 @@ class Programs(NamedTuple):
     tokenizer: Tokenizer
     prompts: 'grain.DatasetIterator'  # endless batches of training prompts
     collect: Callable[[TrainState, batches.PromptBatch, int], tuple[Rollout, list[str]]]
+    # (state that sampled, rollout, updates done) -> metrics, which may be none
+    gap: Callable[[TrainState, Rollout, int], Metrics]
     due: Callable[[int], int]  # updates done -> batches of prompts to collect before the next
     # (padded length of prompts, sharding=None) -> shapes of the experience
     shapes: Callable[..., Rollout]
@@ -152,6 +156,7 @@ def prepare(
         tokenizer=tokenizer,
         prompts=prompts,
         collect=_make_collect(parts, policy, tokenizer, arrival, seed, mesh),
+        gap=_make_gap(parts, policy, seed),
         due=partial(collections_due, objective, batching),
         shapes=partial(
             experience_shapes,
@@ -189,13 +194,27 @@ def _make_collect(
     def collect(
         state: TrainState, prompts: batches.PromptBatch, step: int
     ) -> tuple[Rollout, list[str]]:
-        sampler = state.variables
-        if objective.sampled_by:
-            sampler = state.frozen | state.kept[objective.sampled_by]
-        rollout, texts = sample(sampler, prompts, step)
+        rollout, texts = sample(_sampler(objective, state), prompts, step)
         return arrival(state, rollout) if arrival else rollout, texts
 
     return collect
+
+
+def _make_gap(
+    parts: Parts, policy: Policy, seed: int
+) -> Callable[[TrainState, Rollout, int], Metrics]:
+    """A function (state, rollout, step) -> `rl.gap`, or nothing where nothing was recorded."""
+    gap = make_gap(policy, parts.sampling, parts.batching, seed)
+    if gap is None:
+        return lambda state, rollout, step: {}
+    return lambda state, rollout, step: gap(_sampler(parts.objective, state), rollout, step)
+
+
+def _sampler(objective: Objective, state: TrainState) -> Variables:
+    """The parameters that sample rollouts."""
+    if objective.sampled_by:
+        return state.frozen | state.kept[objective.sampled_by]
+    return state.variables
 
 
 def origins_of(parts: Parts, problems: ProblemSets, base: Path) -> dict[str, str]:

@@ -1,0 +1,282 @@
+"""Measures samplers on trained policies: tokens per second and accuracy, against the exact sampler.
+
+    python -m benchmarks.samplers --workdir=runs/countdown-spg-12d3790f66 [--workdir=…] [--pairs=5]
+    python -m benchmarks.samplers --endings   # rows that end early: whole batches against slots
+
+A --workdir is a run, or a policy trained here. The first command decodes test problems at
+temperature 0 with each sampler of VARIANTS, in turn with the exact one, and prints a table and one
+JSON line. Accuracy is the mean over the policies, with its standard error over all problems.
+'same' is the share of completions that equal those of the exact sampler, and 'speed' the median
+over pairs of runs of how many times as fast a sampler is, with quartiles. The second command needs
+no policy: a random model, whose rows end at positions that are spread over the completion.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from spg_jax import sharding
+from spg_jax.assembly import assemble
+from spg_jax.data.batches import left_pad
+from spg_jax.data.prompts import prompt_tokens
+from spg_jax.diffusion.sampling import Completion, SamplingConfig
+from spg_jax.models.policy import Policy, Variables
+from spg_jax.models.transformer import Cache, TransformerConfig
+from spg_jax.process import cli
+from spg_jax.random import Purpose, example_keys
+from spg_jax.rl.collection import decode, make_generate
+from spg_jax.rl.slots import Part, make_stream
+from spg_jax.runs import policies
+from spg_jax.runs.directory import chosen_policy
+
+FLAGS = flags.FLAGS
+
+Figures = dict[str, Any]  # JSON values
+
+EXACT: dict[str, Any] = {}  # the sampler of the configuration's evaluation
+VARIANTS: dict[str, dict[str, Any]] = {
+    'prefix cache': {'cache': 'prefix'},
+    'dual cache': {'cache': 'dual'},
+    'dual cache, refresh 2': {'cache': 'dual', 'refresh': 2},
+    'threshold 0.9': {'sampler': 'threshold', 'threshold': 0.9},
+    'threshold 0.99': {'sampler': 'threshold', 'threshold': 0.99},
+    'factor 1': {'sampler': 'factor', 'factor': 1.0},
+    'entropy_bounded 0.1': {'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
+    'remask': {'sampler': 'remask', 'threshold': 0.5},
+    'dual, threshold 0.9': {'cache': 'dual', 'sampler': 'threshold', 'threshold': 0.9},
+}
+# (rows, slots, completion tokens, where rows end) of the second command. With fewer slots than rows
+# slots are refilled, and the other side generates one batch of that size after another.
+ENDINGS = (
+    (128, 128, 24, 'uniform'),
+    (128, 128, 24, 'none'),
+    (48, 48, 64, 'early'),
+    (96, 32, 24, 'early'),
+)
+SMALL = {'width': 64, 'layers': 6, 'heads': 4, 'kv_heads': 4, 'mlp_width': 192}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ending(Policy):
+    """A policy whose rows have their only EOS at a place that their prompt decides.
+
+    A further component of hidden states is 1 at that place.
+    """
+
+    prompt_length: int = 0
+    length: int = 0
+    where: str = 'uniform'
+
+    def mark(self, tokens: Array) -> Array:
+        """[B, L] float32, 1 at the end of each row."""
+        weights = jnp.arange(1, self.prompt_length + 1) * 7919
+        number = (tokens[:, : self.prompt_length] * weights[None, :]).sum(-1) % 9973  # [B]
+        share = number / 9973
+        if self.where == 'early':  # the mean of a square is a third, that of a share a half
+            share = share**2
+        end = (share * self.length).astype(jnp.int32) + (self.where == 'none') * self.length
+        position = jnp.arange(tokens.shape[1]) - self.prompt_length
+        return (position[None, :] == end[:, None]).astype(jnp.float32)
+
+    def hidden(
+        self, variables: Variables, tokens: Array, valid: Array, dropout: Array | None = None
+    ) -> Array:
+        hidden = super().hidden(variables, tokens, valid, dropout)
+        return jnp.concatenate([hidden, self.mark(tokens)[:, :, None]], axis=-1)
+
+    def hidden_with_cache(
+        self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array
+    ) -> tuple[Array, Cache]:
+        raise NotImplementedError
+
+    def unembed(self, variables: Variables, hidden: Array) -> Array:
+        logits = super().unembed(variables, hidden[..., :-1])
+        is_eos = (jnp.arange(logits.shape[-1]) == self.eos_id)[None, None, :]
+        return jnp.where(is_eos, 2e4 * hidden[..., -1:] - 1e4, logits)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - started
+
+
+def pairs(first: Callable[[], object], second: Callable[[], object], count: int) -> np.ndarray:
+    """The seconds of two programs in turn, [count, 2], after each has run once."""
+    jax.block_until_ready((first(), second()))
+    return np.array([(seconds(first), seconds(second)) for _ in range(count)])
+
+
+def speed(times: np.ndarray) -> tuple[float, float, float]:
+    """The median and the quartiles of how many times as fast the second program is."""
+    low, median, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75))
+    return float(median), float(low), float(high)
+
+
+def compare_samplers(workdirs: Iterable[str], problems: int, count: int) -> Iterator[Figures]:
+    """The figures of each variant over the policies."""
+    rows: dict[str, dict[str, list]] = {}
+    for workdir in workdirs:
+        for name, figures in of_one_policy(workdir, problems, count):
+            merged = rows.setdefault(name, {key: [] for key in figures})
+            for key, values in figures.items():
+                merged[key] += values
+    for name, figures in rows.items():
+        yield {
+            'sampler': name,
+            'tokens_per_second': round(float(np.mean(figures['rate']))),
+            'passes': float(np.mean(figures['passes'])),
+            'speed': speed(np.array(figures['times'])),
+            'accuracy': float(np.mean(figures['right'])),
+            'standard_error': float(np.std(figures['right']) / len(figures['right']) ** 0.5),
+            'same': float(np.mean(figures['same'])),
+        }
+
+
+def of_one_policy(
+    workdir: str, problems: int, count: int
+) -> Iterator[tuple[str, dict[str, list[Any]]]]:
+    """The figures of each variant on one policy, as lists that are joined over policies."""
+    config, directory, _ = chosen_policy(workdir, '', '', None)
+    parts, mesh = assemble(config), sharding.make_mesh(config.mesh)
+    task = parts.evaluation_task
+    examples = list(task.source('test', config.task.data_dir))[:problems]
+    with jax.set_mesh(mesh):
+        policy, tokenizer, variables = policies.load_policy(
+            directory, mesh, None, **parts.execution
+        )
+        prompts = [prompt_tokens(task, tokenizer, example) for example in examples]
+        prompt, mask = left_pad(prompts, parts.prompt_lengths[-1], tokenizer.pad_id)
+        keys = example_keys(0, Purpose.EVALUATE, 0, np.arange(len(examples), dtype=np.uint32))
+
+        def program(change: dict[str, Any]) -> Callable[[], Completion]:
+            decoding = dataclasses.replace(parts.evaluation.headline, **change)
+            generate = make_generate(policy, decoding)
+            return lambda: generate(variables, prompt, mask, keys)
+
+        exact = program(EXACT)
+        reference = np.asarray(exact().tokens)
+        for name, change in {'exact': EXACT, **VARIANTS}.items():
+            run = program(change)
+            completion = run()
+            tokens, steps = np.asarray(completion.tokens), np.asarray(completion.commit_step)
+            texts = decode(tokenizer, tokens, keep_specials=task.scorer == 'published')
+            scores = [task.score(*each) for each in zip(texts, examples, strict=True)]
+            times = pairs(exact, run, count)
+            yield (
+                name,
+                {
+                    'right': [score.solved for score in scores],
+                    'same': (tokens == reference).all(-1).tolist(),
+                    'times': times.tolist(),
+                    'rate': [float((steps >= 0).sum() / np.median(times[:, 1]))],
+                    'passes': [passes_of(steps, parts.evaluation.headline)],
+                },
+            )
+
+
+def passes_of(steps: np.ndarray, decoding: SamplingConfig) -> int:
+    """How many passes a batch took, from its commit steps [B, C]: in each block those of its
+    slowest row."""
+    block = steps // decoding.steps_per_block
+    within = steps % decoding.steps_per_block
+    return sum(
+        int(within[block == each].max() + 1) for each in range(decoding.blocks) if each in block
+    )
+
+
+def compare_endings(count: int) -> Iterator[Figures]:
+    """Whole batches against slots, where rows end at different places; the tokens are compared."""
+    model = TransformerConfig(
+        vocab_size=256, **SMALL, tie_embeddings=True, scale_logits=True, attention='folded'
+    )
+    mesh = sharding.make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        for case in ENDINGS:
+            yield of_one_ending(model, mesh, *case, count)
+
+
+def of_one_ending(
+    model: TransformerConfig, mesh: Mesh, rows: int, slots: int, length: int, where: str, count: int
+) -> Figures:
+    """One case of ENDINGS."""
+    policy = Ending(model, 0, 1, np.arange(256) > 0, 24, length, where)
+    variables = {'params': sharding.init_params(policy.model, jax.random.key(0), mesh)}
+    config = SamplingConfig(length, length, 8, 1.0)
+    prompt = jnp.asarray(np.random.default_rng(0).integers(3, 256, (rows, 24)), jnp.int32)
+    mask = jnp.ones(prompt.shape, bool)
+    keys = example_keys(0, Purpose.SAMPLE, 0, jnp.arange(rows, dtype=jnp.uint32))
+    generate, stream = make_generate(policy, config), make_stream(policy, config, slots)
+
+    def whole() -> list[Completion]:
+        return [
+            generate(variables, *(x[first : first + slots] for x in (prompt, mask, keys)))
+            for first in range(0, rows, slots)
+        ]
+
+    def in_slots() -> list[Part]:
+        return list(stream(variables, prompt, mask, keys))
+
+    expected = np.concatenate([part.tokens for part in whole()])
+    parts = in_slots()
+    order = np.argsort(np.concatenate([index for index, _ in parts]))
+    tokens = np.concatenate([part.tokens[: len(index)] for index, part in parts])[order]
+    times = pairs(whole, lambda: [part for _, part in in_slots()], count)
+    blocks = np.where((expected == 1).any(-1), (expected == 1).argmax(-1) // 8 + 1, length // 8)
+    most = blocks.reshape(-1, slots).max(-1).sum() * slots
+    return {
+        'rows': rows,
+        'slots': slots,
+        'length': length,
+        'ends': where,
+        'speed': speed(times),
+        'ideal': float(most / blocks.sum()),
+        'equal_rows': float((tokens == expected).all(-1).mean()),
+        'seconds': float(np.median(times[:, 1])),
+    }
+
+
+def shown(value: Any) -> str:
+    match value:
+        case (float(median), float(low), float(high)):
+            return f'{median:.2f} [{low:.2f}, {high:.2f}]'
+        case float():
+            return f'{value:.3f}'
+    return str(value)
+
+
+def main(_: list[str]) -> None:
+    cli.compile_cache()
+    figures = (
+        compare_endings(FLAGS.pairs)
+        if FLAGS.endings
+        else compare_samplers(FLAGS.workdir, FLAGS.problems, FLAGS.pairs)
+    )
+    results = []
+    for row in figures:
+        results.append(row)
+        print(*map(shown, row.values()), flush=True)
+    table = Table(*results[0])
+    for row in results:
+        table.add_row(*map(shown, row.values()))
+    Console(width=120).print(table)
+    print(json.dumps({'benchmark': 'samplers', 'results': results}))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_multi_string('workdir', [], 'A run or a policy; several may be given.')
+    flags.DEFINE_integer('problems', 256, 'How many test problems.', lower_bound=1)
+    flags.DEFINE_integer('pairs', 5, 'Pairs of timed runs.', lower_bound=1)
+    flags.DEFINE_bool('endings', False, 'Compare whole batches with slots, on a random model.')
+    cli.run(main)
