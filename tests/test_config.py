@@ -11,9 +11,8 @@ import pytest
 from spg_jax import sharding, tasks
 from spg_jax.assembly import assemble, check_mesh
 from spg_jax.config import default_config
-from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import Corruption
-from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.diffusion.samplers import decoder, rules, settings
 from spg_jax.explain import meanings_of
 from spg_jax.method import alias_names
 from spg_jax.models import layers, lora
@@ -39,7 +38,7 @@ def leaves(config):
 USERS = {
     'model': [Transformer, Block, TransformerConfig.head_dim.fget],
     'lora': [LoRA.scale.fget, Adapter, layers],
-    'sampling': [SamplingConfig.blocks.fget, SamplingConfig.steps_per_block.fget, sampling],
+    'sampling': [settings, rules, decoder],
     'corruption': [Corruption.__call__, Corruption._choose_blocks, Corruption._mask_completion],
     'rl': [Batching.rows.fget, Batching.rows_at_once.fget, learner.make_update, train],
     'optimizer': [optimizers.for_rl],
@@ -144,7 +143,29 @@ def test_the_published_recipe(preset):
     [
         ({'sampling.length': 250}, 'sampling.length 250'),
         ({'sampling.steps': 300}, '300'),
-        ({'sampling.commit': 'first'}, 'sampling.commit'),
+        ({'sampling.commit': 'first'}, "sampling.commit is 'first'; use one of low_confidence"),
+        ({'sampling.sampler': 'treshold'}, "sampling.sampler is 'treshold'; use threshold, or"),
+        ({'sampling.sampler': 'no_package.rule'}, "sampling.sampler is 'no_package.rule': Module"),
+        ({'sampling.threshold': 0.0}, 'sampling.threshold is 0.0; use a probability above 0'),
+        ({'sampling.threshold': 1.1}, 'sampling.threshold is 1.1; use a probability above 0'),
+        ({'sampling.factor': 0.0}, 'sampling.factor is 0.0; use a number above 0'),
+        ({'sampling.entropy_bound': -0.1}, 'sampling.entropy_bound is -0.1; use 0 or more nats'),
+        ({'sampling.remasks': -1}, 'sampling.remasks is -1; use 0 or more'),
+        ({'sampling.cache': 'block'}, "sampling.cache is 'block'; use one of "),
+        ({'sampling.refresh': 0}, 'sampling.refresh is 0; use 1 or more steps'),
+        ({'sampling.preset': 'faster'}, "sampling.preset is 'faster'; use one of "),
+        (
+            {'sampling.cache': 'dual', 'sampling.guidance': 1.0},
+            "sampling.cache 'dual' holds one prompt, and sampling.guidance 1.0 reads two",
+        ),
+        (
+            {'sampling.cache': 'dual', 'corruption.informed': True},
+            "sampling.cache 'dual' leaves out positions whose influence is measured",
+        ),
+        (
+            {'sampling.sampler': 'threshold', 'corruption.informed': True},
+            "sampling.sampler 'threshold' does not commit evenly, which influence is measured by",
+        ),
         ({'evaluation.steps': (64,)}, 'pair up'),
         ({'data.long_prompts': 'cut'}, "data.long_prompts is 'cut'; use one of drop"),
         ({'rl.objective': 'spgg'}, "rl.objective is 'spgg': use spg, or another of"),

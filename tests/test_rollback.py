@@ -88,6 +88,7 @@ def programs_of(config, mesh):
         tokenizer=None,
         prompts=Prompts(),
         collect=collect,
+        gap=lambda state, rollout, step: {},
         due=lambda step: int(step % 2 == 0),
         shapes=lambda prompt: rollout_shapes(batching.rows, prompt, config.sampling.length),
         keep=lambda experience, fresh, step, collected: fresh,

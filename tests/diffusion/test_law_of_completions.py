@@ -58,8 +58,22 @@ def law_at(logits, config):
     return law
 
 
-def walk(table, config, tokens=None, steps=None, step=0, probability=1.0, recorded=1.0, bits=0.0):
-    """Yields ((tokens, steps), probability, product of the tokens' own, sum of their entropies)."""
+def walk(
+    table,
+    config,
+    tokens=None,
+    steps=None,
+    step=0,
+    probability=1.0,
+    recorded=1.0,
+    bits=0.0,
+    sureness=None,
+    taken=0,
+):
+    """Yields ((tokens, steps), probability, product of the tokens' own, sum of their entropies).
+
+    `sureness` holds the confidence of each committed token, and `taken` counts those taken back.
+    """
     length = config.length
     tokens = tokens or (MASK,) * length
     steps = steps or (-1,) * length
@@ -71,30 +85,34 @@ def walk(table, config, tokens=None, steps=None, step=0, probability=1.0, record
     laws = [law_at(x, config) for x in logits]
     belief = np.exp(logits.astype(float))
     belief /= belief.sum(-1, keepdims=True)
-    count = length // config.steps + (step < length % config.steps)
+    count = -(-len(masked) // (config.steps - step))
+    sureness = sureness or (None,) * length
     best = -np.sort(-belief[:, :SYMBOLS], axis=-1)
 
     def ranked(score):
         return tuple(sorted(sorted(masked, key=lambda i: -score[i])[:count]))
 
     # Every set of draws that matters, its probability, and the positions committed then.
-    if config.commit == 'random':
+    name = config.rule_name
+    if name == 'random':
         chosen = list(combinations(masked, min(count, len(masked))))
         cases = [(1 / len(chosen), positions, None) for positions in chosen]
-    elif config.commit == 'low_confidence':
+    elif name in ('low_confidence', 'remask'):
         cases = []
         for draws in product(range(SYMBOLS), repeat=len(masked)):
             drawn = dict(zip(masked, draws, strict=True))
             chance = np.prod([laws[i][token] for i, token in drawn.items()])
             confidence = {i: belief[i, token] for i, token in drawn.items()}
             cases.append((chance, ranked(confidence), drawn))
+    elif name in ('threshold', 'factor', 'entropy_bounded'):
+        cases = [(1.0, surest(name, masked, belief, best[:, 0], config, count), None)]
     else:
         negative_entropy = (belief * np.log(belief)).sum(-1)
         score = {
             'left_to_right': -np.arange(length),
             'entropy': negative_entropy,
             'margin': best[:, 0] - best[:, 1],
-        }[config.commit]
+        }[name]
         cases = [(1.0, ranked(score), None)]
     for chance, positions, drawn in cases:
         choices = [[drawn[i]] if drawn else range(SYMBOLS) for i in positions]
@@ -106,6 +124,15 @@ def walk(table, config, tokens=None, steps=None, step=0, probability=1.0, record
             after, when = list(tokens), list(steps)
             for i, symbol in zip(positions, symbols, strict=True):
                 after[i], when[i] = symbol, step
+            sure, back = list(sureness), taken
+            if name == 'remask':
+                for i, symbol in zip(positions, symbols, strict=True):
+                    sure[i] = belief[i, symbol]
+                doubtful = [i for i in range(length) if tokens[i] != MASK]
+                doubtful = [i for i in doubtful if sure[i] <= config.threshold]
+                if doubtful and step < config.steps - 1 and taken < config.remasks:
+                    least = min(doubtful, key=sure.__getitem__)
+                    after[least], when[least], back = MASK, -1, taken + 1
             spread = sum(-(p[p > 0] * np.log(p[p > 0])).sum() for p in (laws[i] for i in positions))
             yield from walk(
                 table,
@@ -116,7 +143,27 @@ def walk(table, config, tokens=None, steps=None, step=0, probability=1.0, record
                 probability * weight,
                 recorded * own,
                 bits + spread,
+                tuple(sure),
+                back,
             )
+
+
+def surest(name, masked, belief, best, config, count):
+    """The positions that a rule commits which may be sure of more than `count` of them."""
+    spread = -(belief * np.log(belief)).sum(-1)
+    order = sorted(masked, key=lambda i: spread[i] if name == 'entropy_bounded' else -best[i])
+    number = 0
+    for n in range(1, len(order) + 1):
+        last = order[n - 1]
+        accepted = {
+            'threshold': best[last] > config.threshold,
+            'factor': (n + 1) * (1 - best[last]) < config.factor,
+            'entropy_bounded': sum(spread[i] for i in order[:n]) - spread[last]
+            <= config.entropy_bound,
+        }[name]
+        if accepted:
+            number = n
+    return tuple(sorted(order[: max(number, count)]))
 
 
 def enumerated(table, config):
@@ -160,7 +207,7 @@ def assert_recorded(completion, outcomes):
     assert_allclose(entropy, [each[2] for each in expected], rtol=1e-4, atol=1e-5)
 
 
-def decoding(commit, steps=2, **options):
+def decoding(commit='low_confidence', steps=2, **options):
     options = {'length': 3, 'block_length': 3, 'temperature': 1.0} | options
     return SamplingConfig(
         steps=steps, commit=commit, stop_early=False, records=('log_prob', 'entropy'), **options
@@ -172,19 +219,31 @@ def decoding(commit, steps=2, **options):
     [
         *(decoding(commit) for commit in COMMITS),
         decoding('left_to_right', steps=3, temperature=2.0, top_k=2, top_p=0.75),
+        decoding(sampler='threshold', steps=3, threshold=0.6),
+        decoding(sampler='threshold', steps=2, threshold=0.9),
+        decoding(sampler='factor', steps=3),
+        decoding(sampler='entropy_bounded', steps=3, entropy_bound=0.7),
+        decoding(sampler='entropy_bounded', steps=3, entropy_bound=0.7, temperature=2.0, top_k=2),
+        decoding(sampler='remask', steps=3, threshold=0.7, remasks=1),
+        decoding(sampler='remask', steps=2, threshold=0.5),
     ],
-    ids=lambda config: f'{config.commit}-{config.temperature}',
+    ids=lambda config: f'{config.rule_name}-{config.steps}-{config.temperature}',
 )
 def test_the_recorded_probabilities_are_the_law_where_the_sampler_says_so(config):
     table = random_table(config.length)
     outcomes = enumerated(table, config)
     completion = completions(table, config)
     assert_frequencies(completion, outcomes)
+    if config.sampler and config.steps == 3:  # In some states more is sure than the schedule says.
+        assert len({steps for _, steps in outcomes}) > 1
+    if config.rule.takes_back:  # What a token was drawn from may have been taken back since.
+        assert not config.exact_law
+        return
     assert_recorded(completion, outcomes)
     # Two random positions of three come first in one of three ways, the last without a choice.
-    orders = 3 if config.commit == 'random' else 1
+    orders = 3 if config.rule_name == 'random' else 1
     law, recorded = np.array([each[:2] for each in outcomes.values()]).T
-    assert config.exact_law == (config.commit != 'low_confidence')
+    assert config.exact_law == (config.rule_name != 'low_confidence')
     if config.exact_law:
         assert_allclose(law, recorded / orders, rtol=1e-9)
     else:

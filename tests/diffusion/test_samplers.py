@@ -1,0 +1,335 @@
+"""Samplers that commit several tokens a step against plain loops, and caches against the model."""
+
+import dataclasses
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from spg_jax.diffusion import samplers
+from spg_jax.diffusion.samplers.rules import View, commitment
+from spg_jax.diffusion.sampling import CachedModel, SamplingConfig, generate
+from spg_jax.models.policy import Policy
+from spg_jax.models.transformer import TransformerConfig
+from spg_jax.rl.collection import make_generate
+from tests.diffusion.test_sampling import (
+    ALLOWED,
+    EOS,
+    MASK,
+    VOCABULARY,
+    Toy,
+    logits_in_numpy,
+    prompts,
+)
+from tests.parameters import random_params
+
+pytestmark = pytest.mark.numerical
+
+NEW = {
+    'threshold': {'threshold': 0.5},
+    'factor': {'factor': 1.2},
+    'entropy_bounded': {'entropy_bound': 1.5},
+    'remask': {'threshold': 0.7, 'remasks': 2},
+}
+
+
+def config_of(name, **options):
+    options = {'length': 12, 'steps': 12, 'block_length': 4, 'temperature': 1.0} | options
+    return SamplingConfig(sampler=name, **NEW[name], **options)
+
+
+def plain_loop(toy, prompt, key, config):
+    """Tokens, commit steps and confidences of one row, by plain lists in float64."""
+    first, block_length = len(prompt), config.block_length
+    sequence = [*prompt, *[MASK] * config.length]
+    commit_step, sureness = [-1] * config.length, [0.0] * config.length
+    steps = config.steps // (config.length // block_length)
+    for block in range(config.length // block_length):
+        start = first + block * block_length
+        if config.stop_early and EOS in sequence[first:start]:
+            sequence[start:] = [EOS] * (len(sequence) - start)
+            break
+        taken = 0
+        for within in range(steps):
+            masked = [i for i in range(start, start + block_length) if sequence[i] == MASK]
+            if not masked:
+                break
+            step = block * steps + within
+            logits = logits_in_numpy(toy, sequence)
+            noise_key = jax.random.fold_in(key, 2 * step)
+            gumbel = np.asarray(jax.random.gumbel(noise_key, (block_length, VOCABULARY)))
+            choices = [v for v in range(VOCABULARY) if ALLOWED[v] and v != MASK]
+            token, drawn, largest, spread = {}, {}, {}, {}
+            for i in masked:
+                probability = np.exp(logits[i] - logits[i].max())
+                probability /= probability.sum()
+                noisy = logits[i] + config.temperature * gumbel[i - start]
+                token[i] = max(choices, key=noisy.__getitem__)
+                drawn[i] = probability[token[i]]
+                largest[i] = max(probability[v] for v in choices)
+                spread[i] = -(probability * np.log(probability)).sum()
+            least = -(-len(masked) // (steps - within))
+            if config.sampler == 'threshold':
+                order = sorted(masked, key=lambda i: -largest[i])
+                number = sum(value > config.threshold for value in largest.values())
+            elif config.sampler == 'factor':
+                order = sorted(masked, key=lambda i: -largest[i])
+                number = 0
+                while number < len(order) and (
+                    (number + 2) * (1 - largest[order[number]]) < config.factor
+                ):
+                    number += 1
+            elif config.sampler == 'entropy_bounded':
+                order = sorted(masked, key=spread.__getitem__)
+                number, total = 0, 0.0
+                while number < len(order) and total <= config.entropy_bound:
+                    total += spread[order[number]]
+                    number += 1
+            else:
+                order, number = sorted(masked, key=lambda i: -drawn[i]), 0
+            back = None
+            if config.sampler == 'remask' and within < steps - 1 and taken < config.remasks:
+                there = [i for i in range(start, start + block_length) if i not in masked]
+                doubtful = [i for i in there if sureness[i - first] <= config.threshold]
+                back = min(doubtful, key=lambda i: sureness[i - first], default=None)
+            for i in order[: max(number, least)]:
+                sequence[i], commit_step[i - first] = token[i], step
+                sureness[i - first] = drawn[i]
+            if back is not None:
+                sequence[back], commit_step[back - first] = MASK, -1
+                taken += 1
+    return sequence[first:], commit_step, sureness
+
+
+@pytest.mark.parametrize('name', NEW)
+@pytest.mark.parametrize(('temperature', 'steps', 'bias'), [(0.0, 6, -20), (1.0, 12, 1)])
+def test_each_rule_is_the_plain_loop(name, temperature, steps, bias):
+    toy = Toy(eos_bias=bias)
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    config = config_of(name, temperature=temperature, steps=steps, records=('confidence',))
+    completion = toy.generate(tokens, mask, keys, config)
+    committed = np.asarray(completion.commit_step)
+    for row in range(len(tokens)):
+        prompt = tokens[row][mask[row]].tolist()
+        expected, step, sureness = plain_loop(toy, prompt, keys[row], config)
+        assert_array_equal(completion.tokens[row], expected)
+        assert_array_equal(committed[row], step)
+        sureness = np.where(committed[row] >= 0, sureness, 0)
+        assert_allclose(completion.extras['confidence'][row], sureness, rtol=1e-4)
+    if steps == 12:  # Some step commits more than one, be it what was taken back.
+        assert any(len(set(row[:4])) < 4 for row in committed.tolist())
+
+
+@pytest.mark.parametrize('name', NEW)
+def test_a_row_alone_gets_what_it_gets_beside_slower_rows(name):
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(5), len(tokens))
+    toy, config = Toy(eos_bias=1.0), config_of(name)
+    batch = toy.generate(tokens, mask, keys, config)
+    for row in (0, 4):
+        alone = toy.generate(
+            tokens[row : row + 1], mask[row : row + 1], keys[row : row + 1], config
+        )
+        assert_array_equal(alone.tokens[0], batch.tokens[row])
+        assert_array_equal(alone.commit_step[0], batch.commit_step[row])
+
+
+def test_a_block_ends_with_its_last_token_and_not_with_its_last_step():
+    calls = []
+
+    class Counting(Toy):
+        def hidden(self, tokens, valid, xp=jnp):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().hidden(tokens, valid)
+
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    for limit, passes in ((1e-9, 3), (1.0, 12)):  # every token is sure, or none
+        calls.clear()
+        config = dataclasses.replace(config_of('threshold'), threshold=limit)
+        Counting().generate(tokens, mask, keys, config)
+        jax.effects_barrier()
+        assert len(calls) == passes
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', samplers.REGISTRY)
+def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(name):
+    """Whatever the logits are: NaN, infinite or equal."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(6, 7)).astype(np.float32)
+    logits[0], logits[1], logits[2, 3] = np.nan, -np.inf, 1e30
+    masked = np.array([True, True, True, False, True, True])
+    for count in (1, 3, 5):
+        view = View(
+            logits=jnp.asarray(logits),
+            choosable=jnp.maximum(jnp.asarray(logits), jnp.finfo(jnp.float32).min),
+            token=jnp.zeros(6, jnp.int32),
+            masked=jnp.asarray(masked),
+            count=jnp.int32(count),
+            key=jax.random.key(0),
+        )
+        config = SamplingConfig(6, 6, 6, 1.0, sampler=name)
+        commit = np.asarray(commitment(samplers.find(name), view, config))
+        assert commit.sum() >= count and not (commit & ~masked).any()
+
+
+@pytest.mark.fast
+def test_factor_commits_as_many_as_the_formula_says():
+    """c = .95, .9, .6: 2 x .05 < 1, 3 x .1 < 1 and 4 x .4 > 1, so two at f = 1."""
+    confidence = np.array([0.6, 0.95, 0.9])
+    logits = jnp.log(jnp.asarray(np.stack([confidence, 1 - confidence], axis=1), jnp.float32))
+    view = View(logits, logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool), 1, jax.random.key(0))
+    for f, expected in ((1.0, 2), (0.31, 2), (0.29, 1), (0.05, 1), (1.61, 3)):
+        config = SamplingConfig(3, 3, 3, 1.0, sampler='factor', factor=f)
+        assert int(commitment(config.rule, view, config).sum()) == expected
+
+
+OWN = """
+import jax.numpy as jnp
+from spg_jax.diffusion.samplers import Sampler
+
+def right_to_left(view, config):
+    return jnp.arange(len(view.token), dtype=jnp.float32)
+
+def all_at_once(view, config):
+    return right_to_left(view, config), jnp.ones_like(view.masked)
+
+claimed = Sampler(right_to_left, looks_at_tokens=False)
+
+class Made:
+    def __call__(self, view, config):
+        return right_to_left(view, config)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    tmp_path.joinpath('my_rules.py').write_text(OWN)
+    yield 'my_rules'
+    sys.modules.pop('my_rules', None)
+
+
+@pytest.mark.fast
+def test_a_rule_of_a_user_is_named_by_its_path(own):
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    expected = [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8]
+    for name in ('right_to_left', 'claimed', 'Made'):
+        config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.{name}')
+        assert Toy().generate(tokens, mask, keys, config).commit_step[0].tolist() == expected
+        assert config.exact_law == (name == 'claimed')
+    config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.all_at_once')
+    steps = Toy().generate(tokens, mask, keys, config).commit_step
+    assert steps[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
+    assert samplers.source_file(f'{own}.claimed').name == 'my_rules.py'
+    assert samplers.source_file('threshold') is None
+    for name, message in (('number', 'a int; use the path of a rule'), ('none', 'has no none')):
+        with pytest.raises(ValueError, match=message) as error:
+            SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.{name}')
+        assert '\n' not in str(error.value)
+
+
+# ---- Caches, with a real transformer.
+
+
+def policy_of(layers, attention='einsum'):
+    model = TransformerConfig(
+        vocab_size=24, width=32, layers=layers, heads=4, kv_heads=2, mlp_width=48,
+        scale_logits=True, attention=attention,
+    )  # fmt: skip
+    return Policy(model, mask_id=0, eos_id=1, allowed=np.arange(24) != 0)
+
+
+def decoded(policy, rows=slice(None), **options):
+    """Completions of eight prompts of different lengths."""
+    options = {'length': 12, 'steps': 12, 'block_length': 4, 'temperature': 1.0} | options
+    config = SamplingConfig(records=('log_prob', 'confidence'), **options)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 24, (8, 6)), jnp.int32)
+    mask = jnp.arange(6)[None, :] >= jnp.arange(8)[:, None] % 4
+    keys = jax.random.split(jax.random.key(3), 8)
+    variables = {'params': random_params(policy.model)}
+    return make_generate(policy, config)(variables, tokens[rows], mask[rows], keys[rows])
+
+
+@pytest.fixture(scope='module')
+def exact():
+    return {layers: decoded(policy_of(layers)) for layers in (1, 2)}
+
+
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+def test_a_cache_that_is_refreshed_at_every_step_is_exact(cache, exact):
+    jax.tree.map(assert_array_equal, decoded(policy_of(2), cache=cache, refresh=1), exact[2])
+    assert not SamplingConfig(12, 12, 4, 1.0, cache=cache, refresh=1).approximate
+
+
+@pytest.mark.parametrize('attention', ['einsum', 'folded'])
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+def test_a_cache_is_exact_where_keys_depend_on_no_other_position(cache, attention, exact):
+    """In the only layer, keys and values are those of the token at their own position."""
+    cached = decoded(policy_of(1, attention), cache=cache)
+    assert_array_equal(cached.tokens, exact[1].tokens)
+    assert_allclose(cached.extras['log_prob'], exact[1].extras['log_prob'], atol=1e-5)
+    assert SamplingConfig(12, 12, 4, 1.0, cache=cache).approximate
+
+
+@pytest.mark.parametrize('cache', ['prefix', 'dual'])
+def test_a_cache_is_approximate_elsewhere_and_a_row_does_not_depend_on_its_neighbours(cache, exact):
+    options = {'cache': cache, 'refresh': 3, 'sampler': 'threshold', 'threshold': 0.2}
+    cached = decoded(policy_of(2), **options)
+    log_prob = np.asarray(cached.extras['log_prob'])
+    assert np.abs(log_prob - np.asarray(exact[2].extras['log_prob'])).max() > 1e-3
+    first = np.asarray(cached.commit_step) % 4 == 0  # A block begins with a refresh.
+    assert first.any() and not first.all()
+    alone = decoded(policy_of(2), rows=slice(3, 4), **options)
+    assert_array_equal(alone.tokens[0], cached.tokens[3])
+    assert_allclose(alone.extras['log_prob'][0], log_prob[3], atol=1e-5)
+
+
+@pytest.mark.fast
+def test_a_cache_needs_a_model_that_has_one():
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    config = SamplingConfig(4, 2, 2, 0.0, cache='dual')
+    with pytest.raises(ValueError, match="sampling.cache is 'dual', but this model has none"):
+        Toy().generate(tokens, mask, keys, config)
+
+
+def test_a_dual_cache_reads_the_block_alone_between_refreshes():
+    """Windows of 4 positions, and all 18 where a block begins or a refresh is due."""
+    sizes = []
+    policy = policy_of(1)
+    variables = {'params': random_params(policy.model)}
+
+    def read(tokens, valid, cache, start):
+        jax.debug.callback(partial(sizes.append, tokens.shape[1]))
+        return policy.hidden_with_cache(variables, tokens, valid, cache, start)
+
+    tokens = jnp.full((2, 6), 5, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    config = SamplingConfig(12, 12, 4, 1.0, cache='dual', refresh=3, stop_early=False)
+    jax.jit(
+        lambda: generate(
+            None,
+            lambda hidden: policy.unembed(variables, hidden),
+            tokens,
+            tokens > 0,
+            keys,
+            config,
+            0,
+            1,
+            jnp.arange(24) > 0,
+            CachedModel(policy.empty_cache, read),
+        )
+    )()
+    jax.effects_barrier()
+    assert sizes == [18, 4, 4, 18] * 3

@@ -1,0 +1,137 @@
+"""Generation in slots gives every row what it gets in a whole batch, and rollouts stay the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from spg_jax.assembly import assemble
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.rl import gap, slots
+from spg_jax.rl.collection import make_generate
+from spg_jax.rl.rollout import empty_rollout
+from tests.meshes import mesh_of
+from tests.parameters import random_params
+from tests.rl.test_rollout import rollout_of
+
+ROWS = 8
+KINDS = [  # slots, and how they differ from one batch by low confidence
+    (ROWS, {}),
+    (2, {}),
+    (2, {'sampler': 'threshold', 'threshold': 0.2}),
+    (2, {'sampler': 'remask', 'threshold': 0.5}),
+    (2, {'cache': 'dual', 'refresh': 2}),
+    (ROWS, {'cache': 'prefix'}),
+]
+
+
+def arguments(policy):
+    """Parameters, with which rows end in different blocks, and eight prompts."""
+    rng = np.random.default_rng(0)
+    prompt = jnp.asarray(rng.integers(2, 24, (ROWS, 4)), jnp.int32)
+    mask = jnp.arange(4)[None, :] >= jnp.arange(ROWS)[:, None] % 3
+    keys = jax.random.split(jax.random.key(3), ROWS)
+    return {'params': random_params(policy.model)}, prompt, mask, keys
+
+
+def joined(parts):
+    """The parts of a stream as one Completion, in the order of rows."""
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    cut = [
+        jax.tree.map(lambda x, rows=rows: np.asarray(x)[: len(rows)], part) for rows, part in parts
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *cut)
+
+
+@pytest.mark.parametrize(('number', 'change'), KINDS)
+def test_rows_get_in_slots_what_they_get_in_a_whole_batch(policy, number, change):
+    options = {'length': 16, 'steps': 16, 'block_length': 4, 'temperature': 2.0} | change
+    config = SamplingConfig(records=('log_prob',), **options)
+    variables, *rows = arguments(policy)
+    expected = make_generate(policy, config)(variables, *rows)
+    parts = list(slots.make_stream(policy, config, number)(variables, *rows))
+    assert sorted(np.concatenate([index for index, _ in parts]).tolist()) == list(range(ROWS))
+    assert len(parts) > 2  # rows ended at different times
+    completion = joined(parts)
+    assert_array_equal(completion.tokens, expected.tokens)
+    assert_array_equal(completion.commit_step, expected.commit_step)
+    log_prob = completion.extras['log_prob']
+    np.testing.assert_allclose(log_prob, expected.extras['log_prob'], atol=2e-6)
+
+
+def test_a_batch_shrinks_with_its_rows(policy, monkeypatch):
+    """The sizes of the batches that blocks are decoded in."""
+    sizes = []
+    advance = slots.sampling.decoder_of
+
+    def watching(hidden, unembed, prompt_mask, *rest):
+        sizes.append(len(prompt_mask))  # once for each program
+        return advance(hidden, unembed, prompt_mask, *rest)
+
+    monkeypatch.setattr(slots.sampling, 'decoder_of', watching)
+    config = SamplingConfig(16, 16, 4, 2.0)
+    variables, *rows = arguments(policy)
+    list(slots.make_stream(policy, config, ROWS)(variables, *rows))
+    assert sizes[0] == 8 and set(sizes) <= {8, 4, 2, 1} and len(set(sizes)) > 1
+    assert slots.sizes_of(128) == (16, 32, 64, 128) and slots.sizes_of(1) == (1,)
+
+
+@pytest.mark.parametrize('generation_batch', [0, 2])
+def test_a_rollout_in_slots_is_the_rollout_in_whole_batches(
+    policy, config, monkeypatch, generation_batch
+):
+    results = {}
+    for compact in (False, True):
+        config.rl.update(compact=compact, generation_batch=generation_batch)
+        results[compact] = rollout_of(policy, config, mesh_of(), [], monkeypatch)
+        monkeypatch.undo()
+    assert results[True][1] == results[False][1]
+    jax.tree.map(assert_array_equal, results[True][0], results[False][0])
+
+
+def sampled(policy, config, mesh):
+    """A rollout with the records of its sampler, and the parameters that sampled it."""
+    variables, prompt, mask, keys = arguments(policy)
+    completion = make_generate(policy, config)(variables, prompt, mask, keys)
+    rollout = empty_rollout(8, 4, config.length, mesh).replace(
+        prompt=prompt,
+        prompt_mask=mask,
+        completion=completion.tokens,
+        commit_step=completion.commit_step,
+        scored=completion.commit_step >= 0,
+        example_id=jnp.arange(8, dtype=jnp.uint32),
+        extras=completion.extras,
+    )
+    return variables, rollout
+
+
+def test_the_gap_is_rounding_where_the_sampler_is_exact_and_seen_where_it_is_not(policy, config):
+    batching = dataclasses.replace(assemble(config).batching, microbatch=4)
+    exact = SamplingConfig(12, 12, 4, 1.5, 'entropy', records=('log_prob',), top_k=9, top_p=0.9)
+    cases = {
+        'exact': (exact, 0.0, 1e-5),
+        'threshold': (dataclasses.replace(exact, sampler='threshold', threshold=0.2), 0.0, 1e-5),
+        'dual': (dataclasses.replace(exact, cache='dual'), 1e-4, 10.0),
+        'guided': (dataclasses.replace(exact, guidance=1.0), 1e-3, 10.0),
+    }
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        for decoding, low, high in cases.values():
+            variables, rollout = sampled(policy, decoding, mesh)
+            total, count = gap.make_gap(policy, decoding, batching, 0)(variables, rollout, 3)[
+                'sampling_gap'
+            ]
+            assert count >= 8 and low <= total / count <= high
+            # Half a nat more in every record is half a nat more of a gap.
+            if high < 1:
+                extras = {'log_prob': rollout.extras['log_prob'] + 0.5}
+                shifted = rollout.replace(extras=extras)
+                total, count = gap.make_gap(policy, decoding, batching, 0)(variables, shifted, 3)[
+                    'sampling_gap'
+                ]
+                assert abs(total / count - 0.5) < 1e-4
+    assert gap.make_gap(policy, dataclasses.replace(exact, records=()), batching, 0) is None
+    assert gap.make_gap(policy, dataclasses.replace(exact, temperature=0.0), batching, 0) is None
