@@ -101,8 +101,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             # 'low_confidence' is the published name for keeping the most probable tokens; the other
             # rules are random, entropy, margin and left_to_right, and those of sampling.sampler.
             commit='low_confidence',  # the rule by which a step keeps some tokens [C]
-            # Rules that may keep more tokens a step, so that a block may end sooner:
-            # threshold, llada2, factor, entropy_bounded; remask also takes tokens back (docs/sampling.md).
+            # threshold, llada2, factor and entropy_bounded may keep more tokens a step and end a
+            # block sooner; remask also takes tokens back (docs/sampling.md).
             sampler='',  # the rule by its name or your own by dotted path; '' is sampling.commit
             # LLaDA2 keeps all tokens above 0.95.
             threshold=0.9,  # the probability from which threshold, llada2 and remask are sure

@@ -19,7 +19,7 @@ from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.learner import split_parts
+from spg_jax.rl.packing import split_parts
 from spg_jax.rl.rollout import Rollout
 from spg_jax.training.train_state import Metrics
 

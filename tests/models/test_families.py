@@ -16,7 +16,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.diffusion.sampling import SamplingConfig, timestep_commits
+from spg_jax.diffusion.samplers.decoder import timestep_commits
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.families import FAMILIES, find_family, read_config
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.peft import check_adapter, load_adapter, save_adapter
