@@ -1,0 +1,70 @@
+"""What the machine can do at most, measured in the same process as what is compared with it."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MATRIX = 2048  # rows and columns of the matrices whose product gives the peak
+NUMBERS = 2**26  # float32 numbers of an array of 256 MiB, which no cache holds
+GIGA = 1e9
+
+
+def times(run: Callable[[], object], budget: float, most: int) -> list[float]:
+    """Seconds of several calls, whose results are waited for.
+
+    The first call takes fresh memory, so it counts only where it is the only one.
+
+    Args:
+      run: what to call; it is compiled already.
+      budget: no call but the first starts when those before it took so many seconds together.
+      most: calls that count.
+    """
+    seconds: list[float] = []
+    while not seconds or (len(seconds) <= most and sum(seconds) < budget):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:] or seconds
+
+
+def measure_machine(matrix: int = MATRIX, numbers: int = NUMBERS, budget: float = 2.0) -> dict:
+    """The peak of float32 products and the bandwidth of memory, with what the machine is.
+
+    Args:
+      matrix, numbers: sizes of what is measured.
+      budget: seconds for each of the two.
+    """
+    product, combine = jax.jit(jnp.matmul), jax.jit(lambda x, y: x + 2 * y)
+    square = jnp.ones((matrix, matrix))
+    x = jnp.ones(numbers)
+    product(square, square).block_until_ready()
+    combine(x, x).block_until_ready()
+    device = jax.devices()[0]
+    return {
+        'peak_gflops': 2
+        * matrix**3
+        / GIGA
+        / min(times(lambda: product(square, square), budget, 50)),
+        # Both arguments are read, and the result is written.
+        'bandwidth_gb': 3 * x.nbytes / GIGA / min(times(lambda: combine(x, x), budget, 50)),
+        'device': f'{device.platform} {device.device_kind}',
+        'processor': _processor(),
+        'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 0,
+        'load': os.getloadavg()[0],  # processes that wanted a core in the last minute
+        'jax': jax.__version__,
+    }
+
+
+def _processor() -> Any:
+    try:
+        with open('/proc/cpuinfo') as file:
+            return next(
+                line.split(':')[1].strip() for line in file if line.startswith('model name')
+            )
+    except (OSError, StopIteration):
+        return platform.processor()
