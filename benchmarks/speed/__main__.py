@@ -65,7 +65,9 @@ def measure(presets: list[str], only: list[str]) -> pairs.Report:
     """Everything that the first command measures, as JSON values."""
     machine, rows = measure_machine(), []
     for preset in presets:
+        print(f'{preset} …', file=sys.stderr, flush=True)
         rows += programs.measure_preset(preset, only, BUDGET)
+    print('growth and start …', file=sys.stderr, flush=True)
     axes = growth.AXES if 'growth' in only else ()
     grown = [growth.measure_growth(axis, BUDGET / 4) for axis in axes]
     if 'start' in only:

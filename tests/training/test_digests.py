@@ -47,6 +47,13 @@ def test_every_single_bit_counts(name):
         assert digest_arrays(placed(damaged | {name: array})) != expected
 
 
+@pytest.mark.parametrize('dtype', [jnp.int4, jnp.uint4])
+def test_numbers_of_four_bits_count(dtype):
+    """Those of a quantised kernel: each of the 16 values has a digest of its own."""
+    values = range(jnp.iinfo(dtype).min, jnp.iinfo(dtype).max + 1)
+    assert len({digest_arrays({'codes': jnp.full(3, value, dtype)}) for value in values}) == 16
+
+
 def test_order_names_types_and_shapes_count():
     arrays = tree()
     swapped = arrays['kernel'].copy()
