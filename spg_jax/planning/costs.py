@@ -137,11 +137,16 @@ def _update_flops(plan: Plan) -> float:
     policy that is looked at.
     """
     parts, model = plan.parts, plan.policy.config
-    length = parts.sampling.length
+    length, batching = parts.sampling.length, parts.batching
     rows = plan.rows_of_update * parts.objective.draws
     row = forward(model, plan.prompt_length + length, length)
     forwards = 1 + _in_pieces(plan) + _looks(plan)
     recomputed = model.remat * (row.total - row.unembedding - row.last)
+    if (
+        plan.logit_pieces(plan.rows_at_once * (batching.draws_per_pass or parts.objective.draws))
+        > 1
+    ):
+        recomputed += row.unembedding
     trained = row.adapters if model.lora else row.kernels + row.unembedding
     attention = _ATTENTION_BACKWARDS[plan.attention] * row.attention
     backwards = row.total - row.attention + attention + trained

@@ -15,8 +15,6 @@ from spg_jax import sharding
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
 from spg_jax.planning.programs import Plan
-from spg_jax.rl.objectives.objective import token_log_probs
-from spg_jax.rl.scores import logit_pieces
 from spg_jax.training.train_state import TrainState
 
 
@@ -183,11 +181,8 @@ def _experts(plan: Plan, sizes: _Sizes) -> dict[str, float]:
 
 def _readout_sizes(plan: Plan, rows: int) -> _Sizes:
     """Sizes where `rows` corrupted completions are read out at once, over all chips."""
-    length, pieces = plan.parts.sampling.length, 1
-    if plan.parts.objective.readout is token_log_probs:
-        shards, tensor = sharding.row_shards(plan.mesh), plan.mesh.shape['tensor']
-        pieces = logit_pieces(rows // shards, length, plan.policy.config.vocab_size // tensor)
-    return _sizes(plan, rows, length, length // pieces)
+    length = plan.parts.sampling.length
+    return _sizes(plan, rows, length, length // plan.logit_pieces(rows))
 
 
 def _attention(plan: Plan, sizes: _Sizes, backwards: bool) -> float:

@@ -28,7 +28,9 @@ from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_generate
 from spg_jax.rl.experience import experience_shapes
 from spg_jax.rl.learner import kept_policies, make_update, rows_at_once
+from spg_jax.rl.objectives.objective import token_log_probs
 from spg_jax.rl.rollout import Rollout, rollout_shapes
+from spg_jax.rl.scores import logit_pieces
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import TrainState, shardings_of
@@ -79,6 +81,20 @@ class Plan:
             batching.microbatch,
             batching.group_size,
             sharding.row_shards(self.mesh),
+        )
+
+    def logit_pieces(self, rows: int) -> int:
+        """The pieces of a completion whose logits are held at once.
+
+        Args:
+          rows: corrupted completions that are read out at once, over all chips.
+        """
+        if self.parts.objective.readout is not token_log_probs:
+            return 1
+        return logit_pieces(
+            rows // sharding.row_shards(self.mesh),
+            self.parts.sampling.length,
+            self.policy.config.vocab_size // self.mesh.shape['tensor'],
         )
 
     @property
