@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +98,7 @@ def define_flags() -> None:
     flags.DEFINE_enum('reward', 'answer', REWARDS, 'Right or wrong, or the share of cells right.')
     flags.DEFINE_integer('toys', 3, 'Toys with different languages.', lower_bound=1)
     flags.DEFINE_integer('updates', 256, 'Updates of each toy and method.', lower_bound=16)
-    flags.DEFINE_bool('smoke', False, 'Measure two objectives on one toy, to see that it runs.')
+    flags.DEFINE_bool('smoke', False, 'Measure one objective on one toy, to see that it runs.')
 
 
 def subjects(objectives: list[str]) -> Iterator[Subject]:
@@ -194,7 +194,7 @@ def main(_: list[str]) -> None:
     started, processor = time.monotonic(), time.process_time()
     cli.compile_cache()
     out = Path(FLAGS.out)
-    objectives = FLAGS.objectives or (['spg', 'd1'] if FLAGS.smoke else [])
+    objectives = FLAGS.objectives or (['spg'] if FLAGS.smoke else [])
     chosen = [with_decoder(subject) for subject in subjects(objectives)]
     out.mkdir(parents=True, exist_ok=True)
     count, updates, steps = FLAGS.toys, FLAGS.updates, toys.TRAINING_STEPS
@@ -228,9 +228,10 @@ def main(_: list[str]) -> None:
     print(json.dumps(result), flush=True)
 
 
-def decoding_of(parts: Parts) -> SamplingConfig:
-    """How the rollouts of a method are decoded, without what is recorded of them."""
-    return dataclasses.replace(parts.sampling, records=())
+def decoding_of(chosen: Parts, others: Iterable[Parts] = ()) -> SamplingConfig:
+    """How the rollouts of a method are decoded, with all records that it or others ask for."""
+    names = {name for parts in (chosen, *others) for name in parts.sampling.records}
+    return dataclasses.replace(chosen.sampling, records=tuple(sorted(names)))
 
 
 def directions(
@@ -244,10 +245,9 @@ def directions(
         decoder = subject.decoder
         if decoder in samples:
             continue
-        samples[decoder] = toy_directions.make_samples(
-            known, decoding_of(parts), parts.batching, updates
-        )
-        exact = toy_directions.of_exact_likelihood(samples[decoder], GROUP_SIZE)
+        decoding = decoding_of(parts, (other for _, other in chosen))
+        samples[decoder] = toy_directions.make_samples(known, decoding, parts.batching, updates)
+        exact = toy_directions.of_exact_likelihood(samples[decoder])
         section = 'methods' if decoder in (CONFIDENCE, LEFT_TO_RIGHT) else 'decoders'
         records.append(record_of(section, 'exact likelihood', decoder, exact))
         say(f'samples of {decoder.name}')

@@ -37,7 +37,6 @@ from spg_jax.rl.toys import (
 )
 from spg_jax.training.train_state import TrainState
 
-RECORDS = ('entropy', 'influence', 'kept', 'log_prob')  # all that an objective may ask for
 BUDGET = 16  # forward passes of each completion at which methods are compared
 CHUNK = 64  # updates whose directions are in memory at once
 BLOCKS = 8  # of updates, each left out in turn to estimate errors
@@ -64,13 +63,22 @@ class Sample(NamedTuple):
     toy: Toy
     rollouts: Rollout  # [U, B, ...]
     gradient: np.ndarray  # [W] of the expected reward, as a mean over prompts
-    of_completions: np.ndarray  # [Q - 1, X, W] of the log-probability under the decoder
+    # [U, W] updates of REINFORCE with the exact probability of each completion, minus their mean,
+    # which is known: the noise that the choice of completions gives every method.
+    noise: np.ndarray
 
 
 def make_samples(
     toys: list[Toy], decoding: SamplingConfig, batching: Batching, updates: int
 ) -> list[Sample]:
-    """Samples rollouts of a decoder from each toy, and enumerates its true gradient."""
+    """Samples rollouts of a decoder from each toy, and enumerates its true gradient.
+
+    Args:
+      toys: whose policies are sampled.
+      decoding: the decoder, with the records that objectives ask for.
+      batching: the rows of an update.
+      updates: U.
+    """
     sample = make_sample(decoding, batching)
     keys = jax.random.split(jax.random.key(11), updates)
     first = toys[0]
@@ -84,7 +92,9 @@ def make_samples(
         law = np.asarray(law)[..., None]
         of_log_law = np.where(law > 0, of_law / np.maximum(law, 1e-30), 0.0)
         rollouts = draw(toy.table, toy.reward, keys)
-        samples.append(Sample(toy, rollouts, gradient, of_log_law))
+        exact = exact_updates(rollouts, of_log_law, batching.group_size)
+        mean = (batching.group_size - 1) * PROMPTS * gradient  # The baseline holds the row itself.
+        samples.append(Sample(toy, rollouts, gradient, exact - mean))
     return samples
 
 
@@ -116,28 +126,41 @@ def measure(
     results = []
     for sample in samples:
         pieces = [np.asarray(compiled(*piece(sample, start))) for start in range(0, updates, chunk)]
-        results.append(compare(np.concatenate(pieces), sample.gradient, count))
+        results.append(compare(np.concatenate(pieces), sample.gradient, count, sample.noise))
     return average(results)
 
 
-def of_exact_likelihood(samples: list[Sample], group_size: int) -> Direction:
-    """The updates of REINFORCE with the exact probability of each completion under the decoder."""
+def exact_updates(rollouts: Rollout, of_log_law: np.ndarray, group_size: int) -> np.ndarray:
+    """The sum over rows of A grad log p, with p the probability under the decoder, [U, W].
+
+    Args:
+      rollouts: [U, B, ...].
+      of_log_law: [Q - 1, X, W] gradients of log p.
+      group_size: G, rows of a prompt; A is the reward minus the mean of the group.
+    """
+    reward = np.asarray(rollouts.reward).reshape(-1, PROMPTS, group_size)
+    advantage = (reward - reward.mean(-1, keepdims=True)).reshape(len(reward), -1)
+    powers = SYMBOLS ** np.arange(LENGTH)
+    index = (np.asarray(rollouts.completion) * powers).sum(-1)  # [U, B]
+    prompt = np.asarray(rollouts.prompt)[..., 0]
+    weight = np.zeros((len(reward), PROMPTS, SYMBOLS**LENGTH))
+    np.add.at(weight, (np.arange(len(reward))[:, None], prompt, index), advantage)
+    return np.einsum('uqx,qxw->uw', weight, of_log_law)
+
+
+def of_exact_likelihood(samples: list[Sample]) -> Direction:
+    """What REINFORCE with the exact probability of each completion does, as in `measure`."""
     results = []
     for sample in samples:
-        rollouts = sample.rollouts
-        reward = np.asarray(rollouts.reward).reshape(-1, PROMPTS, group_size)
-        advantage = (reward - reward.mean(-1, keepdims=True)).reshape(len(reward), -1)
-        powers = SYMBOLS ** np.arange(LENGTH)
-        index = (np.asarray(rollouts.completion) * powers).sum(-1)  # [U, B]
-        prompt = np.asarray(rollouts.prompt)[..., 0]
-        weight = np.zeros((len(reward), PROMPTS, SYMBOLS**LENGTH))
-        np.add.at(weight, (np.arange(len(reward))[:, None], prompt, index), advantage)
-        updates = np.einsum('uqx,qxw->uw', weight, sample.of_completions)
+        mean = (np.asarray(sample.rollouts.reward).shape[1] // PROMPTS - 1) * PROMPTS
+        updates = sample.noise + mean * sample.gradient
         results.append(compare(np.stack([updates, updates], 1), sample.gradient, 0.0))
     return average(results)
 
 
-def compare(updates: np.ndarray, gradient: np.ndarray, passes: float) -> Direction:
+def compare(
+    updates: np.ndarray, gradient: np.ndarray, passes: float, noise: np.ndarray | None = None
+) -> Direction:
     """Cosines of updates with the true gradient.
 
     The squared norm of the mean update is estimated without the bias that noise gives it, from
@@ -149,6 +172,8 @@ def compare(updates: np.ndarray, gradient: np.ndarray, passes: float) -> Directi
       updates: [U, T, W], of U rollouts and T turns of each, T >= 2.
       gradient: [W], the true one.
       passes: forward passes of each completion in one turn.
+      noise: [U, W] with mean 0. The multiple of it that takes most of the variance is subtracted
+        from the updates of each rollout, which makes their mean less noisy and no other.
     """
     updates = np.asarray(updates, np.float64)
     unit = gradient / np.linalg.norm(gradient)
@@ -158,19 +183,22 @@ def compare(updates: np.ndarray, gradient: np.ndarray, passes: float) -> Directi
     sums = updates.sum(1)  # [U, W]
     products = ((sums**2).sum(-1) - squares.sum(1)) / (turns * (turns - 1))  # [U]
     means = sums / turns
+    if noise is not None:
+        share = ((means - means.mean(0)) * noise).sum() / (noise**2).sum()
+        means = means - share * noise
 
     def cosine(kept: np.ndarray) -> float:
         total = means[kept].sum(0)
         pairs = kept.sum() * (kept.sum() - 1)
         square = (total @ total - (means[kept] ** 2).sum()) / pairs
-        return along[kept].mean() / np.sqrt(square) if square > 0 else np.nan
+        return total @ unit / kept.sum() / np.sqrt(square) if square > 0 else np.nan
 
     everything = np.ones(len(updates), bool)
     block = np.arange(len(updates)) % BLOCKS
     without = np.array([cosine(block != b) for b in range(BLOCKS)])
     error = np.sqrt((BLOCKS - 1) / BLOCKS * ((without - without.mean()) ** 2).sum())
     one, two = squares.mean(), max(products.mean(), 1e-30)
-    mean = along.mean()
+    mean = means.mean(0) @ unit
     single = np.where(squares > 0, along / np.sqrt(np.maximum(squares, 1e-30)), 0.0).mean()
     at_budget = max(two + (one - two) * passes / BUDGET, 1e-30)
     return Direction(
@@ -193,9 +221,9 @@ def average(results: list[Direction]) -> Direction:
 def make_sample(decoding: SamplingConfig, batching: Batching) -> Callable[..., Rollout]:
     """A function (table, reward, keys [U]) -> the rollouts [U, B, ...] of as many updates.
 
-    Completions come from the real sampler, which records everything that an objective may ask for.
+    Completions come from the real sampler. Its records are those of `decoding`.
     """
-    decoding = dataclasses.replace(decoding, records=RECORDS, stop_early=False)
+    decoding = dataclasses.replace(decoding, stop_early=False)
     group = batching.group_size
     prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), group)[:, None]  # [B, 1]
 

@@ -104,7 +104,9 @@ def make_toys(seeds: range, reward: str, steps: int = TRAINING_STEPS) -> list[To
         columns = jax.lax.map(lambda x: push(x).reshape(-1), jnp.eye(len(flat)), batch_size=64)
         return table, columns.T
 
-    tables, jacobians = jax.jit(lambda weights: jax.lax.map(know, weights))(weights)
+    # Only a long training is worth an optimised program.
+    compiled = jax.jit if steps == TRAINING_STEPS else lambda function: quick(function, weights)
+    tables, jacobians = compiled(lambda weights: jax.lax.map(know, weights))(weights)
     return [
         Toy(table, jacobian, jnp.asarray(rewards(reward, seed)))
         for seed, table, jacobian in zip(seeds, tables, jacobians, strict=True)
