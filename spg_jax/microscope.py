@@ -74,11 +74,10 @@ DECODERS = (
     Decoder('confidence, T = 0.5', temperature=0.5),
     Decoder('confidence, no blocks', block_length=4),
     Decoder('confidence, two a step', steps=2),
-    Decoder('random order, blocks of 2', commit='random'),
     Decoder('random order, no blocks', commit='random', block_length=4),
 )
 # Methods that stand for their kind in the table of decoders.
-SHOWN = ('spg', 'd1', 'espo', 'tracerl')
+SHOWN = ('spg', 'd1', 'tracerl')
 MASKS: Mapping[str, Mapping[str, Any]] = {
     'block': {},
     'uniform': {'corruption.kind': 'uniform'},
@@ -340,7 +339,10 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 def _draw_methods(axis: Any, records: list[dict[str, Any]]) -> None:
     records = sorted(records, key=lambda record: record['budget'])
-    labels = [record['name'] for record in records]
+    labels = [
+        record['name'] + (', left to right' * (record['decoder'] == LEFT_TO_RIGHT.name))
+        for record in records
+    ]
     axis.barh(labels, [r['cosine'] for r in records], color='0.85', label='mean of all updates')
     axis.barh(
         labels, [r['budget'] for r in records], height=0.5, label=f'update of {BUDGET} passes'
@@ -357,11 +359,13 @@ def _draw_draws(axis: Any, records: list[dict[str, Any]]) -> None:
         draws = [r['passes'] for r in rows]
         axis.plot(draws, [r['budget'] for r in rows], 'o-', color=f'C{color}', label=masks)
         axis.plot(draws, [r['cosine'] for r in rows], '--', color=f'C{color}', alpha=0.6)
+        axis.plot(draws, [r['single'] for r in rows], ':', color=f'C{color}')
     axis.set_xscale('log', base=2)
     axis.set(
-        title=f'SPG mixture: update of {BUDGET} passes (solid), mean of all updates (dashed)',
+        title=f'SPG mixture: mean (dashed), {BUDGET} passes (solid), one update (dotted)',
         xlabel='draws M',
         ylabel='cosine with the true policy gradient',
+        ylim=(0, 1),
     )
     axis.grid(alpha=0.3)
     if records:
@@ -388,7 +392,7 @@ def _draw_spreads(axis: Any, records: list[dict[str, Any]]) -> None:
 
 
 def _draw_bounds(axis: Any, records: list[dict[str, Any]]) -> None:
-    records = [r for r in records if r['name'] != 'log p' or r['masks'] == 'decoder'][::-1]
+    records = [r for r in records if r['name'] != 'log p' and 'd=0' not in r['masks'].split()][::-1]
     labels = [f'{r["name"]}, {r["masks"]}' for r in records]
     axis.barh(labels, [r['over_decoder'] for r in records], color='C2')
     axis.axvline(0, color='k', lw=0.8)
