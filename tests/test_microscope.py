@@ -15,6 +15,7 @@ from spg_jax.rl.toy_directions import compare
 from tests.processes import finish, start_module
 
 GROUP = microscope.GROUP_SIZE
+OWN = 'examples.own_objective'
 
 
 @pytest.fixture(scope='module')
@@ -171,7 +172,7 @@ def test_forward_passes_are_counted(samples):
     assert [passes(name) for name in ('spg', 'd1', 'dmpo', 'dtm')] == [2, 3, 4 + 8 / 2, 2]
 
 
-@pytest.mark.parametrize('objective', ['examples.own_objective', 'just_grpo'])
+@pytest.mark.parametrize('objective', [OWN, 'just_grpo'])
 def test_own_objectives_and_those_with_another_decoder_are_measured(objective):
     subject = microscope.Subject('methods', objective, objective, {}, microscope.CONFIDENCE)
     measured, parts = microscope.with_decoder(subject)
@@ -209,11 +210,11 @@ def test_bounds_lie_where_theory_puts_them(known, usual):
 
 
 @pytest.mark.compiled_as_users_do
-def test_the_command_runs(tmp_path):
-    run = start_module('spg_jax.microscope', '--smoke', '--objectives=spg', f'--out={tmp_path}')
+def test_the_command_measures_an_objective_of_a_users_own(tmp_path):
+    run = start_module('spg_jax.microscope', '--smoke', f'--objectives={OWN}', f'--out={tmp_path}')
     status, output, error = finish(run)
     assert status == 0, error
     last = json.loads(output.splitlines()[-1])
     assert last['toys'] == 1 and 'at 16 passes' in output.replace('\n', ' ')
     records = [json.loads(line) for line in (tmp_path / 'microscope.jsonl').open()]
-    assert [record['name'] for record in records] == ['exact likelihood', 'spg']
+    assert [record['name'] for record in records] == ['exact likelihood', OWN]
