@@ -367,6 +367,7 @@ def _draw_draws(axis: Any, records: list[dict[str, Any]]) -> None:
         ylabel='cosine with the true policy gradient',
         ylim=(0, 1),
     )
+    axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
     if records:
         axis.legend(fontsize=8)
