@@ -1,7 +1,7 @@
 """Measures samplers on trained policies: tokens per second and accuracy, against the exact sampler.
 
     python -m benchmarks.samplers --workdir=runs/countdown-spg-12d3790f66 [--workdir=…] [--pairs=5]
-    python -m benchmarks.samplers --endings   # rows that end early: whole batches against slots
+    python -m benchmarks.samplers --endings  # rows that end early: whole batches against slots
 
 A --workdir is a run, or a policy trained here. The first command decodes test problems at
 temperature 0 with each sampler of VARIANTS, in turn with the exact one, and prints a table and one
@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'entropy_bounded 0.1': {'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
     'remask': {'sampler': 'remask', 'threshold': 0.5},
     'dual, threshold 0.9': {'cache': 'dual', 'sampler': 'threshold', 'threshold': 0.9},
+    'dual, entropy 0.1': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
+    'dual, entropy 0.3': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.3},
 }
 # (rows, slots, completion tokens, where rows end) of the second command. With fewer slots than rows
 # slots are refilled, and the other side generates one batch of that size after another.
@@ -170,7 +172,8 @@ def of_one_policy(
 
         exact = program(EXACT)
         reference = np.asarray(exact().tokens)
-        for name, change in {'exact': EXACT, **VARIANTS}.items():
+        chosen = {name: VARIANTS[name] for name in FLAGS.sampler or VARIANTS}
+        for name, change in {'exact': EXACT, **chosen}.items():
             run = program(change)
             completion = run()
             tokens, steps = np.asarray(completion.tokens), np.asarray(completion.commit_step)
@@ -279,6 +282,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == '__main__':
     flags.DEFINE_multi_string('workdir', [], 'A run or a policy; several may be given.')
+    flags.DEFINE_multi_enum('sampler', [], list(VARIANTS), 'Only these samplers.')
     flags.DEFINE_integer('problems', 256, 'How many test problems.', lower_bound=1)
     flags.DEFINE_integer('pairs', 5, 'Pairs of timed runs.', lower_bound=1)
     flags.DEFINE_bool('endings', False, 'Compare whole batches with slots, on a random model.')

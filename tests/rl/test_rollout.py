@@ -138,6 +138,7 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
 
 def test_generating_in_parts_changes_nothing_and_rewards_meanwhile(policy, config, monkeypatch):
     found, events = {}, {}
+    config.rl.compact = False  # so that parts are equal shares (tests/rl/test_slots.py has others)
     for parts, sizes in ((0, (1, 1, 1)), (2, (1, 1, 1)), (4, (4, 1, 1))):
         config.rl.generation_batch = parts
         events[parts] = []
