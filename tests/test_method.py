@@ -8,7 +8,7 @@ from configs import countdown, sudoku
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.limits import _alike
-from spg_jax.method import complete, names, set_objective, use_recipe
+from spg_jax.method import FAST, complete, names, set_objective, use_recipe
 from spg_jax.process.config_flag import UnusableConfig, assigned
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.runs.directory import default_workdir
@@ -233,3 +233,16 @@ def test_a_configuration_that_lacks_the_objective_is_left_to_assemble():
     assert complete(config, {}) == frozenset()
     with pytest.raises(ValueError, match='is missing; start from default_config'):
         assemble(config)
+
+
+def test_the_fast_preset_sets_what_the_command_line_leaves_open():
+    config = default_config()
+    assigned = {'sampling.preset': 'fast', 'sampling.entropy_bound': '0.2'}
+    completed = complete(config, assigned)
+    assert completed == {'sampling.sampler', 'sampling.cache'}
+    assert config.sampling.sampler == FAST['sampling.sampler']
+    assert config.sampling.entropy_bound == default_config().sampling.entropy_bound
+    sampling = assemble(config).sampling
+    assert sampling.approximate and 'log_prob' in sampling.records  # so that the gap is logged
+    with pytest.raises(ValueError, match="sampling.preset is 'slow'; use one of"):
+        complete(default_config(), {'sampling.preset': 'slow'})
