@@ -21,6 +21,7 @@ import jaxlib
 from jax.sharding import Mesh
 
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.diffusion.samplers import source_file
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
 from spg_jax.process.files import write_whole
@@ -83,10 +84,12 @@ def identity_of(
     """Everything that the figures of a policy depend on.
 
     Returns:
-      JSON values. None for a task in a file of the user, because that file may import others, whose
-      changes nobody would notice, and for a task with settings that are no JSON values.
+      JSON values. None for a task or a sampler in a file of the user, because that file may import
+      others, whose changes nobody would notice, and for a task with settings that are no JSON
+      values.
     """
-    if task.defining_files():
+    rules = {decoding.rule_name for decoding in evaluation.decodings}
+    if task.defining_files() or any(source_file(rule) for rule in rules):
         return None
     identity = {
         'parameters': digest_arrays(variables),
