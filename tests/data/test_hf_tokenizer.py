@@ -112,8 +112,10 @@ def test_the_tokenizer_of_dream_is_read_without_its_code(tmp_path):
     declared |= {'eos_token': specials[0], 'pad_token': specials[0], 'mask_token': specials[4]}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(declared))
     tokenizer = HFTokenizer(tmp_path, first + 4, first, first)
-    plain = backend.encode('Use 3, 44', add_special_tokens=False).ids
-    assert tokenizer.encode('Use 3, 44') == plain
+    ids = tokenizer.encode('Use 3, 44')
+    assert tokenizer.decode(ids) == 'Use 3, 44'
+    # Qwen2 splits numbers into digits, and has the ids of its vocabulary.
+    assert ids[-2:] == [model['vocab']['4']] * 2 and max(ids) < first
     start, end = first + 1, first + 2
     prompt = tokenizer.encode_prompt('Use 3, 44')
     assert (prompt[0], prompt.count(start), prompt.count(end)) == (start, 2, 1)
