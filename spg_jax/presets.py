@@ -88,7 +88,8 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.model.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
     config.model.scan_unroll = 1  # compiles one layer, not two
     config.base.update(stages=((40, 1.0), (4, 0.35)), batch_size=32)
-    config.rl.update(prompts=4, microbatch=16)
+    # Whole batches, not slots, so that the program of evaluations also serves rollouts.
+    config.rl.update(prompts=4, microbatch=16, compact=False)
     config.optimizer.learning_rate = 1e-3
     config.train.steps = 8
     config.train.diagnose_every = 0  # its program would take a tenth of the run to compile

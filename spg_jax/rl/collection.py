@@ -170,7 +170,9 @@ def make_collect(
             if in_slots:
                 yield from ((first + index, ended) for index, ended in stream(*arguments))
             else:
-                yield np.arange(first, first + at_once), generate(*arguments)
+                with jax.profiler.TraceAnnotation('generate'):
+                    completion = generate(*arguments)
+                yield np.arange(first, first + at_once), completion
 
     @partial(jax.profiler.annotate_function, name='decode and reward')
     def finish(

@@ -145,18 +145,20 @@ def whole_units(idle: Array, unit: int) -> Array:
 
 
 def rows_of_piece(rows: int, microbatch: int, multiple: int) -> int:
-    """The rows of a piece where rows can be idle: a microbatch, or a part of it.
+    """The rows of a piece where rows can be idle: a microbatch, or a part of one that is the batch.
 
-    It is the smallest part that makes at most MOST_PIECES of the batch.
+    The part is the smallest that makes at most MOST_PIECES of the batch. A batch that is cut into
+    microbatches already stays cut as it is, because its programs are planned with their size.
 
     Args:
       rows: B.
       microbatch: which divides B.
       multiple: the rows of a piece are a multiple of it.
     """
-    for part in range(multiple, microbatch, multiple):
-        if microbatch % part == 0 and MOST_PIECES * part >= rows:
-            return part
+    if rows == microbatch:
+        for part in range(multiple, microbatch, multiple):
+            if microbatch % part == 0 and MOST_PIECES * part >= rows:
+                return part
     return microbatch
 
 

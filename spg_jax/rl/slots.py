@@ -128,7 +128,8 @@ def make_stream(
         state = begin(prompt[:size], prompt_mask[:size], keys[:size], block)
         ready: list[Part] = []
         while (rows >= 0).any():
-            state, ended = advance(variables, state)
+            with jax.profiler.TraceAnnotation('generate'):
+                state, ended = advance(variables, state)
             yield from ready
             ready = []
             done = np.flatnonzero(np.asarray(ended) & (rows >= 0))

@@ -172,6 +172,7 @@ def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(nam
             token=jnp.zeros(6, jnp.int32),
             masked=jnp.asarray(masked),
             count=jnp.int32(count),
+            scheduled=jnp.int32(count),
             key=jax.random.key(0),
         )
         config = SamplingConfig(6, 6, 6, 1.0, sampler=name)
@@ -184,7 +185,7 @@ def test_factor_commits_as_many_as_the_formula_says():
     """c = .95, .9, .6: 2 x .05 < 1, 3 x .1 < 1 and 4 x .4 > 1, so two at f = 1."""
     confidence = np.array([0.6, 0.95, 0.9])
     logits = jnp.log(jnp.asarray(np.stack([confidence, 1 - confidence], axis=1), jnp.float32))
-    view = View(logits, logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool), 1, jax.random.key(0))
+    view = View(logits, logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool), 1, 1, jax.random.key(0))
     for f, expected in ((1.0, 2), (0.31, 2), (0.29, 1), (0.05, 1), (1.61, 3)):
         config = SamplingConfig(3, 3, 3, 1.0, sampler='factor', factor=f)
         assert int(commitment(config.rule, view, config).sum()) == expected

@@ -174,7 +174,7 @@ def test_the_platform_decides():
 def test_impossible_implementations_are_refused_with_the_fix():
     with pytest.raises(ValueError, match="'metal'; use einsum"):
         resolve('auto', 'metal')
-    with pytest.raises(ValueError, match="model.attention is 'flash'; use one of auto, einsum"):
+    with pytest.raises(ValueError, match="'flash', perhaps splash; use one of auto, einsum"):
         resolve('flash', 'cpu')
     with pytest.raises(ValueError, match='bfloat16, not float32; use model.attention einsum'):
         attention(*inputs(4, 2, 2), 'cudnn')

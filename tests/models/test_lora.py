@@ -125,7 +125,7 @@ def test_every_layer_drops_by_a_key_of_its_own():
         of_layer = jax.tree.map(
             lambda x, i=layer: x[i], {name: variables[name]['layers'] for name in variables}
         )
-        x, _ = block(of_layer, x, rotary, valid, split[:, :, layer])
+        x, _ = block(of_layer, x, rotary, valid, split[:, :, layer], None, None)
     norm = RMSNorm(config.norm_eps)
     x = norm.apply({'params': variables['params']['final_norm']}, x)
     assert_allclose(run(policy, variables, keys), x, atol=2e-5)

@@ -240,9 +240,9 @@ def test_initial_predictions_are_near_uniform(changes):
         ({'kv_heads': 4}, 'heads 6 is not a multiple of model.kv_heads 4'),
         ({'width': 18}, 'head dim 3'),
         ({'layers': 0}, 'model.layers is 0'),
-        ({'dtype': 'float16'}, "model.dtype is 'float16'; use one of float32, bfloat16"),
+        ({'dtype': 'float16'}, "'float16', perhaps bfloat16; use one of float32, bfloat16"),
         ({'norm_eps': 0.0}, 'model.norm_eps is 0.0'),
-        ({'attention': 'flash'}, "model.attention is 'flash'; use one of einsum"),
+        ({'attention': 'flash'}, "'flash', perhaps splash; use one of einsum"),
     ],
 )
 def test_impossible_configurations_say_what_to_use(changes, message):

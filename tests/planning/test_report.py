@@ -110,8 +110,8 @@ def test_logits_are_of_the_scored_positions_of_a_microbatch_and_no_more(report, 
     vocabulary, width = plan_of(MESH).policy.config.vocab_size, 256
     shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled['update'].text)
     positions = largest_logits(shapes, vocabulary, {width, width // 4})
-    # A piece of the batch has 16 rows over 4 shards, and a completion has 128 positions.
-    assert positions == plan_of(MESH).rows_at_once // 4 * 128 == 16 // 4 * 128
+    # A microbatch has 32 rows over 4 shards, and a completion has 128 positions.
+    assert positions == plan_of(MESH).rows_at_once // 4 * 128 == 32 // 4 * 128
 
 
 @pytest.mark.parametrize('task', [gsm8k, sudoku])

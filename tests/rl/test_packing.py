@@ -164,7 +164,7 @@ def test_the_gradient_without_idle_rows_is_the_one_with_them(
     [
         ('row', ROWS, [ROWS, 4, 8, 0]),
         ('group', ROWS, [ROWS, 4, 8, 0]),
-        ('batch', 8, [2 * ROWS, 2 * 4, 2 * 8, 0]),
+        ('batch', 8, [2 * ROWS, 2 * 8, 2 * 8, 0]),
     ],
 )
 def test_idle_rows_are_not_read_out(couples, microbatch, expected):
@@ -215,9 +215,10 @@ def test_pieces_hold_live_rows_first_and_are_joined_again(unit):
 
 def test_rows_of_a_piece():
     assert rows_of_piece(128, 128, 1) == 32
-    assert rows_of_piece(128, 16, 1) == 16  # the user's choice, if it is smaller
-    assert rows_of_piece(96, 48, 16) == 48  # 24 rows do not split over 16 shards
-    assert rows_of_piece(96, 48, 4) == 24
+    assert rows_of_piece(128, 16, 1) == 16  # the user's choice
+    assert rows_of_piece(96, 48, 4) == 48
+    assert rows_of_piece(96, 96, 4) == 24
+    assert rows_of_piece(96, 96, 36) == 96  # parts of 36 and 72 rows do not divide the batch
     assert rows_of_piece(6, 6, 1) == 2
     assert rows_of_piece(7, 7, 1) == 7
 

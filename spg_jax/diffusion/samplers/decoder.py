@@ -89,7 +89,9 @@ class Decoder:
 
     def unfinished(self, carry: Carry) -> Array:
         """Whether a block is left and some row has not ended, [] bool."""
-        return ~self.ended(carry).all()
+        # The first limit is known to the compiler, and `planning.collectives` reads it.
+        block_left = (carry.block < self.config.blocks).any()
+        return block_left & ~self.ended(carry).all()
 
     def advance(self, carry: Carry) -> Carry:
         """Finishes the current block of each row.
