@@ -404,5 +404,5 @@ if __name__ == '__main__':
     flags.DEFINE_list('parts', list(PARTS), f'What is measured: {", ".join(PARTS)}.')
     flags.DEFINE_integer('workers', 12, 'Processes among which the tests are shared out.')
     flags.DEFINE_float('test_seconds', 240, 'After that, the tests are interrupted.')
-    flags.DEFINE_string('out', 'on_accelerator.json', 'The JSON file with every figure.')
+    cli.define_path_flag('out', 'on_accelerator.json', 'The JSON file with every figure.')
     cli.run(main)

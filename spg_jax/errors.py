@@ -25,7 +25,8 @@ def check_one_of(key: str, value: object, known: Iterable[str]) -> None:
     if value not in known:
         near = nearest(value, known) if isinstance(value, str) else ''
         perhaps = f', perhaps {near}' if near else ''
-        raise ValueError(f'{key} is {value!r}{perhaps}; use one of {", ".join(known)}')
+        shown = ', '.join(str(each) or "''" for each in known)
+        raise ValueError(f'{key} is {value!r}{perhaps}; use one of {shown}')
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
