@@ -67,10 +67,12 @@ def logits(directory, adapter=None):
         return np.asarray(jax.jit(policy.unembed)(variables, hidden))
 
 
-@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_llada_moe', 'tiny_dream'])
+@pytest.mark.parametrize('name', ['tiny_llada2_moe', 'tiny_dream'])
 def test_a_checkpoint_learns_and_comes_out_again(tmp_path, monkeypatch, name):
-    """Two updates of SPG with rollouts and an evaluation, on a mesh that splits experts."""
+    """Two updates of SPG with rollouts, on a mesh that splits experts. LLaDA-MoE has nothing that
+    these two do not have; the test below evaluates."""
     adapted.simplify(monkeypatch)
+    adapted.skip_evaluation(monkeypatch)
     config, mesh = config_in(tmp_path, name), mesh_of(1, 2, 2)
     with jax.set_mesh(mesh), Interruption() as interruption:
         assert train(config, tmp_path / 'run', mesh, interruption)

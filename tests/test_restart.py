@@ -83,7 +83,7 @@ def test_the_same_data_and_an_older_record_go_on(policy, tmp_path, monkeypatch, 
 def restore(directory, policy):
     """As at a start, of a run whose checkpoints nobody may read before its best policy."""
     run = SimpleNamespace(directory=directory, restore=lambda _: pytest.fail('read a checkpoint'))
-    return train.restore(run, None, None, SimpleNamespace(policy=policy), mesh_of())
+    return train.restore(run, None, None, None, SimpleNamespace(policy=policy), mesh_of())
 
 
 def test_a_best_policy_that_is_gone_is_noticed_first(policy, tmp_path):

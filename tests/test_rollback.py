@@ -106,7 +106,7 @@ class Validation:
     def __init__(self, config, run, *_):
         self.run = run
 
-    def look_at(self, state):
+    def look_at(self, state, figures=None):
         self.run.record['best'] = {'step': 0, 'accuracy': 0.0, 'reward': 0.0}
 
 
@@ -120,6 +120,11 @@ def start(workdir, rollbacks, patch, updates=0):
     problems = SimpleNamespace(validation=[], test=[])
     programs = programs_of(config, mesh)
     patch.setattr(train, 'prepare', lambda *_: (first_state(), problems, programs))
+    patch.setattr(train, 'fit_to_model', lambda config, parts, model: parts)
+    patch.setattr(train.policies, 'model_of_policy', lambda _: None)
+    patch.setattr(train, 'update_ahead', lambda programs, *_: programs)
+    figures = {'report': programs.evaluator.report(None, None), 'validation': {}}
+    patch.setattr(train, 'figures_of_base', lambda *_: figures)
     patch.setattr(train, 'origins_of', lambda *_: {})
     patch.setattr(train, 'Validation', Validation)
     patch.setattr(train.policies, 'is_policy', lambda _: True)
