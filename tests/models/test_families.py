@@ -80,7 +80,6 @@ def seeing(config, block, shift=False):
     return dataclasses.replace(config, visible_block=block, shift_logits=shift)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('name', AUTOREGRESSIVE)
 def test_logits_of_qwen2_and_llama(checkpoint, name):
     numbers = golden(name)
@@ -96,7 +95,6 @@ def test_logits_of_qwen2_and_llama(checkpoint, name):
     assert_allclose(nll, numbers['next_token_nll'], **LOGITS)
 
 
-@pytest.mark.fast
 def test_logits_of_dream_are_shifted_by_one(checkpoint):
     numbers = golden('tiny_dream')
     config, ids, params = load_checkpoint(checkpoint('tiny_dream'))
@@ -124,7 +122,6 @@ def test_logits_of_llada_moe(checkpoint, name):
     check_router(config, params, numbers, 'router_idx', 'router_w')
 
 
-@pytest.mark.fast
 @pytest.mark.compiled_as_users_do
 def test_logits_of_llada2(checkpoint):
     numbers = golden('tiny_llada2_moe')
@@ -227,7 +224,6 @@ def completions(policy, params, prompts, valid, decoding):
     return make_generate(policy, decoding)({'params': params}, prompts, valid, keys)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ('case', 'threshold', 'steps_per_block'),
     [
