@@ -204,7 +204,7 @@ def _recording(
 ) -> SamplingConfig:
     """The sampler of rollouts, which records what the objective asks for."""
     records = set(objective.records)
-    if sampling.approximate:  # so that its gap to the model is logged (`rl.arrival`)
+    if sampling.approximate:  # so that its gap to the model is logged (`rl.gap`)
         records.add('log_prob')
     if objective.needs_law:
         records.add('log_prob')

@@ -106,8 +106,13 @@ def digest_files(
     digests = {}
     if file := source_file(config.rl.objective):
         digests['rl.objective'] = digest_path(file)
-    if file := samplers.source_file(config.sampling.sampler or config.sampling.commit):
-        digests['sampling.sampler'] = digest_path(file)
+    rules = {
+        'sampling.sampler': config.sampling.sampler or config.sampling.commit,
+        'evaluation.sampler': config.evaluation.sampler,
+    }
+    for key, rule in rules.items():
+        if rule and (file := samplers.source_file(rule, key)):
+            digests[key] = digest_path(file)
     if config.task.prompt_template:
         digests['task.prompt_template'] = digest_path(Path(config.task.prompt_template))
     if config.base.checkpoint:

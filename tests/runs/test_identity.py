@@ -145,3 +145,18 @@ def test_two_paths_at_which_nothing_is_are_two_settings():
     old, new = ({'lora': {'adapter': name}, 'files': {'lora.adapter': ''}} for name in 'ab')
     with pytest.raises(ValueError, match="lora.adapter 'a', asked for 'b'"):
         changed_settings('DIR', old, new, 'config.json')
+
+
+@pytest.mark.parametrize('key', ['sampling.sampler', 'evaluation.sampler'])
+def test_the_file_of_a_sampler_of_ones_own_belongs_to_a_training(tmp_path, monkeypatch, key):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f'rules_of_{key.partition(".")[0]}'
+    file = tmp_path / f'{name}.py'
+    file.write_text('def rule(view, config):\n    return view.largest\n')
+    config = countdown.get_config('tiny')
+    group, setting = key.split('.')
+    config[group][setting] = f'{name}.rule'
+    before = saved(config)
+    assert saved(config) == before
+    file.write_text(file.read_text().replace('largest', 'negative_entropy'))
+    assert saved(config) != before
