@@ -157,7 +157,6 @@ def test_a_block_ends_with_its_last_token_and_not_with_its_last_step():
         assert len(calls) == passes
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('name', samplers.REGISTRY)
 def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(name):
     """Whatever the logits are: NaN, infinite or equal."""
@@ -180,7 +179,6 @@ def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(nam
         assert commit.sum() >= count and not (commit & ~masked).any()
 
 
-@pytest.mark.fast
 def test_factor_commits_as_many_as_the_formula_says():
     """c = .95, .9, .6: 2 x .05 < 1, 3 x .1 < 1 and 4 x .4 > 1, so two at f = 1."""
     confidence = np.array([0.6, 0.95, 0.9])
@@ -220,7 +218,6 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop('my_rules', None)
 
 
-@pytest.mark.fast
 def test_a_rule_of_a_user_is_named_by_its_path(own):
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))
@@ -296,7 +293,6 @@ def test_a_cache_is_approximate_elsewhere_and_a_row_does_not_depend_on_its_neigh
     assert_allclose(alone.extras['log_prob'][0], log_prob[3], atol=1e-5)
 
 
-@pytest.mark.fast
 def test_a_cache_needs_a_model_that_has_one():
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))

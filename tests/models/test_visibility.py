@@ -75,7 +75,6 @@ def inputs(dtype):
     return [jnp.asarray(rng.normal(size=(4, LENGTH, n, 4)), dtype) for n in (4, 2, 2)]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('implementation', HERE)
 @pytest.mark.parametrize('case', CASES)
 def test_attention_follows_the_rule(implementation, case):
