@@ -53,6 +53,22 @@ def few_problems():
         yield
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_program():
+    """All trainings here take steps of one kind, whose program is traced and compiled once. That a
+    start in a process of its own makes the same one is in tests/test_train.py."""
+    make_step, programs = pretrain.make_step, []
+
+    def once(*arguments):
+        if not programs:
+            programs.append(make_step(*arguments))
+        return programs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, 'make_step', once)
+        yield
+
+
 @pytest.fixture
 def config():
     return two_stages()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -88,8 +89,15 @@ class Report:
         return not exceeded and self.peak(self.largest) <= chip.memory
 
 
-def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
-    """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
+def make_report(
+    config: ml_collections.ConfigDict, machine: Machine, without: Collection[str] = ()
+) -> Report:
+    """Compiles (TPU) or lowers (CUDA) the programs of a run, and reads what they need.
+
+    Args:
+      config: the configuration of the run.
+      machine: the machine, which does not have to be there.
+      without: names of programs, as in `Plan.programs`, that are of no interest.
 
     Raises:
       ValueError: if the mesh does not divide the machine, the model or the rows.
@@ -105,7 +113,7 @@ def make_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
         mesh=dict(mesh.shape),
         attention=plan.attention,
         resident=memory.resident(plan.state),
-        programs={name: measure(plan, name) for name in plan.programs},
+        programs={name: measure(plan, name) for name in plan.programs if name not in without},
     )
 
 
