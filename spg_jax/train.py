@@ -5,7 +5,8 @@
 --explain prints every setting in force, what it means and where its value comes from, and exits.
 
 Run the same command again to go on after an interruption. DIR gets metrics.jsonl, TensorBoard
-events, completions.jsonl, curves.png, best/ (the policy that validated best) and result.json. With
+events, completions.jsonl (a few of each rollout), curves.png, best/ (the policy that validated
+best), test/ (its completions of the test problems, with their cards) and result.json. With
 --distributed, every process of a job runs the command; DIR is one that all of them see.
 """
 
@@ -36,12 +37,13 @@ from spg_jax.process.files import local_path, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
 from spg_jax.process.trace import show_trace
-from spg_jax.rl.evaluator import Figures
+from spg_jax.rl.evaluator import Figures, Transcript
 from spg_jax.runs import plots, policies
 from spg_jax.runs.ahead import update_ahead
 from spg_jax.runs.base_figures import BaseFigures, base_figures, identity_of
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import default_workdir, identity
+from spg_jax.runs.evaluations import TEST, write_evaluation
 from spg_jax.runs.guard import Guard, Rules
 from spg_jax.runs.preparation import ProblemSets, Programs, check_origins, origins_of, prepare
 from spg_jax.runs.profile import prepare_tracing, profiled
@@ -291,12 +293,16 @@ def report(
     base: Path,
 ) -> None:
     """Measures the best policy on problems that nothing has seen, and finishes the run."""
-    figures = programs.evaluator.report(best, problems)
+    transcripts: list[Transcript] = []
+    figures = programs.evaluator.report(best, problems, transcripts)
     completion = programs.evaluator.trace(best, problems[0])
     if distributed.is_leader():
         plots.curves(run.directory)
         show_example(parts, programs.tokenizer, problems[0], completion)
-        result = summary(config.to_dict(), run, figures, base)
+        card = write_evaluation(
+            run.directory / TEST, config, problems, transcripts, 'validation', figures
+        )
+        result = summary(config.to_dict(), run, figures, base) | {'card': card.to_json()}
         # This file comes last, because it says that the run is finished.
         write_whole(run.directory / RESULT, json.dumps(result, indent=1))
     distributed.barrier('result')

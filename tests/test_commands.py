@@ -230,6 +230,7 @@ def test_every_path_flag_is_read_as_a_path():
     """A flag whose name or help says that it is a file or a folder must not be plain text.
     `--verify` of spg_jax.score is, and has a test of its own."""
     names = ('workdir', 'out', 'data', 'checkpoint', 'adapter', 'demonstrations', 'faults', 'move')
+    names += ('prompts', 'completions')
     for folder in ('spg_jax', 'benchmarks'):
         for path in (REPOSITORY / folder).glob('*.py'):
             plain = re.findall(r'DEFINE_string\(\s*(\S+),', path.read_text())
@@ -249,6 +250,7 @@ def test_score_reads_its_files_as_paths(tmp_path, monkeypatch, capsys, words):
             flags.DEFINE_string(name, None, '', flag_values=values)
         for name, default in (('judge', 'published'), ('rules', 'released'), ('fields', '')):
             flags.DEFINE_string(name, default, '', flag_values=values)
+        flags.DEFINE_bool('apart', False, '', flag_values=values)
         monkeypatch.setattr(score, 'flags', types.SimpleNamespace(FLAGS=values))
         score.main(values(['score', *(word.format(path) for word in words)]))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import countdown
+from spg_jax import score
 from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models import weights
@@ -95,7 +96,7 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
     )
     processes = [
         start(published, 'generate', f'--prompt={QUESTION}'),
-        start(published, 'evaluate', f'--data={problems}', '--samples=3'),
+        start(published, 'evaluate', f'--data={problems}', '--samples=3', f'--out={tmp_path}/out'),
     ]
     (code, text, error), (measured, report, other) = finish_all(processes)
     assert code == 0, error
@@ -110,6 +111,9 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
     found = json.loads(report.splitlines()[-1])
     wanted = {'task': 'countdown', 'total': 2, 'correct': 0, 'scorer': 'published', 'length': 4}
     assert found | wanted == found and 'pass_at_3' in found
+    again = score.score(None, [f'{tmp_path}/out'])
+    assert again | {name: found[name] for name in ('accuracy', 'correct', 'total', 'card')} == again
+    assert (again['card']['checkpoint'], again['card']['count']) == ('none', 2)
 
 
 @pytest.mark.parametrize(

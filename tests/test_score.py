@@ -37,6 +37,7 @@ def test_countdown_file():
         'total': len(cases),
         'files': [str(COUNTDOWN)],
         'scorer': 'published',
+        'card': None,
     }
 
 
@@ -175,7 +176,7 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
             "task is 'chess'; use one of countdown, gsm8k, math500, sudoku",
         ),
         (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
-        ([COUNTDOWN], 'expected --task=NAME FILE... or --verify FILE'),
+        ([COUNTDOWN], 'has no card, which would name its task; add --task=NAME'),
         (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
         (['--task=sudoku', COUNTDOWN], 'found question'),
         (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from spg_jax import score
 from tests.processes import finish, start_module, tiny_run, wait_until
 
 pytestmark = pytest.mark.compiled_as_users_do
@@ -66,6 +67,9 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     for name in ('curves.png', 'completions.jsonl', 'best/policy.json', 'events'):
         assert (workdir / name).exists(), name
     assert 'spg_jax.evaluate' in out.splitlines()[-1]
+    again = score.score(None, [str(workdir)])  # of the completions of the test problems
+    assert (again['accuracy'], again['card']) == (result['accuracy'], result['card'])
+    assert result['card']['checkpoint'] == 'validation'
 
 
 def test_a_trace_names_the_phases_of_one_rollout_and_one_update(uninterrupted):

@@ -18,6 +18,7 @@ from spg_jax.rl.collection import (
     Generate,
     check_rewards,
     decode,
+    decoding_of,
     make_generate,
     make_keys,
 )
@@ -67,6 +68,14 @@ class _Completions(NamedTuple):
         return distributed.merge(merged, is_local)
 
 
+class Transcript(NamedTuple):
+    """All completions of one decoding of the problems, as the scorer read them."""
+
+    decoding: SamplingConfig  # as the model decodes: an autoregressive one commits token by token
+    samples: int  # completions of each example, next to each other
+    texts: list[str]  # of the rows of all processes
+
+
 class Evaluator:
     """Decodes and scores problems with a policy's current parameters.
 
@@ -81,11 +90,23 @@ class Evaluator:
         self._programs: dict[SamplingConfig, Generate] = {}
         self._keys = make_keys(evaluation.seed, Purpose.EVALUATE)
 
-    def report(self, variables: Variables, examples: Sequence[Example]) -> Figures:
-        """Figures at the headline length, its pass@k, and the accuracy at every length."""
+    def report(
+        self,
+        variables: Variables,
+        examples: Sequence[Example],
+        transcripts: list[Transcript] | None = None,
+    ) -> Figures:
+        """Figures at the headline length, its pass@k, and the accuracy at every length.
+
+        Args:
+          variables: the parameters of the policy.
+          examples: the problems.
+          transcripts: a list to which the completions behind these figures are added; None keeps
+            none. With several processes, either all give a list or none does.
+        """
         evaluation = self._evaluation
         figures = {
-            decoding: self.greedy(variables, examples, decoding)
+            decoding: self.greedy(variables, examples, decoding, transcripts)
             for decoding in evaluation.decodings
         }
         return figures[evaluation.headline] | {
@@ -93,7 +114,7 @@ class Evaluator:
             'accuracy_by_length': {
                 str(decoding.length): figures[decoding]['accuracy'] for decoding in figures
             },
-            f'pass_at_{evaluation.samples}': self.pass_at(variables, examples),
+            f'pass_at_{evaluation.samples}': self.pass_at(variables, examples, transcripts),
         }
 
     def validate(self, variables: Variables, examples: Sequence[Example]) -> Figures:
@@ -101,10 +122,15 @@ class Evaluator:
         return self.greedy(variables, examples, self._evaluation.headline)
 
     def greedy(
-        self, variables: Variables, examples: Sequence[Example], decoding: SamplingConfig
+        self,
+        variables: Variables,
+        examples: Sequence[Example],
+        decoding: SamplingConfig,
+        transcripts: list[Transcript] | None = None,
     ) -> Figures:
         """The task's figures and the mean reward of one completion for each example."""
         completions = self._generate(variables, examples, decoding, samples=1)
+        self._keep(completions, decoding, 1, transcripts)
         texts = decode(self._tokenizer, completions.tokens)
         rewards = [
             self._task.reward(text, examples[row])
@@ -115,11 +141,17 @@ class Evaluator:
         mean_reward = completions.of_all_processes(np.array(rewards)).mean()
         return figures | {'reward': float(mean_reward)}
 
-    def pass_at(self, variables: Variables, examples: Sequence[Example]) -> float:
+    def pass_at(
+        self,
+        variables: Variables,
+        examples: Sequence[Example],
+        transcripts: list[Transcript] | None = None,
+    ) -> float:
         """Share of problems that at least one of k completions, sampled as in rollouts, solves."""
         evaluation, samples = self._evaluation, self._evaluation.samples
         decoding = dataclasses.replace(evaluation.headline, temperature=evaluation.temperature)
         completions = self._generate(variables, examples, decoding, samples)
+        self._keep(completions, decoding, samples, transcripts)
         solved = [score.solved for score in self._scores(completions, examples, samples)]
         return float(np.reshape(solved, (-1, samples)).any(axis=1).mean())
 
@@ -142,13 +174,31 @@ class Evaluator:
         completions = self._generate(variables, [example], self._evaluation.headline, samples=1)
         return completions.tokens[0], completions.commit_step[0]
 
+    def _keep(
+        self,
+        completions: _Completions,
+        decoding: SamplingConfig,
+        samples: int,
+        transcripts: list[Transcript] | None,
+    ) -> None:
+        """Adds the completions of all processes to `transcripts`, if there is such a list."""
+        if transcripts is None:
+            return
+        tokens = completions.of_all_processes(completions.tokens)
+        decoding = decoding_of(self._policy.config, decoding)
+        transcripts.append(Transcript(decoding, samples, self._scored_texts(tokens)))
+
+    def _scored_texts(self, tokens: np.ndarray) -> list[str]:
+        """The text of each row [C] of tokens as the scorer reads it."""
+        # Published scorers look for the end of the turn in the text; published rewards do not.
+        specials = self._task.scorer == 'published'
+        return decode(self._tokenizer, tokens, keep_specials=specials)
+
     def _scores(
         self, completions: _Completions, examples: Sequence[Example], samples: int
     ) -> list[Score]:
         """The verdicts on all rows; each process scores the rows that it has."""
-        # Published scorers look for the end of the turn in the text; published rewards do not.
-        specials = self._task.scorer == 'published'
-        texts = decode(self._tokenizer, completions.tokens, keep_specials=specials)
+        texts = self._scored_texts(completions.tokens)
         scores = [
             self._task.score(text, examples[row // samples])
             for row, text in zip(completions.rows, texts, strict=True)

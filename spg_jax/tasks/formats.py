@@ -140,6 +140,10 @@ class FormattedTask(Task):
           ValueError: the values are wrong; the message says what was found and expected.
         """
 
+    @abc.abstractmethod
+    def to_record(self, example: Example) -> tuple[Any, Any]:
+        """Returns question and ground_truth as published, which `read_record` takes."""
+
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
     """Returns `template` with each {name} replaced; names not in `fields` stay as they are."""

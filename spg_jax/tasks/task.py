@@ -217,6 +217,14 @@ class Task(abc.ABC):
             'ground_truth; define it to score files'
         )
 
+    def to_record(self, example: Example) -> tuple[Any, Any]:
+        """Returns question and ground_truth of a problem, from which `read_record` finds it again.
+
+        In a file of the user that defines neither, these are the prompt and the problem itself.
+        """
+        problem = {key: value for key, value in example.items() if key != 'index'}
+        return self.prompt(example), problem
+
     @classmethod
     def missing_parts(cls) -> list[str]:
         """Returns the names of the needed parts that a class does not have."""

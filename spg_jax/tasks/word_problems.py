@@ -30,6 +30,10 @@ class WordProblems(FormattedTask):
     def fields(self, example: Example) -> dict[str, str]:
         return {'question': example['question']}
 
+    def to_record(self, example: Example) -> tuple[str, str | None]:
+        # A published reference that could not be read is null in files, and '' in a problem.
+        return example['question'], example['answer'] or None
+
     def given_files(self, data_dir: Path) -> list[Path]:
         names = (f'{self.name}_{split}.jsonl' for split in ('train', 'test'))
         folders = (data_dir, data_dir / 'downloads' / 'manual')

@@ -153,6 +153,10 @@ class Countdown(FormattedTask):
             'numbers of at most 15 digits'
         )
 
+    def to_record(self, example: Example) -> tuple[str, list[Any]]:
+        numbers, target = example['numbers'], example['target']
+        return f'Numbers: {numbers}\nTarget: {target}', [numbers, target]
+
 
 def is_right(expression: str, example: Example) -> bool:
     """Whether an expression uses each number of the problem once and makes the target."""

@@ -131,6 +131,9 @@ class Sudoku(FormattedTask):
             )
         return {'puzzle': puzzle, 'solution': solution}
 
+    def to_record(self, example: Example) -> tuple[str, str]:
+        return f'Solve the following Sudoku puzzle: {example["puzzle"]}\n', example['solution']
+
 
 def answer_digits(completion: str) -> str:
     """Returns the digits of the last answer tag, or '' without such a tag.
