@@ -33,10 +33,10 @@ NAMES = {'countdown': 'Countdown', 'sudoku': 'Sudoku 4 x 4', 'gsm8k': 'GSM8K', '
 PUBLISHED_POLICY = 'LLaDA-8B-Instruct, published completions'
 OPENING = """# Board
 
-Accuracies in %, one column for each protocol. A letter stands for a card, and the cards are below
-each table. Figures of different columns are different quantities: do not compare them. On Sudoku,
-0-shot and 3-shot are two protocols. `python -m benchmarks.board` writes this page, and
-[scoring.md](scoring.md) says what a card is.
+Accuracies in %, one column for each protocol. A letter stands for the card of a column, and the
+cards are below each table; what a card does not name is not stated. Figures of different columns
+are different quantities: do not compare them. On Sudoku, 0-shot and 3-shot are two protocols.
+`python -m benchmarks.board` writes this page, and [scoring.md](scoring.md) says what a card is.
 
 ## Scored here
 
@@ -86,6 +86,7 @@ class Entry:
 
     name: str
     card: Card
+    accuracy: float  # orders the figures of a column
     figure: str
     remarks: tuple[str, ...]  # the cells that follow the figures
 
@@ -180,13 +181,19 @@ def table(entries: Sequence[Entry], remarks: Sequence[str]) -> str:
     """
     cards = columns([entry.card for entry in entries])
     letters = [chr(ord('A') + place) for place in range(len(cards))]
+    headings = [
+        letter if card.shots is None else f'{letter}, {card.shots}-shot'
+        for letter, card in zip(letters, cards, strict=True)
+    ]
     lines = [
-        f'| policy | {" | ".join([*letters, *remarks])} |',
+        f'| policy | {" | ".join([*headings, *remarks])} |',
         '|---' * (1 + len(letters) + len(remarks)) + '|',
     ]
-    for entry in entries:
-        cells = ['' if unlike([card, entry.card]) else entry.figure for card in cards]
-        lines.append(f'| {" | ".join([entry.name, *cells, *entry.remarks])} |')
+    for card in cards:
+        of_column = [entry for entry in entries if not unlike([card, entry.card])]
+        for entry in sorted(of_column, key=lambda entry: -entry.accuracy):
+            cells = [entry.figure if other is card else '' for other in cards]
+            lines.append(f'| {" | ".join([entry.name, *cells, *entry.remarks])} |')
     lines.append('')
     for letter, card in zip(letters, cards, strict=True):
         lines.append(f'- **{letter}**: {described(card)}')
@@ -194,14 +201,10 @@ def table(entries: Sequence[Entry], remarks: Sequence[str]) -> str:
 
 
 def described(card: Card) -> str:
-    """The fields of a card, apart from its task, in one line."""
-    values = dataclasses.asdict(card)
-    del values['task']
-    stated = ', '.join(
-        f'{name} {value}' for name, value in values.items() if value not in (None, '')
-    )
-    missing = ', '.join(name for name, value in values.items() if value is None)
-    return '; '.join(part for part in (stated, f'not stated: {missing}' if missing else '') if part)
+    """The fields of a card that are stated, apart from its task, in one line."""
+    stated = {name: value for name, value in card.to_json().items() if value is not None}
+    del stated['task']
+    return ', '.join(f'{name} {value}' for name, value in stated.items()) or 'nothing is stated'
 
 
 def _scored_entry(row: ScoredRow) -> Entry:
@@ -209,12 +212,13 @@ def _scored_entry(row: ScoredRow) -> Entry:
     if 'grid_accuracy' in row:
         figure = f'cells {figure}, grids {100 * row["grid_accuracy"]:.1f}'
     stored = f'{row["as_stored"]:,} of {row["stored"]:,}' if 'as_stored' in row else '–'
-    return Entry(row['name'], _card(row, SCORED), figure, (stored,))
+    return Entry(row['name'], _card(row, SCORED), row['accuracy'], figure, (stored,))
 
 
 def _published_entry(row: PublishedRow) -> Entry:
     remarks = (row['source'], row.get('note', ''))
-    return Entry(row['name'], _card(row, PUBLISHED), f'{row["accuracy"]:.1f}', remarks)
+    accuracy = row['accuracy']
+    return Entry(row['name'], _card(row, PUBLISHED), accuracy, f'{accuracy:.1f}', remarks)
 
 
 def _card(row: Any, path: Path) -> Card:

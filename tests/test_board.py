@@ -84,9 +84,10 @@ def test_sudoku_with_and_without_worked_examples_is_apart():
     header, _, *rows = columns_of(text, 'Sudoku 4 x 4, published')
     shots = {}
     for row in rows:
-        for letter, cell in zip(header[1:-2], row[1:-2], strict=True):
+        for heading, cell in zip(header[1:-2], row[1:-2], strict=True):
             if cell:
-                shots[row[0], cell] = shots_of[letter]
+                shots[row[0], cell] = shots_of[heading[0]]
+                assert heading[1:] == (shots_of[heading[0]] and f', {shots_of[heading[0]]}-shot')
     assert shots['SPG', '94.0'] == shots['DTM', '99.2'] == '3'
     assert shots['EGSPO', '94.3'] == shots['wd1', '25.2'] == '0'
     assert shots['wd1', '32.1'] == '3' and shots['RSPO', '92.1'] == ''

@@ -112,7 +112,7 @@ def test_every_length_and_the_samples_of_pass_at_k_have_a_file_and_a_card(tmp_pa
     expected = {
         'completions.jsonl': (64, 32, 0.0, 1),
         'completions_32_16.jsonl': (32, 16, 0.0, 1),
-        'completions_pass_at_2.jsonl': (64, 32, 0.9, 2),
+        'completions_pass_at_2.jsonl': (64, 32, 1.0, 2),
     }
     assert set(result['cards']) == set(expected)
     for file, (length, steps, temperature, samples) in expected.items():
