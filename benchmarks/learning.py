@@ -239,6 +239,14 @@ def report(directories: dict[str, list[Path]], jobs: Sequence[Trained]) -> str:
         partial(runs.evaluate, directory, *arguments) for _, arguments, directory in evaluations
     ]
     figures = dict(zip(evaluations, runs.at_once(FLAGS.jobs, calls), strict=True))
+    for column in (test_split, published):
+        runs.check_alike(
+            {
+                str(directory): figure
+                for (_, arguments, directory), figure in figures.items()
+                if arguments == column
+            }
+        )
     lines = ['| policy | test split | published test |', '|---|---|---|']
     for name in directories:
         cells = [

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import stats
 
+from spg_jax.tasks.card import check_alike as check_cards
+from spg_jax.tasks.card import from_json
+
 Result = TypeVar('Result')
 Accuracies = dict[float, float]  # learning rate -> accuracy on validation
 
@@ -45,6 +48,23 @@ def evaluate(workdir: Path, *arguments: str) -> dict[str, Any]:
     """The report of `spg_jax.evaluate` about a run or a policy."""
     out = run('spg_jax.evaluate', f'--workdir={workdir}', *arguments)
     return json.loads(out.splitlines()[-1])
+
+
+def check_alike(figures: dict[str, dict[str, Any]]) -> None:
+    """Refuses figures of unlike protocols, which a table would show in one column.
+
+    Args:
+      figures: results of `train` or `evaluate` by name.
+
+    Raises:
+      ValueError: their cards are unlike; the message is one line that names the fields.
+    """
+    cards = {
+        # Results that were written before there were cards have none.
+        name: from_json(result['card'], name) if 'card' in result else None
+        for name, result in figures.items()
+    }
+    check_cards(cards, 'run all of them again in a new --workdir')
 
 
 def at_once(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -60,6 +60,7 @@ def main(_: list[str]) -> None:
     }
     rates = {name: runs.best(accuracies[name]) for name in VARIANTS}
     results_of = runs_of([(name, rates[name], seed) for name in VARIANTS for seed in SEEDS])
+    runs.check_alike({str(case): result for case, result in results_of.items()})
     base = next(iter(results_of.values()))
     lines = [
         '| negative estimate | learning rate | cells % | grids % | reward | seconds |',
