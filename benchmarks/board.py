@@ -35,8 +35,9 @@ OPENING = """# Board
 
 Accuracies in %, one column for each protocol. A letter stands for the card of a column, and the
 cards are below each table; what a card does not name is not stated. Figures of different columns
-are different quantities: do not compare them. On Sudoku, 0-shot and 3-shot are two protocols.
-`python -m benchmarks.board` writes this page, and [scoring.md](scoring.md) says what a card is.
+are different quantities: do not compare them. On Sudoku, 0-shot and 3-shot are two protocols. Sets
+of problems are the same if their digests are. `python -m benchmarks.board` writes this page, and
+[scoring.md](scoring.md) says what a card is.
 
 ## Scored here
 

@@ -235,13 +235,13 @@ def _columns(scored: Sequence[Scored]) -> list[list[Scored]]:
 
 def _column(scored: Sequence[Scored]) -> dict[str, Any]:
     """The figures of files that may stand in one column."""
-    first = scored[0]
-    figures = first.task.figures([score for each in scored for score in each.scores])
+    column_cards = cards.columns(each.card for each in scored if each.card)
+    figures = scored[0].task.figures([score for each in scored for score in each.scores])
     figures |= {
         'files': [each.path for each in scored],
-        'card': first.card.to_json() if first.card else None,
+        'card': column_cards[0].to_json() if column_cards else None,
     }
-    if first.card and len(scored) > 1:
+    if column_cards and len(scored) > 1:
         figures['rows'] = [each.task.figures(each.scores) | {'file': each.path} for each in scored]
     return figures
 

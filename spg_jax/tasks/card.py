@@ -148,12 +148,18 @@ def check_alike(cards: Mapping[str, Card | None], remedy: str) -> None:
 
 
 def columns(cards: Iterable[Card]) -> list[Card]:
-    """Returns the first card of each set of cards that are alike, in the order of appearance."""
-    firsts: list[Card] = []
+    """Returns the card of each column that figures need, in the order of appearance.
+
+    The card of a column says 'validation' if any of its figures was chosen on validation.
+    """
+    column_cards: list[Card] = []
     for card in cards:
-        if all(unlike([first, card]) for first in firsts):
-            firsts.append(card)
-    return firsts
+        place = next((n for n, other in enumerate(column_cards) if not unlike([other, card])), None)
+        if place is None:
+            column_cards.append(card)
+        elif card.checkpoint == 'validation':
+            column_cards[place] = card
+    return column_cards
 
 
 def headings(cards: Sequence[Card]) -> list[str]:

@@ -87,7 +87,7 @@ def test_unlike_cards_are_refused_in_one_line_that_names_the_fields():
 def test_columns_hold_like_cards():
     zero_shot = dataclasses.replace(CARD, shots=0)
     unchosen = dataclasses.replace(CARD, checkpoint='none')
-    assert cards.columns([CARD, zero_shot, unchosen, CARD]) == [CARD, zero_shot]
+    assert cards.columns([unchosen, zero_shot, CARD, unchosen]) == [CARD, zero_shot]
     assert cards.headings([CARD, zero_shot]) == ['shots 3', 'shots 0']
 
 
