@@ -62,11 +62,6 @@ def main(_: list[str]) -> None:
         report = evaluator.report(variables, examples, transcripts)
     if not distributed.is_leader():
         return
-    report |= {'files': [FLAGS.data or f'{FLAGS.split} split']}
-    policy_name = {'directory': str(directory), 'digest': policies.digest_of(directory)}
-    card = write_evaluation(
-        out, config, examples, transcripts, chosen_by(directory), report | {'policy': policy_name}
-    )
     print(f'{len(examples)} problems, {time.monotonic() - started:.0f} s', file=sys.stderr)
     table = Table(
         'length', 'steps', 'block', 'accuracy', title=f'{task.name}, {task.scorer} scorer'
@@ -76,6 +71,11 @@ def main(_: list[str]) -> None:
         sizes = decoding.length, decoding.steps, decoding.block_length
         table.add_row(*map(str, sizes), f'{accuracy:.3f}')
     Console(stderr=True).print(table)
+    report |= {'files': [FLAGS.data or f'{FLAGS.split} split']}
+    identity = {'directory': str(directory), 'digest': policies.digest_of(directory)}
+    card = write_evaluation(
+        out, config, examples, transcripts, chosen_by(directory), report | {'policy': identity}
+    )
     print(f'completions and card in {out}', file=sys.stderr)
     print(json.dumps(report | {'card': card.to_json(), 'out': str(out)}))
 
@@ -91,16 +91,22 @@ def check_out(out: Path) -> None:
     """Makes the folder for the results, or refuses it before the work starts.
 
     Raises:
-      ValueError: the folder holds a run or a policy, whose files would be lost.
-      OSError: the folder cannot be made.
+      ValueError: the folder cannot be made, or holds a run or a policy, whose files would be lost.
     """
     if policies.is_policy(out) or (out / CONFIG).exists() or (out / 'checkpoints').exists():
         raise ValueError(
             f'--out={out} holds a run or a policy, whose files the results would replace; give '
             'another folder'
         )
-    if distributed.is_leader():
+    if not distributed.is_leader():
+        return
+    try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f'{out} cannot be made ({error.strerror}), where the results are to go; give --out, a '
+            'folder that can be written'
+        ) from None
 
 
 if __name__ == '__main__':

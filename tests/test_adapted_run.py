@@ -80,7 +80,7 @@ def test_what_is_reported_is_the_policy_that_validated_best(run, programs, tmp_p
     config, reported = config_in(run), []
     worth = itertools.count(0, -1)
 
-    def report(self, variables, problems):
+    def report(self, variables, problems, transcripts=None):
         reported.append(jax.device_get(variables['lora']))
         return {'accuracy': 0.0, 'reward': 0.0, 'pass_at_1': 0.0, 'scorer': 'none'}
 

@@ -201,3 +201,6 @@ def test_results_never_take_the_place_of_a_run(tmp_path):
     (tmp_path / 'run' / 'config.json').write_text('{}')
     with pytest.raises(ValueError, match='holds a run or a policy'):
         evaluate.check_out(tmp_path / 'run')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='file/out cannot be made .*; give --out'):
+        evaluate.check_out(tmp_path / 'file' / 'out')
