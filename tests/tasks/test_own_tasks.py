@@ -14,9 +14,10 @@ from spg_jax import score, tasks
 from spg_jax.assembly import assemble, check_base
 from spg_jax.pretrain import base_directory, made_of
 from spg_jax.rl.collection import check_rewards
-from spg_jax.rl.evaluator import check_scores
+from spg_jax.rl.evaluator import Transcript, check_scores
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import identity
+from spg_jax.runs.evaluations import card_of, write_evaluation
 
 pytestmark = pytest.mark.fast
 
@@ -278,6 +279,21 @@ def test_generations_are_scored_only_by_a_task_that_can_read_them(write, tmp_pat
     reader = "    def read_record(self, question, ground_truth): return {'word': ground_truth}"
     figures = score.score(write(ECHO + reader, 'reader'), ['generations.jsonl'])
     assert (figures['task'], figures['accuracy']) == ('my_package.reader', 1)
+
+
+def test_an_evaluation_is_scored_again_without_read_record(write, tmp_path):
+    config = config_of(write(ECHO))
+    task = assemble(config).evaluation_task
+    examples = list(task.source('test', ''))
+    texts = [example['word'] for example in examples[:-1]] + ['another']
+    transcript = Transcript(assemble(config).evaluation.headline, 1, texts)
+    card = write_evaluation(tmp_path / 'out', config, examples, [transcript], 'none', {})
+    figures = score.score(None, [str(tmp_path / 'out')])
+    assert (figures['correct'], figures['total']) == (len(examples) - 1, len(examples))
+    assert figures['card'] == card.to_json()
+    with (tmp_path / 'my_package' / 'my_task.py').open('a') as opened:
+        opened.write('\n')
+    assert card_of(config, examples, 'none').version != card.version
 
 
 @pytest.mark.parametrize('file', ['my_task.py', 'words.jsonl'])
