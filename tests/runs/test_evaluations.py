@@ -116,9 +116,9 @@ def test_every_length_and_the_samples_of_pass_at_k_have_a_file_and_a_card(tmp_pa
     }
     assert set(result['cards']) == set(expected)
     for file, (length, steps, temperature, samples) in expected.items():
-        found = cards.card_beside(tmp_path / file)
-        assert (found.length, found.steps, found.samples) == (length, steps, samples)
-        assert found.temperature == temperature and found.block == 16
+        file_card = cards.card_beside(tmp_path / file)
+        assert (file_card.length, file_card.steps, file_card.samples) == (length, steps, samples)
+        assert file_card.temperature == temperature and file_card.block == 16
         assert len((tmp_path / file).read_text().splitlines()) == samples * len(cases)
         accuracy = score.score(None, [str(tmp_path / file)])['accuracy']
         if temperature == 0:
