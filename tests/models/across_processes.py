@@ -45,6 +45,7 @@ def check_shards(arrays, expected):
 
 
 def main(root: Path) -> None:
+    jax.config.update('jax_disable_most_optimizations', True)  # as in tests/conftest.py
     distributed.start()
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     _, _, params = load_checkpoint(TINY, mesh)

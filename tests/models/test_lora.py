@@ -1,6 +1,8 @@
 """Adapters change nothing at first, act like merged kernels, and are the only trained part."""
 
 import dataclasses
+import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spg_jax.models.layers import RMSNorm, rotary_table
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merged_kernel
 from spg_jax.models.policy import Policy, with_adapters
-from spg_jax.models.transformer import Block, TransformerConfig
+from spg_jax.models.transformer import Block, Transformer, TransformerConfig
+from spg_jax.sharding import abstract_params
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 
@@ -21,12 +24,12 @@ CONFIG = TransformerConfig(vocab_size=20, width=24, layers=2, heads=6, kv_heads=
 SIZES = LoRA(rank=4, alpha=6.0)
 
 
-def adapted(lora=SIZES, mesh=None):
+@functools.cache
+def adapted(lora=SIZES):
     """A policy without adapters, the same with new adapters, and the collections of the latter."""
-    mesh = mesh or mesh_of()
     plain = Policy(CONFIG, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
-    variables = {'params': random_params(plain.model, mesh=mesh)}
-    return plain, *with_adapters(plain, variables, lora, 1, mesh)
+    variables = {'params': random_params(plain.model)}
+    return plain, *with_adapters(plain, variables, lora, 1, mesh_of())
 
 
 def noisy(variables):
@@ -39,7 +42,7 @@ def noisy(variables):
 
     def noise(x):  # [layers, in, out]
         values = rng.normal(size=x.shape) / np.sqrt(x.shape[-2])
-        return jax.device_put(values.astype(np.float32), x.sharding)
+        return values.astype(np.float32)
 
     return variables | {COLLECTION: jax.tree.map(noise, variables[COLLECTION])}
 
@@ -48,11 +51,17 @@ def inputs():
     tokens = np.random.default_rng(1).integers(0, 19, (8, 9)).astype(np.int32)
     valid = np.ones((8, 9), bool)
     valid[1, :4] = False
-    return jnp.asarray(tokens), jnp.asarray(valid)
+    return tokens, valid
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden(config, variables, *inputs):
+    return Transformer(config).apply(variables, *inputs, method='hidden')
 
 
 def run(policy, variables, *dropout):
-    return jax.jit(policy.hidden)(variables, *inputs(), *dropout)
+    """One program for all tests of one configuration."""
+    return np.asarray(hidden(policy.config, variables, *inputs(), *dropout))
 
 
 def test_new_adapters_change_nothing_at_all():
@@ -61,13 +70,21 @@ def test_new_adapters_change_nothing_at_all():
     # An accelerator may compute the products of two programs by different kernels.
     tolerance = 0 if jax.devices()[0].platform == 'cpu' else 1e-5
     assert_allclose(run(policy, variables), before, rtol=0, atol=tolerance)
-    assert all(jnp.any(x != 0) for x in jax.tree.leaves(noisy(variables)[COLLECTION]))
+    factors = noisy(variables)
+    assert np.abs(run(policy, factors) - before).max() > 0.1  # with others they act
 
 
-@pytest.mark.parametrize('targets', [TARGETS, ('query', 'down')])
-def test_adapters_act_as_kernels_with_their_product_added(targets):
+def test_only_targets_have_adapters():
+    _, policy, _ = adapted()
+    lora = dataclasses.replace(SIZES, targets=('query', 'down'))
+    config = dataclasses.replace(policy.config, lora=lora)
+    shapes = abstract_params(Transformer(config), collection=COLLECTION)
+    assert set(shapes['layers']) == {'query', 'down'}
+
+
+def test_adapters_act_as_kernels_with_their_product_added():
     """Compares with a model without adapters, whose kernels are summed in numpy layer by layer."""
-    plain, policy, variables = adapted(dataclasses.replace(SIZES, targets=targets))
+    (plain, policy, variables), targets = adapted(), TARGETS
     variables = noisy(variables)
     assert set(variables[COLLECTION]['layers']) == set(targets)
     summed = jax.tree.map(np.array, variables['params'])
@@ -91,16 +108,17 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     adapter = Adapter(50, ('embed', 'heads'), lora, 'query')
     eye = {COLLECTION: {'a': jnp.eye(50), 'b': jnp.eye(50)}}
     keys = jax.random.split(jax.random.key(0), (4, 60))
-    out = adapter.apply(eye, jnp.ones((4, 60, 50)), keys)
+    apply, ones = jax.jit(adapter.apply), np.ones((4, 60, 50), np.float32)
+    out = np.asarray(apply(eye, ones, keys))
     assert set(np.unique(out).round(4)) == {0.0, np.float32(1 / 0.7).round(4)}
     assert_allclose(np.mean(out == 0, axis=(1, 2)), 0.3, atol=0.03)
-    assert_array_equal(adapter.apply(eye, jnp.ones((4, 60, 50))), jnp.ones((4, 60, 50)))
+    assert_array_equal(apply(eye, ones), ones)
     # What is dropped depends on the key of a token and not on its position, and differs between
     # tokens and between targets.
-    reversed_out = adapter.apply(eye, jnp.ones((4, 60, 50)), keys[::-1, ::-1])
+    reversed_out = apply(eye, ones, keys[::-1, ::-1])
     assert_array_equal(reversed_out, out[::-1, ::-1])
     assert len(np.unique(out.reshape(-1, 50), axis=0)) == 240
-    other = Adapter(50, ('embed', 'heads'), lora, 'key').apply(eye, jnp.ones((4, 60, 50)), keys)
+    other = jax.jit(Adapter(50, ('embed', 'heads'), lora, 'key').apply)(eye, ones, keys)
     assert (other != out).any(axis=(1, 2)).all()
 
 
@@ -114,20 +132,25 @@ def test_every_layer_drops_by_a_key_of_its_own():
     variables, (tokens, valid) = noisy(variables), inputs()
     keys = jax.random.split(jax.random.key(5), 8)
     config = policy.config
-    x = variables['params']['embedding'][tokens]
-    rotary = rotary_table(valid, config.head_dim, config.rope_theta)
+    x = np.asarray(variables['params']['embedding'])[tokens]
+    rotary = jax.jit(rotary_table, static_argnums=(1, 2))(valid, config.head_dim, config.rope_theta)
     position = np.maximum(np.cumsum(valid, axis=1) - 1, 0)  # inputs are padded on the left
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-    token_keys = fold(keys, jnp.asarray(position))
-    split = jax.vmap(jax.vmap(lambda key: jax.random.split(key, config.layers)))(token_keys)
+
+    @jax.jit
+    def split_keys(keys, position):
+        token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
+        return jax.vmap(jax.vmap(lambda key: jax.random.split(key, config.layers)))(token_keys)
+
+    split = split_keys(keys, position)
     block = jax.jit(Block(config).apply)
     for layer in range(config.layers):
         of_layer = jax.tree.map(
-            lambda x, i=layer: x[i], {name: variables[name]['layers'] for name in variables}
+            lambda x, i=layer: np.asarray(x)[i],
+            {name: variables[name]['layers'] for name in variables},
         )
         x, _ = block(of_layer, x, rotary, valid, split[:, :, layer], None, None)
     norm = RMSNorm(config.norm_eps)
-    x = norm.apply({'params': variables['params']['final_norm']}, x)
+    x = jax.jit(norm.apply)({'params': variables['params']['final_norm']}, x)
     assert_allclose(run(policy, variables, keys), x, atol=2e-5)
 
 
@@ -135,11 +158,12 @@ def test_more_padding_drops_the_same():
     _, policy, variables = adapted(DROPPING)
     tokens, valid = inputs()
     keys = jax.random.split(jax.random.key(5), 8)
-    padded = [np.pad(np.asarray(x), ((0, 0), (3, 0))) for x in (tokens, valid)]
-    hidden = jax.jit(policy.hidden)(noisy(variables), *padded, keys)[:, 3:]
+    padded = [np.pad(x, ((0, 0), (3, 0))) for x in (tokens, valid)]
+    actual = np.asarray(hidden(policy.config, noisy(variables), *padded, keys))[:, 3:]
     expected = run(policy, noisy(variables), keys)
-    assert jnp.abs(expected - run(policy, noisy(variables)))[valid].max() > 0.1  # dropout acts
-    assert_allclose(hidden[valid], expected[valid], atol=2e-5)
+    other = run(policy, noisy(variables), keys[::-1])
+    assert np.abs(expected - other)[valid].max() > 0.1  # dropout acts
+    assert_allclose(actual[valid], expected[valid], atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.testing import assert_allclose
 
 from spg_jax.assembly import assemble
-from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA, merged_kernel
-from spg_jax.models.policy import with_adapters
+from spg_jax.models.lora import ADAPTER, COLLECTION, LoRA, merged_kernel
 from spg_jax.rl.learner import make_gradient
+from spg_jax.sharding import abstract_params
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import apply_gradient, initial_state
 from tests.meshes import mesh_of
@@ -28,18 +28,21 @@ LORA = LoRA(rank=3, alpha=5.0, dropout=0.25, targets=('query',))
 
 def with_random_adapters(policy, lora=LORA, mesh=None):
     mesh = mesh or mesh_of()
-    policy, variables = with_adapters(policy, variables_of(policy, mesh), lora, 1, mesh)
+    variables = variables_of(policy, mesh)
+    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, lora=lora))
     rng = np.random.default_rng(4)
 
     def noise(x):
         return jax.device_put(0.3 * rng.normal(size=x.shape).astype(np.float32), x.sharding)
 
-    return policy, variables | {COLLECTION: jax.tree.map(noise, variables[COLLECTION])}
+    shapes = abstract_params(policy.model, mesh, collection=COLLECTION)
+    return policy, variables | {COLLECTION: jax.tree.map(noise, shapes)}
 
 
 def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, config):
-    """The truth is the derivative of a model without adapters, through the summed kernels."""
-    lora = dataclasses.replace(LORA, dropout=0.0, targets=TARGETS)
+    """The truth is the derivative of a model without adapters, through the summed kernels, one of
+    each layout; tests/models/test_lora.py has all seven."""
+    lora = dataclasses.replace(LORA, dropout=0.0, targets=('query', 'down'))
     rollout, draws = random_rollout(), draws_of(config, random_rollout())
     adapted, variables = with_random_adapters(policy, lora)
     params, adapters = variables['params'], variables[COLLECTION]

@@ -1,6 +1,7 @@
 """Blocks counted from the prompt: bounds against enumerated likelihoods, and the shift of Dream."""
 
 import dataclasses
+from functools import partial
 from itertools import combinations, permutations
 
 import jax
@@ -13,8 +14,7 @@ from spg_jax.diffusion.bounds import completion_log_probs, estimator
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import Transformer, TransformerConfig
-from spg_jax.sharding import init_params
-from tests.meshes import mesh_of
+from tests.parameters import random_params
 
 pytestmark = pytest.mark.numerical
 
@@ -27,9 +27,15 @@ BLOCKS = ((0,), (1, 2), (3, 4))  # positions of the completion in each block of 
 @pytest.fixture(scope='module')
 def policy():
     config = TransformerConfig(10, 16, 2, 2, 1, 32, visible_block=BLOCK, tie_embeddings=True)
-    params = init_params(Transformer(config), jax.random.key(1), mesh_of())
-    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
+    params = random_params(Transformer(config), seed=1)
+    params['embedding'] = 3 * params['embedding']  # far from uniform
     return Policy(config, MASK, 0, np.arange(10) != MASK), {'params': params}
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(config, variables, tokens):
+    """[1, L, V]; one program for each length of a row."""
+    return Transformer(config).apply(variables, tokens, tokens >= 0)
 
 
 def log_prob(policy, variables, position, known):
@@ -40,9 +46,9 @@ def log_prob(policy, variables, position, known):
     last = next(block for block in BLOCKS if position in block)[-1]
     noisy = np.where([i in known for i in range(last + 1)], COMPLETION[: last + 1], MASK)
     tokens = np.concatenate([PROMPT, noisy])
-    config = dataclasses.replace(policy.config, visible_block=BLOCK)
-    logits = Transformer(config).apply(variables, tokens[None], np.ones((1, len(tokens)), bool))
-    return float(jax.nn.log_softmax(logits)[0, 3 + position, COMPLETION[position]])
+    logits = np.asarray(logits_of(policy.config, variables, tokens[None]), np.float64)
+    logits = logits[0, 3 + position]
+    return logits[COMPLETION[position]] - np.log(np.exp(logits).sum())
 
 
 def orders_of_block(policy, variables, block):
@@ -76,20 +82,26 @@ def test_bounds_of_blocks_enclose_the_exact_likelihood(policy):
     noisy = np.where(masked, MASK, COMPLETION)
     prompt = np.tile(np.concatenate([[0, 0], PROMPT]), (len(draws), 1))  # with padding
     valid = np.tile([False, False, True, True, True], (len(draws), 1))
-    logits = policy.completion_logits(variables, prompt, valid, noisy)
-    logp = completion_log_probs(logits, jnp.asarray(COMPLETION))
+
+    @jax.jit
+    def log_probs(variables):
+        logits = policy.completion_logits(variables, prompt, valid, noisy)
+        return completion_log_probs(logits, jnp.asarray(COMPLETION))
+
+    logp = log_probs(variables)
     orders = [orders_of_block(policy, variables, block) for block in BLOCKS]
     exact = sum(np.log(np.exp(sums).mean()) for sums in orders)
     bounds = estimator('block', BLOCK)
-    scored = jnp.ones(5, bool)
-    elbo = bounds.elbo(logp, masked, scored, block, offset=1)
+    elbo_of, eubo_of = jax.jit(bounds.elbo), jax.jit(bounds.strict_eubo)
+    scored = np.ones(5, bool)
+    elbo = elbo_of(logp, masked, scored, block, offset=1)
     # In expectation over draws the bound is the mean over orders, block by block.
     assert_allclose(elbo, sum(sums.mean() for sums in orders), atol=2e-5)
     assert elbo < exact - 1e-3
     for beta in (1.0, 2.0):
-        assert bounds.strict_eubo(logp, masked, scored, block, beta, offset=1) > exact
+        assert eubo_of(logp, masked, scored, block, beta, offset=1) > exact
     # Blocks that were counted from the completion would be other blocks.
-    assert abs(bounds.elbo(logp, masked, scored, block) - elbo) > 1e-2
+    assert abs(elbo_of(logp, masked, scored, block, offset=0) - elbo) > 1e-2
 
 
 def test_corruption_masks_the_blocks_that_the_model_sees():
@@ -115,8 +127,8 @@ def test_every_reader_of_shifted_logits_gets_the_prediction_of_its_position(poli
     config = dataclasses.replace(policy.config, visible_block=0)
     shifted = dataclasses.replace(policy, config=dataclasses.replace(config, shift_logits=True))
     tokens = np.concatenate([PROMPT, np.where([1, 0, 1, 1, 0], MASK, COMPLETION)])[None]
-    raw = Transformer(config).apply(variables, tokens, np.ones((1, 8), bool))
+    raw = logits_of(config, variables, tokens)
     prompt = np.concatenate([[5, 5], PROMPT])[None]
     valid = np.array([[False, False, True, True, True]])
-    logits = shifted.completion_logits(variables, prompt, valid, tokens[:, 3:])
+    logits = jax.jit(shifted.completion_logits)(variables, prompt, valid, tokens[:, 3:])
     assert_allclose(logits, raw[:, 2:-1], atol=1e-5)

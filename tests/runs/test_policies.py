@@ -38,7 +38,7 @@ def originals(tmp_path_factory):
     policy = policies.make_policy(config, tokenizer)
     variables = {'params': random_params(policy.model)}
     policies.save_policy(root / 'policy', variables, config, tokenizer, {'made': 'here'})
-    lora = LoRA(rank=4, alpha=8.0)
+    lora = LoRA(rank=4, alpha=8.0, targets=('query', 'down'))
     adapted, every = with_adapters(policy, variables, lora, 0, mesh_of())
     policies.save_policy(root / 'adapted', every, adapted.config, tokenizer, {}, root / 'policy')
     return root, variables
@@ -132,7 +132,7 @@ def test_an_adapter_is_checked_before_its_base_is_read(saved, adapter, is_saved)
     def load(directory, adapter):
         return policies.load_policy(directory, mesh_of(), adapter)
 
-    assert check(*arguments) == LoRA(rank=4, alpha=8.0)
+    assert check(*arguments) == LoRA(rank=4, alpha=8.0, targets=('query', 'down'))
     path = adapter / 'adapter_config.json'
     path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
     for read in (check, load):
