@@ -66,6 +66,20 @@ FLAGS = flags.FLAGS
 STUCK = 'lower optimizer.learning_rate in a new --workdir'
 
 
+def make_run(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh) -> bool:
+    """Makes a run in a directory, or goes on with it. Returns whether it is finished.
+
+    Raises:
+      ValueError, OSError, FloatingPointError: the directory cannot be used, or what `train` raises.
+    """
+    finished = is_finished(workdir, config.train.steps)
+    with claimed(workdir, identity(config), finished), jax.set_mesh(mesh):
+        if finished:
+            return True
+        with Interruption() as interruption:
+            return train(config, workdir, mesh, interruption)
+
+
 def train(
     config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, interruption: Interruption
 ) -> bool:
@@ -362,13 +376,8 @@ def main(_: list[str]) -> None:
     if config.train.wandb:
         check_wandb(config.train.wandb)
     cli.compile_cache()
-    finished = is_finished(workdir, config.train.steps)
-    with claimed(workdir, identity(config), finished), jax.set_mesh(mesh):
-        if not finished:
-            with Interruption() as interruption:
-                if not train(config, workdir, mesh, interruption):
-                    return
-    print(closing_lines(read_result(workdir / RESULT), workdir))
+    if make_run(config, workdir, mesh):
+        print(closing_lines(read_result(workdir / RESULT), workdir))
 
 
 if __name__ == '__main__':

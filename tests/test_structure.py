@@ -17,6 +17,7 @@ PACKAGE = 'spg_jax'
 # A room is a folder or a file directly under spg_jax. It imports from its own layer and from those
 # below it. Every room that is not named here is an entry point and may import anything.
 LAYERS = (
+    ('comparison',),  # which runs are compared, and what their figures say
     ('planning',),  # what a machine would need, asked of all the rest
     ('runs',),  # what a run leaves on disk
     (

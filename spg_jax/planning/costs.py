@@ -13,19 +13,15 @@ and other small costs are left out.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 
 from spg_jax import sharding
-from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.attention import FUSED as FUSED_ATTENTION
 from spg_jax.models.lora import FUSED, SHARED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import Plan
+from spg_jax.planning.sequences import draws_at_arrival
 from spg_jax.rl.learner import rows_together
-from spg_jax.rl.rollout import rollout_shapes
-from spg_jax.rl.scores import moments
 
 # The cost of attention in the backward pass, in units of the forward pass, which is two products.
 # Fused kernels compute the scores again, once in cuDNN and twice in splash, which has two kernels.
@@ -173,24 +169,7 @@ def _looks(plan: Plan) -> int:
 
 def arrival_readouts(plan: Plan) -> int:
     """The draws that are read out when a rollout arrives, over all rows."""
-    objective, batching = plan.parts.objective, plan.parts.batching
-    draws = batching.inner_updates * objective.draws if objective.behaviour else 0
-    if objective.at_rollout:
-        counts = []
-
-        def read(policy: str, draws: Draws) -> Array:
-            counts.append(draws.masked.shape[1])
-            return jnp.zeros((*draws.masked.shape[:2], plan.parts.sampling.length))
-
-        rows = rollout_shapes(batching.rows, plan.prompt_length, plan.parts.sampling.length)
-        jax.eval_shape(
-            lambda rows: objective.at_rollout(
-                read, rows, moments(plan.seed, rows, jnp.int32(0), jnp.int32(0))
-            ),
-            rows,
-        )
-        draws += sum(counts)
-    return batching.rows * draws
+    return plan.parts.batching.rows * draws_at_arrival(plan.parts)
 
 
 def _arrival_flops(plan: Plan) -> float:

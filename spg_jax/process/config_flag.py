@@ -47,26 +47,7 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         """Runs the file, locks what its `get_config` returns, and completes it."""
-        # The colon in an address such as gs://bucket/own.py does not part a preset from a name.
-        name, *preset = re.split(':(?!//)', argument, maxsplit=1)
-        path = config_file(name)
-        loader = SourceFileLoader('config', str(path))
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader(loader.name, loader)
-        )
-        try:
-            loader.exec_module(module)
-            config = module.get_config(*preset)
-        except Exception as error:
-            if os.environ.get('SPG_JAX_TRACEBACK'):
-                traceback.print_exc()
-            raise UnusableConfig(_place_and_cause(path, error)) from error
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UnusableConfig(
-                f'{path}: get_config returned {type(config).__name__}, expected a ConfigDict; '
-                'start from default_config() and return it'
-            )
-        config.lock()
+        config = read_config(argument)
         if self._complete:
             arguments = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
             try:
@@ -74,6 +55,36 @@ class _ConfigParser(flags.ArgumentParser):
             except ValueError as error:
                 raise UnusableConfig(str(error)) from error
         return config
+
+
+def read_config(argument: str) -> ml_collections.ConfigDict:
+    """What the file of a configuration returns, locked.
+
+    Args:
+      argument: the name or the path of a configuration, and perhaps a colon and a preset.
+
+    Raises:
+      UnusableConfig: there is no such file, or it fails or returns something else.
+    """
+    # The colon in an address such as gs://bucket/own.py does not part a preset from a name.
+    name, *preset = re.split(':(?!//)', argument, maxsplit=1)
+    path = config_file(name)
+    loader = SourceFileLoader('config', str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*preset)
+    except Exception as error:
+        if os.environ.get('SPG_JAX_TRACEBACK'):
+            traceback.print_exc()
+        raise UnusableConfig(_place_and_cause(path, error)) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UnusableConfig(
+            f'{path}: get_config returned {type(config).__name__}, expected a ConfigDict; '
+            'start from default_config() and return it'
+        )
+    config.lock()
+    return config
 
 
 def assigned(arguments: Iterable[str]) -> dict[str, str]:

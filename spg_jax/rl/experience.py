@@ -31,7 +31,10 @@ def rows_of_update(ring: Ring | None, seed: int, step: Array, experience: Rollou
     if ring is None:
         return experience
     rows = len(experience.reward)
-    order = jax.random.permutation(step_key(seed, Purpose.RING, step), rows)[: ring.rows]
+    order = jax.random.permutation(step_key(seed, Purpose.RING, step), rows)
+    if ring.first is not None:
+        order = order[jnp.argsort(~ring.first(experience)[order], stable=True)]
+    order = order[: ring.rows]
     return jax.tree.map(lambda x: constrain(x[order], 'rows', *(None,) * (x.ndim - 1)), experience)
 
 

@@ -100,7 +100,7 @@ def identity_of(
         'task_settings': dataclasses.asdict(task),
         'evaluation': dataclasses.asdict(evaluation),
         'problems': [_digest(list(split)) for split in problems],
-        'package': _package_digest(),
+        'package': package_digest(),
         'libraries': [platform.python_version(), jax.__version__, jaxlib.__version__],
         'machine': _machine(mesh),
     }
@@ -129,7 +129,7 @@ def _processor() -> list[str]:
 
 
 @functools.cache
-def _package_digest() -> str:
+def package_digest() -> str:
     """A digest of the files that make up this package, whose code decodes, samples and scores."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()

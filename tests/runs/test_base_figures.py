@@ -93,7 +93,7 @@ def test_figures_of_anything_else_are_not_believed(tmp_path, change):
     assert measured(tmp_path / 'base', identity(**change)) == (FIGURES, 1)
 
 
-@pytest.mark.parametrize('changed', ['_package_digest', '_processor'])
+@pytest.mark.parametrize('changed', ['package_digest', '_processor'])
 def test_figures_of_other_code_or_another_processor_are_not_believed(
     tmp_path, monkeypatch, changed
 ):

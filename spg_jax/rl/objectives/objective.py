@@ -163,11 +163,14 @@ class Ring:
       prompts: prompts in the ring; a multiple of those that are collected at once.
       every: updates between two collections.
       rows: rows of an update.
+      first: the rows that an update takes before all others, [B] bool of the whole ring; None takes
+        every row equally often.
     """
 
     prompts: int
     every: int
     rows: int
+    first: Callable[[Rollout], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
