@@ -161,17 +161,33 @@ class Comparison:
         return setting(self._config(task, self.reference), 'train.steps'), self.budget
 
     def shared_settings(self, task: str) -> dict[str, Any]:
-        """The settings of a task that all arms share, by group; those of methods are left out."""
-        settings = self._config(task, self.reference).to_dict()
-        words = self.words(self.reference)
+        """The settings of a task that its arms share, by GROUP.KEY, before an arm changes any."""
+        overrides = settings_of(self.overrides, 'overrides')
+        general = {key: x for key, x in overrides.items() if key.partition('.')[0] in _groups()}
+        settings = self._configured(task, general, task).to_dict()
         return {
-            group: {key: x for key, x in values.items() if f'{group}.{key}' not in words}
-            for group, values in settings.items()
-            if group in _groups()
+            f'{group}.{key}': value
+            for group in _groups() & settings.keys()
+            for key, value in settings[group].items()
+        }
+
+    def own_settings(self, method: str) -> dict[str, str]:
+        """The settings of an arm, and those of the command line that only methods like it have."""
+        arm = settings_of(self.arms[method], f'arm {method}')
+        return {
+            key: text
+            for key, text in self.words(method).items()
+            if key in arm or key == 'rl.objective' or key.partition('.')[0] not in _groups()
         }
 
     def _config(self, task: str, method: str) -> ml_collections.ConfigDict:
         """The settings of an arm on a task, with the number of updates of its configuration."""
+        return self._configured(task, self.words(method), f'{task}, {method}')
+
+    def _configured(
+        self, task: str, values: Mapping[str, str], where: str
+    ) -> ml_collections.ConfigDict:
+        """The configuration of a task with settings on top; `where` begins messages."""
         name, *words = shlex.split(self.tasks[task])
         try:
             config = read_config(name)
@@ -179,10 +195,8 @@ class Comparison:
             raise ValueError(f'task {task}: {error}') from None
         if 'rl' not in config:
             raise ValueError(f'task {task}: {name} does not describe a run; use one like countdown')
-        of_task = settings_of(' '.join(map(shlex.quote, words)), f'task {task}')
-        common = settings_of(self.common, 'common')
-        values = of_task | common | self.words(method)
-        assign(config, values, f'{task}, {method}')
+        of_task = settings_of(shlex.join(words), f'task {task}')
+        assign(config, of_task | settings_of(self.common, 'common') | values, where)
         return config
 
 

@@ -169,18 +169,14 @@ class Records:
 
 def protocol_of(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """What makes the figures of runs comparable, by kind and name, as far as settings say it."""
-    arms = {}
+    arms: dict[str, dict[str, str]] = {}
     for method in comparison.arms:
-        words = comparison.words(method)
-        arms[method] = dict(words)
-        if file := source_file(words['rl.objective']):
+        arms[method] = comparison.own_settings(method)
+        if file := source_file(arms[method]['rl.objective']):
             arms[method]['digest of its file'] = digest_path(file)
     tasks = {
         task: {
-            f'{group}.{key}': value
-            for group, settings in comparison.shared_settings(task).items()
-            for key, value in settings.items()
-            if f'{group}.{key}' not in FREE
+            key: value for key, value in comparison.shared_settings(task).items() if key not in FREE
         }
         for task in comparison.tasks
     }
