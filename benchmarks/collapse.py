@@ -19,9 +19,9 @@ from typing import Any
 from absl import flags
 
 from benchmarks import runs
+from spg_jax.comparison.measure import first_seen
 from spg_jax.process import cli
 from spg_jax.process.files import write_whole
-from spg_jax.runs.guard import Guard, Rules
 from spg_jax.runs.metrics import read_rows
 
 STEPS = 200
@@ -68,29 +68,6 @@ def measure(seed: int, case: str) -> dict[str, Any]:
         'updates': result['updates'],
         'learning_rate_scale': result['learning_rate_scale'],
     }
-
-
-def first_seen(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, int]:
-    """The step at which each sign, and the collapse, first appeared in the metrics of a run.
-
-    Rows after the first rollback are left out, because the signs then begin anew.
-
-    Args:
-      rows: of metrics.jsonl.
-      config: the settings of the run.
-    """
-    rules = Rules(**config['guard'] | {'rollbacks': 0})
-    guard, steps = Guard(rules, config['evaluation']['problems'], tell=lambda _: None), {}
-    for row in rows:
-        if row.get('rollbacks'):
-            break
-        if 'validation_accuracy' in row:
-            guard.read_validation(row['step'], row['validation_accuracy'])
-        elif 'loss' in row:
-            guard.read(row)
-        for name in guard.memory['present']:
-            steps.setdefault(name, row['step'])
-    return steps
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

@@ -140,7 +140,7 @@ def get_config(preset: str = 'quick') -> ml_collections.ConfigDict:
         # The learning rate is chosen by the best validation of runs with another seed.
         rates=(1e-4, 3e-4, 1e-3),  # the grid of learning rates, ascending; one is not tuned
         tuning_seed=100,
-        tuning_share=0.5,  # the updates of a run that tries a rate, as a share of all
+        tuning_share=0.4,  # the updates of a run that tries a rate, as a share of all
         budget='sequences',  # what all arms get the same of: sequences, forward, backward, updates
         validations=6,  # of each run, from which its checkpoint is chosen
         own_bases=False,  # whether each seed trains a base policy of its own

@@ -6,7 +6,7 @@ python -m spg_jax.train --config=configs/sudoku.py:llada_8b   # published recipe
 python -m spg_jax.plan --config=configs/sudoku.py:llada_8b_v5e16 --topology=v5e:4x4
 
 On one CPU core the base policy takes 417 s and RL 293 s; right cells rise from 51 % to 95 % and
-right grids from 6 % to 88 % (`benchmarks.learning`).
+right grids from 6 % to 88 % (docs/results.md).
 """
 
 import ml_collections

@@ -233,6 +233,12 @@ def shard_of(text: str) -> tuple[int, int]:
     return index, number
 
 
+def default_folder(config: str) -> str:
+    """The folder of a comparison by the value of --config, such as runs/compare-smoke."""
+    name, _, preset = config.rpartition('/')[2].partition(':')
+    return f'runs/{name.removesuffix(".py")}' + (f'-{preset}' if preset else '')
+
+
 def closing_lines(folder: Path, tasks: Iterable[str]) -> str:
     """The last lines on the screen: where everything is, and what to do next."""
     curves = ' '.join(f'{folder}/{task}.png' for task in tasks)
@@ -267,8 +273,7 @@ def main(_: list[str]) -> None:
     if FLAGS.config is None:
         raise ValueError('--config not given; use --config=configs/compare.py:smoke, or --report')
     comparison, shard = read(FLAGS.config), shard_of(FLAGS.shard)
-    name = Path(sources().file.rpartition('/')[2]).stem.replace('.py:', '-').replace(':', '-')
-    folder = Path(FLAGS.workdir or f'runs/{name}')
+    folder = Path(FLAGS.workdir or default_folder(sources().file))
     cli.compile_cache()
     print(f'workdir {folder}', flush=True)
     outcome = compare(comparison, folder, shard)
@@ -290,7 +295,7 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     define_config_flag(complete_comparison, required=False)
     cli.define_path_flag(
-        'workdir', '', "The folder of the comparison; '' is runs/compare-PRESET.", saves=True
+        'workdir', '', "The folder of the comparison; '' is runs/CONFIG-PRESET.", saves=True
     )
     cli.define_path_flag(
         'report', '', 'Only draw the tables and curves of this folder or file of lines.'

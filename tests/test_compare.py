@@ -211,6 +211,13 @@ def test_the_command_line_adds_an_arm_and_refuses_what_is_unknown():
         read_config('compare:smoek')
 
 
+@fast
+def test_the_folder_has_the_name_of_configuration_and_preset():
+    assert compare.default_folder('configs/compare.py:smoke') == 'runs/compare-smoke'
+    assert compare.default_folder('compare') == 'runs/compare'
+    assert compare.default_folder('/a.b/own.py:x') == 'runs/own-x'
+
+
 # --- runs, played by a function ---
 def accuracy_of(config):
     """The figure of a played run: the larger rate is better, and d1 is better than SPG."""
@@ -356,7 +363,7 @@ def test_a_folder_of_another_protocol_is_refused(played):
             {'overrides': 'sampling.top_k=5'},
             'another task countdown_tiny: sampling.top_k 0, a.* 5',
         ),
-        ({'overrides': 'spg.beta=4'}, "another arm spg_mixture: spg.beta 'nothing', asked for '4'"),
+        ({'overrides': 'spg.beta=4'}, "another arm spg_mixture: spg.beta unset, asked for '4'"),
         ({'overrides': 'train.steps=8'}, 'another task countdown_tiny: train.steps 4, asked for 8'),
         ({'common': 'evaluation.problems=4'}, 'another task countdown_tiny: .*, asked for'),
         ({'arms': {'spg_mixture': '', 'd1': 'rl.objective=wd1'}}, 'another arm spg_mixture: spg.n'),

@@ -18,6 +18,7 @@ from spg_jax.runs.identity import FREE, digest_path
 
 LINES, PROTOCOL = 'runs.jsonl', 'protocol.json'
 FINISHED, FAILED = 'finished', 'failed'
+TASK = 'task'  # the kind of the entries of a protocol that hold settings of tasks
 REMEDY = 'use another --workdir, or the settings that it was begun with'
 
 
@@ -159,10 +160,10 @@ class Records:
             for kind, entries in protocol.items():
                 for name, entry in entries.items():
                     before = saved.setdefault(kind, {}).setdefault(name, entry)
-                    if before != entry:
+                    if difference := _difference(kind, before, entry):
                         raise OtherProtocol(
-                            f'{self.folder} holds a comparison with another {kind} '
-                            f'{_difference(name, before, entry)}; {REMEDY}'
+                            f'{self.folder} holds a comparison with another {kind} {name}'
+                            f'{difference}; {REMEDY}'
                         )
             write_whole(path, json.dumps(saved, indent=1))
 
@@ -184,17 +185,24 @@ def protocol_of(comparison: Comparison) -> dict[str, dict[str, Any]]:
         name: getattr(comparison, name)
         for name in ('rates', 'tuning_seed', 'tuning_share', 'budget', 'validations', 'own_bases')
     }
-    return {'rule': rules | {'reference': comparison.reference}, 'task': tasks, 'arm': arms}
+    return {'rule': rules | {'reference': comparison.reference}, TASK: tasks, 'arm': arms}
 
 
-def _difference(name: str, before: Any, wanted: Any) -> str:
-    """Where two entries of a protocol differ first, in words."""
+def _difference(kind: str, before: Any, wanted: Any) -> str:
+    """Where two entries of a protocol differ first, in words; '' if they do not."""
+    if before == wanted:
+        return ''
     if isinstance(before, dict) and isinstance(wanted, dict):
         for key in [*wanted, *before]:
-            if before.get(key) != wanted.get(key):
-                shown = before.get(key, 'nothing'), wanted.get(key, 'nothing')
-                return f'{name}: {key} {shown[0]!r}, asked for {shown[1]!r}'
-    return f'{name} {before!r}, asked for {wanted!r}'
+            # A setting of a task that only one of them has did not exist in the other's version.
+            is_comparable = kind != TASK or (key in before and key in wanted)
+            if is_comparable and before.get(key) != wanted.get(key):
+                old, new = (
+                    repr(each[key]) if key in each else 'unset' for each in (before, wanted)
+                )
+                return f': {key} {old}, asked for {new}'
+        return ''
+    return f' {before!r}, asked for {wanted!r}'
 
 
 def missing_of(comparison: Comparison, lines: Mapping[Job, Line]) -> list[str]:
