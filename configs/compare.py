@@ -61,7 +61,7 @@ CONFIGS = {
     'countdown': 'countdown:small',
     # Half the batch of the main job, so that all runs fit into some hours.
     'sudoku': 'sudoku:small rl.prompts=8 rl.microbatch=64 train.steps=100',
-    'countdown_tiny': 'countdown:tiny train.steps=4',
+    'countdown_tiny': 'countdown:tiny train.steps=6',
 }
 
 # Settings of all runs: what only costs time here.

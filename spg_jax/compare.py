@@ -95,6 +95,8 @@ def compare(comparison: Comparison, folder: Path, shard: tuple[int, int] = (0, 1
                     return Outcome(False, failures)
             except OtherProtocol:
                 raise  # No other run could go on either.
+            except KeyboardInterrupt:  # A run that is reporting saves nothing more.
+                return Outcome(False, failures)
             except Exception as error:
                 failures[job] = _told(error)
                 print(f'FAILED {job.name}: {failures[job]}', file=sys.stderr, flush=True)
