@@ -27,8 +27,9 @@ from jax.sharding import Mesh
 from spg_jax import sharding
 from spg_jax.assembly import check_base, check_mesh
 from spg_jax.comparison.measure import figures_of
-from spg_jax.comparison.plan import Comparison, Job, complete_comparison, read
+from spg_jax.comparison.plan import Comparison, Job
 from spg_jax.comparison.progress import Progress
+from spg_jax.comparison.reading import complete_comparison, read
 from spg_jax.comparison.records import (
     FAILED,
     FINISHED,

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
 from spg_jax.assembly import assemble
+from spg_jax.diffusion.corruption import Draws
 from spg_jax.diffusion.denoising import denoising_loss
 from spg_jax.method import set_objective
 from spg_jax.rl.experience import collections_due, rows_of_update
@@ -48,6 +49,13 @@ def ring():
     )
 
 
+@pytest.fixture(scope='module')
+def draws_at(ring):
+    """A compiled function step -> the draws of all rows."""
+    corruption = objective_of()[0].corruption
+    return jax.jit(lambda step: corrupt(corruption, ring, moments(0, ring, step, jnp.int32(0))))
+
+
 def test_the_base_policy_samples_everything_before_the_first_update():
     objective, batching = objective_of(batches=5)
     due = [collections_due(objective, batching, step) for step in range(300)]
@@ -80,12 +88,8 @@ def test_where_too_few_are_right_the_others_are_idle(ring):
     assert_array_equal(np.asarray(idle), [False] * 3 + [True] * 5)
 
 
-def test_masks_are_those_of_pretraining(ring):
+def test_masks_are_those_of_pretraining(draws_at):
     """A uniform number of all positions, those after the EOS among them; the prompt stays clean."""
-    objective, _ = objective_of()
-    draws_at = jax.jit(
-        lambda step: corrupt(objective.corruption, ring, moments(0, ring, step, jnp.int32(0)))
-    )
     numbers = []
     for step in range(50):
         draws = draws_at(step)
@@ -98,12 +102,12 @@ def test_masks_are_those_of_pretraining(ring):
     assert (np.asarray(draws.target[:, 0, 3:]).sum() > 0).all()
 
 
-def test_the_loss_is_that_of_pretraining_over_the_right_rows(ring):
+def test_the_loss_is_that_of_pretraining_over_the_right_rows(ring, draws_at):
     objective, _ = objective_of()
     logits = jax.random.normal(jax.random.key(0), (B, C, V))
     log_probs = jax.nn.log_softmax(logits)
     logp = jnp.take_along_axis(log_probs, ring.completion[:, :, None], -1)[:, None, :, 0]
-    draws = corrupt(objective.corruption, ring, moments(0, ring, jnp.int32(0), jnp.int32(0)))
+    draws = draws_at(0)
     loss = objective.loss(logp, Batch(ring, draws, {}, jnp.int32(0)))
     right = np.asarray(ring.reward) == 1
     expected = denoising_loss(logits[right], ring.completion[right], draws.target[right, 0])
@@ -116,8 +120,7 @@ def test_two_rows_by_hand(ring):
     objective, _ = objective_of(least_reward=0.5)
     rows = jax.tree.map(lambda x: x[jnp.array([0, 2])], ring)
     masked = jnp.zeros((2, 1, P + C), bool).at[:, :, P : P + 2].set(True)
-    draws = corrupt(objective.corruption, rows, moments(0, rows, jnp.int32(0), jnp.int32(0)))
-    draws = draws.replace(masked=masked, target=masked[:, :, P:])
+    draws = Draws(masked, target=masked[:, :, P:])
     logp = jnp.full((2, 1, C), -9.0).at[:, :, 0].set(-1.0).at[:, :, 1].set(-3.0)
     loss = objective.loss(logp, Batch(rows, draws, {}, jnp.int32(0)))
     assert (float(loss.total), float(loss.weight)) == (2.0, 1.0)
