@@ -4,6 +4,7 @@ Most tests put a function of seed and learning rate in the place of a run, which
 files. The last test makes real runs.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from spg_jax.process.config_flag import UnusableConfig, read_config
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.runs import plots
+from spg_jax.tasks.card import Card
 from tests import adapted
 from tests.meshes import mesh_of
 from tests.processes import SHARED
@@ -318,6 +320,19 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(played, monkeypatch, cap
     monkeypatch.setattr(compare, 'make_run', play)  # The next start tries it again.
     assert compare.compare(comparison_of(), played) == (True, {})
     assert newest(lines_of(played))[job]['status'] == 'finished'
+
+
+@fast
+def test_figures_of_unlike_protocols_have_no_table(played):
+    compare.compare(comparison_of(), played)
+    lines = [line for line in lines_of(played) if line['role'] == 'seed']
+    card = Card('countdown', length=12, shots=0)
+    with_cards = [line | {'card': card.to_json()} for line in lines]
+    assert 'spg_mixture' in write_report(with_cards, played)
+    with_cards[-1]['card'] = dataclasses.replace(card, shots=3).to_json()
+    with pytest.raises(ValueError, match='seed 1 may not stand .* shots 0 and 3;') as error:
+        write_report(with_cards, played)
+    assert '\n' not in str(error.value)
 
 
 def lines_of(folder):

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 # The beginnings of commands that need hours, a download, or a machine, and what runs them small.
 ELSEWHERE = {
     'pytest': '.ci/run',
-    'benchmarks.learning': 'docs/results.md',
+    'spg_jax.compare': 'tests/test_compare.py',
     'spg_jax.plan --config=configs/gsm8k.py:llada_8b': 'tests/planning/test_report.py',
     'spg_jax.train --config=configs/gsm8k.py:llada_8b': 'tests/test_adapted_run.py',
     'spg_jax.evaluate --config=configs/gsm8k.py:llada_8b': 'tests/test_published.py',

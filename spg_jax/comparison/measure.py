@@ -44,7 +44,7 @@ def figures_of(workdir: Path, job: Job, due: Callable[[int], int]) -> dict[str, 
     }
     if job.role == TUNING:
         return figures
-    names = ('base_accuracy', 'base_grid_accuracy', 'accuracy', 'grid_accuracy', 'reward')
+    names = ('card', 'base_accuracy', 'base_grid_accuracy', 'accuracy', 'grid_accuracy', 'reward')
     return figures | {name: result[name] for name in names if name in result}
 
 

@@ -52,7 +52,8 @@ class Line(TypedDict):
     collapsed_at: NotRequired[int | None]  # the update after which the guard saw a collapse
     rewards: NotRequired[list[tuple[int, float]]]  # curve of the mean reward of rollouts
     validations: NotRequired[list[tuple[int, float]]]  # curve of the accuracy on validation
-    base_accuracy: NotRequired[float]  # the rest is of the test split, which tuning does not see
+    card: NotRequired[dict[str, Any]]  # the rest is of the test split, which tuning does not see
+    base_accuracy: NotRequired[float]
     base_grid_accuracy: NotRequired[float]
     accuracy: NotRequired[float]
     grid_accuracy: NotRequired[float]

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from spg_jax.comparison.plan import MEASURED, TUNING
-from spg_jax.comparison.records import FAILED, FINISHED, Line, newest
+from spg_jax.comparison.records import FAILED, FINISHED, LINES, Line, newest
 from spg_jax.comparison.statistics import Estimate, estimate, paired_difference, percent
+from spg_jax.tasks.card import check_alike, from_json
 from spg_jax.process.files import write_whole
 
 TABLE = 'table.md'
@@ -32,6 +33,9 @@ def write_report(lines: Iterable[Line], folder: Path) -> str:
     Args:
       lines: of figures, as in runs.jsonl.
       folder: where the files go.
+
+    Raises:
+      ValueError: figures of a task were measured by unlike protocols.
     """
     kept = list(newest(lines).values())
     tasks = list(dict.fromkeys(line['task'] for line in kept))
@@ -81,7 +85,18 @@ def _section(task: str, lines: Sequence[Line]) -> str:
 
 
 def _table(groups: dict[str, list[Line]]) -> str:
-    """The figures of methods, in per cent where they are shares."""
+    """The figures of methods, in per cent where they are shares.
+
+    Raises:
+      ValueError: figures were measured by unlike protocols; the message names the difference.
+    """
+    # Lines of older versions have no card. They are compared with each other alone.
+    cards = {
+        f'{method}, seed {line["seed"]}': from_json(line['card'], LINES) if 'card' in line else None
+        for method, lines in groups.items()
+        for line in lines
+    }
+    check_alike(cards, 'compare anew in another --workdir')
     first = next(iter(groups.values()))
     reference = first[0]['reference']
     compared = groups.get(reference, [])
