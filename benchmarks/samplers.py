@@ -34,6 +34,7 @@ from spg_jax.data.prompts import prompt_tokens
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import Cache, TransformerConfig
+from spg_jax.models.windows import Window
 from spg_jax.process import cli
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.collection import decode, make_generate
@@ -93,10 +94,16 @@ class Ending(Policy):
         return (position[None, :] == end[:, None]).astype(jnp.float32)
 
     def hidden(
-        self, variables: Variables, tokens: Array, valid: Array, dropout: Array | None = None
+        self,
+        variables: Variables,
+        tokens: Array,
+        valid: Array,
+        dropout: Array | None = None,
+        window: Window | None = None,
     ) -> Array:
-        hidden = super().hidden(variables, tokens, valid, dropout)
-        return jnp.concatenate([hidden, self.mark(tokens)[:, :, None]], axis=-1)
+        hidden = super().hidden(variables, tokens, valid, dropout, window)
+        mark = self.mark(tokens)[:, :, None]  # [B, L, 1]
+        return jnp.concatenate([hidden, window.cut(mark) if window else mark], axis=-1)
 
     def hidden_with_cache(
         self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array

@@ -6,8 +6,8 @@ from pathlib import Path
 from spg_jax.comparison.plan import MEASURED, TUNING
 from spg_jax.comparison.records import FAILED, FINISHED, LINES, Line, newest
 from spg_jax.comparison.statistics import Estimate, estimate, paired_difference, percent
-from spg_jax.tasks.card import check_alike, from_json
 from spg_jax.process.files import write_whole
+from spg_jax.tasks.card import check_alike, from_json
 
 TABLE = 'table.md'
 HEAD = (

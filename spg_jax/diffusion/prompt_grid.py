@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.diffusion.sampling import CachedModel, Completion, SamplingConfig, generate
+from spg_jax.models.windows import Window
 
 
 def generate_on_prompt_grid(
-    hidden_fn: Callable[[Array, Array], Array],
+    hidden_fn: Callable[[Array, Array, Window], Array],
     unembed_fn: Callable[[Array], Array],
     prompt: Array,
     prompt_mask: Array,

@@ -1,7 +1,7 @@
 """Sampling: denoise a fully masked completion, block after block, committing a few tokens a step.
 
 Nothing here depends on a model class. Callers pass two functions, one from tokens to hidden states
-and one from hidden states to logits, so that only positions of the current block are unembedded.
+of the current block and one from hidden states to logits.
 
 A comment such as `# [B, b, V]` after an assignment is the shape of the value: `B` sequences, `L`
 tokens of prompt (`P`) and completion (`C`), `b` positions of a block, `V` vocabulary, `D` width;
@@ -19,6 +19,7 @@ from jax import Array
 from spg_jax.diffusion.samplers import REGISTRY
 from spg_jax.diffusion.samplers.decoder import CachedModel, Carry, Decoder, is_generated_eos
 from spg_jax.diffusion.samplers.settings import RECORDS, SamplingConfig
+from spg_jax.models.windows import Window
 
 __all__ = [
     'COMMITS',
@@ -59,7 +60,7 @@ def record_shapes(
 
 
 def generate(
-    hidden_fn: Callable[[Array, Array], Array],
+    hidden_fn: Callable[[Array, Array, Window], Array],
     unembed_fn: Callable[[Array], Array],
     prompt: Array,
     prompt_mask: Array,
@@ -77,7 +78,8 @@ def generate(
     step, position). With `stop_early` the loop ends once every row has an EOS in a finished block.
 
     Args:
-      hidden_fn: (tokens [B, L] int32, valid [B, L] bool) -> hidden states [B, L, D].
+      hidden_fn: (tokens [B, L] int32, valid [B, L] bool, window) -> hidden states [B, b, D] of the
+        window, b of the L positions.
       unembed_fn: hidden states [B, b, D] -> logits [B, b, V] float32.
       prompt: [B, P] int32, left-padded.
       prompt_mask: [B, P] bool, False on padding.
@@ -105,7 +107,7 @@ def generate(
 
 
 def decoder_of(
-    hidden_fn: Callable[[Array, Array], Array],
+    hidden_fn: Callable[[Array, Array, Window], Array],
     unembed_fn: Callable[[Array], Array],
     prompt_mask: Array,
     keys: Array,

@@ -39,6 +39,7 @@ def attention(
       k: [B, L', K, H] keys, already rotated; L' may differ from L.
       v: [B, L', K, H] values.
       valid: [B, L'] bool, False on padding, for attention to every valid key; or a `Visibility`.
+        Where L' differs from L, what each query sees is [B, L, L'] bool instead.
       implementation: 'einsum' runs anywhere, 'folded' is for CPUs, 'splash' for TPUs and 'cudnn'
         for CUDA; `resolve` chooses one of them.
 
@@ -50,8 +51,8 @@ def attention(
     """
     check_implementation(implementation)
     if q.shape[1] != k.shape[1] and implementation in FUSED:
-        # The fused kernels take queries and keys of one length. Other lengths come from a cache,
-        # where queries are few, so that their scores are small.
+        # The fused kernels take queries and keys of one length. Other lengths come from a cache or
+        # from the last layer of a window, where queries are few, so that their scores are small.
         implementation = 'einsum'
     return _IMPLEMENTATIONS[implementation](q, k, v, valid)
 
@@ -147,11 +148,11 @@ def _folded(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     keys = k.transpose(0, 2, 3, 1).reshape(B * K, H, M)  # [B K, H, L']
     values = v.transpose(0, 2, 1, 3).reshape(B * K, M, H)  # [B K, L', H]
     scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)  # [B K, g L, L']
-    if isinstance(valid, Visibility):
-        visible = valid.mask()[:, None]  # [B, 1, L, L']
-        weights = _softmax(scores.reshape(B, N, L, M), visible, H)  # [B, N, L, L']
+    visible = valid.mask() if isinstance(valid, Visibility) else valid
+    if visible.ndim == 3:  # [B, L, L']
+        weights = _softmax(scores.reshape(B, N, L, M), visible[:, None], H)  # [B, N, L, L']
     else:
-        weights = _softmax(scores.reshape(B, N * L, M), valid[:, None, :], H)  # [B, N L, L']
+        weights = _softmax(scores.reshape(B, N * L, M), visible[:, None, :], H)  # [B, N L, L']
     mixed = jnp.matmul(  # [B K, g L, H]
         weights.astype(v.dtype).reshape(B * K, (N // K) * L, M), values
     )
@@ -167,10 +168,11 @@ def _einsum(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
     K = k.shape[2]
     queries = q.reshape(B, L, K, N // K, H)  # [B, L, K, g, H]
     scores = jnp.einsum('blkgh,bmkh->bkglm', queries, k, preferred_element_type=jnp.float32)
-    if isinstance(valid, Visibility):
-        visible = valid.mask()[:, None, None]  # [B, 1, 1, L, L']
+    visible = valid.mask() if isinstance(valid, Visibility) else valid
+    if visible.ndim == 3:  # [B, L, L']
+        visible = visible[:, None, None]  # [B, 1, 1, L, L']
     else:
-        visible = valid[:, None, None, None, :]  # [B, 1, 1, 1, L']
+        visible = visible[:, None, None, None, :]  # [B, 1, 1, 1, L']
     weights = _softmax(scores, visible, H)  # [B, K, g, L, L']
     mixed = jnp.einsum('bkglm,bmkh->blkgh', weights.astype(v.dtype), v)
     return mixed.reshape(B, L, N, H)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.transformer import Cache, Transformer, TransformerConfig
+from spg_jax.models.windows import Window
 from spg_jax.random import Purpose, root_key
 from spg_jax.sharding import init_params
 
@@ -41,17 +42,23 @@ class Policy:
         return COLLECTION if self.config.lora else 'params'
 
     def hidden(
-        self, variables: Variables, tokens: Array, valid: Array, dropout: Array | None = None
+        self,
+        variables: Variables,
+        tokens: Array,
+        valid: Array,
+        dropout: Array | None = None,
+        window: Window | None = None,
     ) -> Array:
-        """Final hidden states [B, L, D].
+        """Final hidden states [B, L, D], or [B, size, D] of a window.
 
         Args:
           variables: the collections of parameters.
           tokens: [B, L] int32.
           valid: [B, L] bool, False on padding.
           dropout: [B] keys of the adapters' dropout; None drops nothing.
+          window: the positions whose states are asked for; None is all.
         """
-        return self.model.apply(variables, tokens, valid, dropout, method='hidden')
+        return self.model.apply(variables, tokens, valid, dropout, window, method='hidden')
 
     def hidden_with_cache(
         self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array
@@ -107,8 +114,10 @@ class Policy:
         tokens = jnp.concatenate([prompt, completion], axis=1)  # [B, L]
         exists = jnp.ones(completion.shape, bool) if exists is None else exists
         valid = jnp.concatenate([valid, exists], axis=1)  # [B, L]
-        hidden = self.hidden(variables, tokens, valid, dropout)  # [B, L, D]
-        return hidden[:, prompt.shape[1] :]
+        window = Window(prompt.shape[1], completion.shape[1])
+        if self.config.cheap_window_gradient:
+            return self.hidden(variables, tokens, valid, dropout, window)
+        return window.cut(self.hidden(variables, tokens, valid, dropout))
 
 
 def with_adapters(

@@ -24,6 +24,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax.errors import check_one_of
+from spg_jax.models.attention import FUSED as FUSED_ATTENTION
 from spg_jax.models.attention import attention, check_implementation
 from spg_jax.models.experts import Experts, RoutedExperts
 from spg_jax.models.layers import (
@@ -40,7 +41,7 @@ from spg_jax.models.layers import (
 from spg_jax.models.lora import COLLECTION, FUSED, FUSED_TARGETS, SHARED, LoRA
 from spg_jax.models.quantized import check_format
 from spg_jax.models.visibility import Visibility
-from spg_jax.models.windows import cut, put
+from spg_jax.models.windows import Window, cut, put
 from spg_jax.sharding import RULES, constrain
 
 DTYPES = ('float32', 'bfloat16')
@@ -159,6 +160,15 @@ class TransformerConfig:
         return self.visible_block == 1
 
     @property
+    def cheap_window_gradient(self) -> bool:
+        """Whether a gradient through `Transformer.hidden` needs no more memory with a window.
+
+        In a loop over layers it would keep a copy of the kernels of all layers but the last, and
+        without a fused kernel the scores of attention.
+        """
+        return self.scan_unroll >= self.layers and self.attention not in FUSED_ATTENTION
+
+    @property
     def adapted_kernels(self) -> tuple[str, ...]:
         """The kernels that can have adapters: all but those of experts, which would be too many."""
         attention_kernels = (FUSED,) if self.fused_qkv else FUSED_TARGETS
@@ -247,7 +257,11 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, valid))
 
     def hidden(
-        self, tokens: Array, valid: Array | Visibility, dropout: Array | None = None
+        self,
+        tokens: Array,
+        valid: Array | Visibility,
+        dropout: Array | None = None,
+        window: Window | None = None,
     ) -> Array:
         """Final hidden states, after the last norm; the state at a position predicts its token.
 
@@ -256,11 +270,16 @@ class Transformer(nn.Module):
           valid: [B, L] bool, False on padding. Positions count from the first valid token of a row,
             and `visible_block` says what they see. A `Visibility` says both in its place.
           dropout: [B] keys of the adapters' dropout, one for each row; None drops nothing.
+          window: the positions whose states are asked for; None is all. Of the last layer only keys
+            and values are then computed everywhere, which is exact, and nothing is sown.
 
         Returns:
-          [B, L, D] in the compute dtype, finite but meaningless on padding.
+          [B, L, D], or [B, size, D] of a window, in the compute dtype, finite but meaningless on
+          padding.
         """
         config = self.config
+        if window is not None and window.size == tokens.shape[1]:
+            window = None
         # The table is gathered along 'embed', because tokens are split over the mesh axis 'fsdp'
         # already and a lookup cannot split its result over one axis twice.
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
@@ -279,12 +298,65 @@ class Transformer(nn.Module):
             first = None if dropout is None else dropout[:number]
             dropout = None if dropout is None else dropout[number:]
             x, _ = self.dense_layers(x, rotary, valid, first, None, None)
-        x, _ = self.layers(x, rotary, valid, dropout, None, None)
+        if window is None:
+            x, _ = self.layers(x, rotary, valid, dropout, None, None)
+        else:
+            left = int(config.shift_logits)
+            source = Window(jnp.maximum(window.start - left, 0), window.size)
+            x = self._layers_in_window(x, rotary, valid, dropout, source)
         x = self.final_norm(x)
-        if config.shift_logits:
-            # The output at a position predicts the token after it, and the first one also its own.
-            x = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
-        return x
+        if not config.shift_logits:
+            return x
+        # The output at a position predicts the token after it, and the first one also its own.
+        shifted = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
+        if window is None:
+            return shifted
+        is_first = jnp.asarray(window.start == 0).reshape(-1, 1, 1)  # [B, 1, 1] or [1, 1, 1]
+        return jnp.where(is_first, shifted, x)  # Later windows were read one to the left already.
+
+    def _layers_in_window(
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        valid: Array | Visibility,
+        dropout: Array | None,
+        window: Window,
+    ) -> Array:
+        """`self.layers` with outputs of the last one in a window only: [B, L, D] -> [B, size, D].
+
+        dropout: [layers, B, L] keys of the tokens in each of these layers, or None.
+        """
+        config = self.config
+        collections = {
+            name: values
+            for name, values in self.layers.variables.items()
+            if name in ('params', COLLECTION)
+        }
+        stacked = (collections, dropout)  # with a leading axis of layers
+        number = len(jax.tree.leaves(collections)[0])
+        unrolled = config.scan_unroll >= number
+        block = Block(config, bool(config.experts), parent=None)
+
+        def layer(window: Window | None, x: Array, part: tuple) -> Array:
+            variables, keys = part
+            return block.apply(variables, x, rotary, valid, keys, None, None, window)[0]
+
+        whole, last = functools.partial(layer, None), functools.partial(layer, window)
+        if config.remat:  # as in `_stack`; the last layer is in no loop
+            whole = jax.checkpoint(whole, prevent_cse=unrolled)
+            last = jax.checkpoint(last)
+
+        def part_at(index: Array | int) -> tuple:
+            at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            return jax.tree.map(at, stacked)
+
+        if number > 1 and unrolled:
+            first = jax.tree.map(lambda leaf: leaf[:-1], stacked)
+            x, _ = jax.lax.scan(lambda x, part: (whole(x, part), None), x, first, unroll=number)
+        elif number > 1:
+            # A scan over all kernels but the last would copy them, and this loop does not.
+            x = jax.lax.fori_loop(0, number - 1, lambda i, x: whole(x, part_at(i)), x)
+        return last(x, part_at(number - 1))
 
     def hidden_with_cache(
         self, tokens: Array, valid: Array, cache: Cache, start: Array
@@ -334,6 +406,7 @@ class Block(nn.Module):
         dropout: Array | None,
         cache: Cache | None,
         start: Array | None,
+        window: Window | None = None,
     ) -> tuple[Array, Cache | None]:
         """x [B, L, D], rotary (cosine, sine) [B, L, H/2], valid [B, L] bool -> (x [B, L, D], None).
 
@@ -341,6 +414,7 @@ class Block(nn.Module):
         dropout: [B, L] keys of the tokens in this layer, or None.
         cache: keys and values [B, L, K, H] of this layer, which come back with those of x, or None.
         start: [] or [B] int32, the first position of x, which is then a window of the row.
+        window: the positions of x that have queries and outputs, fewer than L; None is all.
         """
         config = self.config
         B, L, D = x.shape
@@ -351,26 +425,35 @@ class Block(nn.Module):
         # A layer adds to the residual stream twice; this gain keeps its scale equal at any depth.
         residual_gain = (2 * config.layers) ** -0.5
 
+        def read(x: Array) -> Array:
+            """The positions of [B, L, ...] with queries and outputs; L is their number below."""
+            return x if window is None else window.cut(x)
+
+        read_keys = None if dropout is None else read(dropout)
         h = norm(name='attention_norm')(x)  # [B, L, D]
         if config.fused_qkv:
             features = (N + 2 * K) * H
             qkv = linear(features, ('embed', 'heads'), name=FUSED)(h, dropout)
             q, k, v = jnp.split(qkv.reshape(B, L, N + 2 * K, H), (N, N + K), axis=2)
+            q = read(q)
         else:
             biased = functools.partial(linear, bias=config.qkv_bias)
-            q = biased(N * H, ('embed', 'heads'), name='query')(h, dropout).reshape(B, L, N, H)
+            q = biased(N * H, ('embed', 'heads'), name='query')(read(h), read_keys)
+            q = q.reshape(B, -1, N, H)
             k = biased(K * H, ('embed', 'kv_heads'), name='key')(h, dropout).reshape(B, L, K, H)
             v = biased(K * H, ('embed', 'kv_heads'), name='value')(h, dropout).reshape(B, L, K, H)
         if config.qk_norm:
             q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
         if config.clip_qkv:
             q, k, v = (jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (q, k, v))
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(q, tuple(map(read, rotary))), rotate(k, rotary)
         if cache is not None:
             k, v = cache = tuple(put(*each, start) for each in zip(cache, (k, v), strict=True))
+        if window is not None and isinstance(valid, Visibility):
+            valid = read(valid.mask())  # [B, size, L]
         mixed = attention(q, k, v, valid, config.attention)
-        x = x + linear(D, ('heads', 'embed'), residual_gain, name='attention_out')(
-            mixed.reshape(B, L, N * H), dropout
+        x = read(x) + linear(D, ('heads', 'embed'), residual_gain, name='attention_out')(
+            mixed.reshape(B, -1, N * H), read_keys
         )
 
         h = norm(name='mlp_norm')(x)  # [B, L, D]
@@ -383,10 +466,10 @@ class Block(nn.Module):
             x = x + routed(h)
             width, prefix = experts.shared_width, SHARED
         if width:
-            gate = linear(width, ('embed', 'mlp'), name=f'{prefix}gate')(h, dropout)  # [B, L, F]
-            up = linear(width, ('embed', 'mlp'), name=f'{prefix}up')(h, dropout)  # [B, L, F]
+            gate = linear(width, ('embed', 'mlp'), name=f'{prefix}gate')(h, read_keys)  # [B, L, F]
+            up = linear(width, ('embed', 'mlp'), name=f'{prefix}up')(h, read_keys)  # [B, L, F]
             x = x + linear(D, ('mlp', 'embed'), residual_gain, name=f'{prefix}down')(
-                swiglu(gate, up), dropout
+                swiglu(gate, up), read_keys
             )
         return constrain(x, 'rows', None, None), cache
 

@@ -6,6 +6,9 @@ A product [n, i] x [i, o] costs 2 n i o FLOPs. The forward pass of a row of leng
     attention   4 L^2 N H: scores, and the mix of values, in each layer
     unembedding 2 D V for each position unembedded
 
+Where a pass reads a window of the row, the last layer computes keys and values for all positions,
+and everything else for those of the window.
+
 In the backward pass attention costs a multiple of that. A product costs the same again for the
 gradient of its input, and once more for that of its kernel if the kernel is trained. Norms, softmax
 and other small costs are left out.
@@ -58,33 +61,49 @@ def work(plan: Plan, name: str) -> Work:
         flops = _update_flops(plan) if name == 'update' else _arrival_flops(plan)
     else:
         unembedded = plan.decoding(name).positions_read
-        flops = passes * rows * forward(plan.policy.config, length, unembedded).total
+        windowed = not plan.decoding(name).cache
+        flops = passes * rows * forward(plan.policy.config, length, unembedded, windowed).total
     return Work(flops, passes * _traffic(plan, rows, length, unembedded))
 
 
-def forward(model: TransformerConfig, length: int, unembedded: int) -> _Pass:
+def forward(
+    model: TransformerConfig, length: int, unembedded: int, windowed: bool = False
+) -> _Pass:
     """The FLOPs of the forward pass of one row.
 
     Args:
       model: the sizes of the model.
       length: L.
       unembedded: the number of positions whose logits are computed.
+      windowed: whether the last layer has outputs at these positions only.
     """
-    kernels = kernels_of(model)
-    adapters = 0
-    if model.lora:
-        adapters = sum(
-            kernel.layers * model.lora.rank * (kernel.fan_in + kernel.fan_out)
-            for kernel in kernels
-            if kernel.name in model.adapted_kernels and model.lora.adapts(kernel.name)
-        )
+    kernels, rank = kernels_of(model), model.lora.rank if model.lora else 0
+    outside = length - unembedded if windowed else 0
+    # The kernels that read all positions in the last layer, or are in earlier layers only.
+    everywhere = {'key', 'value', FUSED}
+    if model.experts:
+        everywhere |= {'gate', 'up', 'down'}
+
+    def visits(kernel: Kernel) -> int:
+        """The positions that the kernels of this name multiply, over all layers."""
+        return length * kernel.layers - outside * (kernel.name not in everywhere)
+
+    def products(kernels: list[Kernel]) -> int:
+        return sum(2 * visits(kernel) * kernel.visited // kernel.layers for kernel in kernels)
+
+    adapted = [
+        kernel
+        for kernel in kernels
+        if model.lora and kernel.name in model.adapted_kernels and model.lora.adapts(kernel.name)
+    ]
     last = [kernel for kernel in kernels if kernel.name.removeprefix(SHARED) in ('down', EXPERT)]
+    queries = length * model.layers - outside
     return _Pass(
-        kernels=2 * length * sum(kernel.visited for kernel in kernels),
-        adapters=2 * length * adapters,
-        attention=4 * length**2 * model.heads * model.head_dim * model.layers,
+        kernels=products(kernels),
+        adapters=sum(2 * visits(each) * rank * (each.fan_in + each.fan_out) for each in adapted),
+        attention=4 * queries * length * model.heads * model.head_dim,
         unembedding=2 * model.width * model.vocab_size * unembedded,
-        last=2 * length * sum(kernel.visited for kernel in last),
+        last=products(last),
     )
 
 
@@ -135,7 +154,7 @@ def _update_flops(plan: Plan) -> float:
     parts, model = plan.parts, plan.policy.config
     length, batching = parts.sampling.length, parts.batching
     rows = plan.rows_of_update * parts.objective.draws
-    row = forward(model, plan.prompt_length + length, length)
+    row = forward(model, plan.prompt_length + length, length, model.cheap_window_gradient)
     forwards = 1 + _in_pieces(plan) + _looks(plan)
     recomputed = model.remat * (row.total - row.unembedding - row.last)
     if (
@@ -174,7 +193,8 @@ def arrival_readouts(plan: Plan) -> int:
 
 def _arrival_flops(plan: Plan) -> float:
     length = plan.parts.sampling.length
-    row = forward(plan.policy.config, plan.prompt_length + length, length)
+    model = plan.policy.config
+    row = forward(model, plan.prompt_length + length, length, model.cheap_window_gradient)
     return arrival_readouts(plan) * row.total
 
 

@@ -22,6 +22,7 @@ from jax import Array
 
 from spg_jax.diffusion import sampling
 from spg_jax.models.policy import Policy, Variables
+from spg_jax.models.windows import Window
 from spg_jax.sharding import constrain
 
 # A batch shrinks to a half, a quarter or an eighth of its slots: each size is a program of its own.
@@ -53,13 +54,16 @@ def can_refill(config: sampling.SamplingConfig) -> bool:
 
 def functions_of(
     policy: Policy, variables: Variables
-) -> tuple[Callable[[Array, Array], Array], Callable[[Array], Array], sampling.CachedModel]:
+) -> tuple[Callable[[Array, Array, Window], Array], Callable[[Array], Array], sampling.CachedModel]:
     """What the sampler needs of a policy: its hidden states, its logits, and its cache."""
     cached = sampling.CachedModel(
         empty=policy.empty_cache,
         read=lambda *window: policy.hidden_with_cache(variables, *window),
     )
-    hidden = lambda tokens, valid: policy.hidden(variables, tokens, valid)  # noqa: E731
+
+    def hidden(tokens: Array, valid: Array, window: Window) -> Array:
+        return policy.hidden(variables, tokens, valid, window=window)
+
     return hidden, lambda hidden: policy.unembed(variables, hidden), cached
 
 

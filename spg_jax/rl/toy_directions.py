@@ -15,6 +15,7 @@ from jax import Array
 
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.models.windows import Window
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.learner import BEHAVIOUR, make_gradient
@@ -228,9 +229,9 @@ def make_sample(decoding: SamplingConfig, batching: Batching) -> Callable[..., R
     prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), group)[:, None]  # [B, 1]
 
     def sample(table: Array, reward: Array, key: Array) -> Rollout:
-        def hidden(tokens: Array, valid: Array) -> Array:
+        def hidden(tokens: Array, valid: Array, window: Window) -> Array:
             logits = lookup(table, tokens[:, :1], tokens[:, 1:])
-            return jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
+            return window.cut(jnp.pad(logits, ((0, 0), (1, 0), (0, 0))))
 
         completion = sampling.generate(
             hidden,

@@ -33,10 +33,10 @@ def completions(table, config):
     """4000 completions after a prompt of one token."""
     length = config.length
 
-    def hidden(tokens, valid):
+    def hidden(tokens, valid, window):
         digits = VOCABULARY ** jnp.arange(length)
         state = (tokens[:, 1:] * digits[None, :]).sum(-1)
-        return jnp.pad(jnp.asarray(table)[state], ((0, 0), (1, 0), (0, 0)))
+        return window.cut(jnp.pad(jnp.asarray(table)[state], ((0, 0), (1, 0), (0, 0))))
 
     prompt = jnp.zeros((ROWS, 1), jnp.int32)
     keys = jax.random.split(jax.random.key(1), ROWS)

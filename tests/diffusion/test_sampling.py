@@ -32,8 +32,8 @@ def tiny_llada():
     config, ids, params = load_checkpoint(REFERENCE / 'tiny_llada')
     model = Transformer(config)
 
-    def hidden(tokens, valid):
-        return model.apply({'params': params}, tokens, valid, method='hidden')
+    def hidden(tokens, valid, window):
+        return model.apply({'params': params}, tokens, valid, None, window, method='hidden')
 
     def unembed(states):
         return model.apply({'params': params}, states, method='unembed')
@@ -95,10 +95,13 @@ class Toy:
     def unembed(self, states, xp=jnp):
         return 2.0 * states @ xp.asarray(UNEMBEDDING) + xp.asarray(self.bias)[None, None, :]
 
+    def in_window(self, tokens, valid, window):
+        return window.cut(self.hidden(tokens, valid))
+
     @partial(jax.jit, static_argnums=(0, 4))
     def generate(self, prompt, prompt_mask, keys, config):
         return generate(
-            self.hidden, self.unembed, prompt, prompt_mask, keys, config, MASK, EOS, ALLOWED
+            self.in_window, self.unembed, prompt, prompt_mask, keys, config, MASK, EOS, ALLOWED
         )
 
 
@@ -359,4 +362,4 @@ def test_arguments_that_do_not_agree_are_refused():
     with pytest.raises(ValueError, match='do not agree'):
         toy.generate(tokens, mask, keys[:3], config)
     with pytest.raises(ValueError, match='both 1'):
-        generate(toy.hidden, toy.unembed, tokens, mask, keys, config, EOS, EOS, ALLOWED)
+        generate(toy.in_window, toy.unembed, tokens, mask, keys, config, EOS, EOS, ALLOWED)

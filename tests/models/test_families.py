@@ -32,6 +32,7 @@ from spg_jax.models.quantized import is_quantized
 from spg_jax.models.transformer import Transformer, check_heads
 from spg_jax.models.visibility import Visibility
 from spg_jax.models.weights import load_checkpoint, save_checkpoint, tensor_shapes
+from spg_jax.models.windows import Window
 from spg_jax.rl.collection import make_generate
 from spg_jax.sharding import abstract_params, param_shardings, put_batch
 from tests.meshes import mesh_of
@@ -191,6 +192,29 @@ def check_router(config, sown, index, weight):
     actual = table(*(np.asarray(x).reshape(layers, -1, L, k)[:, :B] for x in (chosen, weights)))
     assert_array_equal(actual < 0, expected < 0)
     assert_allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['tiny_dream', 'tiny_llada2_moe'])
+def test_a_window_has_the_states_of_the_whole_row(checkpoint, name):
+    """With a shift, and with blocks and experts; each row has a window of its own."""
+    config, _, params = load_checkpoint(checkpoint(name))
+    tokens = np.tile(golden(name)['tokens'], (3, 1))[:3, :12]
+    valid = np.arange(12)[None, :] >= np.array([[0], [2], [5]])
+
+    @jax.jit
+    def states(params, starts):
+        def hidden(window):
+            model = Transformer(config)
+            return model.apply({'params': params}, tokens, valid, None, window, method='hidden')
+
+        return hidden(None), hidden(Window(starts, 4))
+
+    starts = jnp.array([0, 1, 8])
+    whole, windows = states(params, starts)
+    for row, start in enumerate(starts.tolist()):
+        real = valid[row, start : start + 4]
+        expected = whole[row, start : start + 4][real]
+        assert_allclose(windows[row][real], expected, atol=2e-5, rtol=0)
 
 
 def token_nll(logits, labels):

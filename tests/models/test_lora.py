@@ -14,6 +14,7 @@ from spg_jax.models.layers import RMSNorm, rotary_table
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, Adapter, LoRA, merged_kernel
 from spg_jax.models.policy import Policy, with_adapters
 from spg_jax.models.transformer import Block, Transformer, TransformerConfig
+from spg_jax.models.windows import Window
 from spg_jax.sharding import abstract_params
 from tests.meshes import mesh_of
 from tests.parameters import random_params
@@ -164,6 +165,39 @@ def test_more_padding_drops_the_same():
     other = run(policy, noisy(variables), keys[::-1])
     assert np.abs(expected - other)[valid].max() > 0.1  # dropout acts
     assert_allclose(actual[valid], expected[valid], atol=2e-5)
+
+
+def test_a_window_has_the_states_and_the_gradients_of_the_whole_row():
+    """Of kernels and adapters, with dropout; layers are unrolled, or recomputed in a loop."""
+    config = dataclasses.replace(CONFIG, layers=3, kv_heads=3, tie_embeddings=True)
+    plain = Policy(config, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
+    params = {'params': random_params(plain.model)}
+    lora = dataclasses.replace(DROPPING, targets=('query',))
+    policy, variables = with_adapters(plain, params, lora, 1, mesh_of())
+    (tokens, valid), keys = inputs(), jax.random.split(jax.random.key(5), 8)
+    window = Window(5, 3)
+
+    def outcome(in_window, **changes):
+        changed = dataclasses.replace(policy.config, **changes)
+        hidden = dataclasses.replace(policy, config=changed).hidden
+
+        def loss(variables):
+            if in_window:
+                states = hidden(variables, tokens, valid, keys, window)
+            else:
+                states = window.cut(hidden(variables, tokens, valid, keys))
+            return jnp.sin(states).sum(), states
+
+        return jax.jit(jax.grad(loss, has_aux=True))(noisy(variables))
+
+    expected, expected_states = outcome(False)
+    for changes in {'scan_unroll': 3}, {'remat': True, 'attention': 'folded'}:
+        actual, states = outcome(True, **changes)
+        assert_allclose(states, expected_states, atol=2e-5)
+        for leaf, expected_leaf in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            largest = np.abs(expected_leaf).max()
+            assert largest > 1e-3
+            assert_allclose(leaf, expected_leaf, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from spg_jax.models.windows import Window
 from spg_jax.planning.costs import forward, work
 from spg_jax.planning.programs import program
 
@@ -17,20 +18,23 @@ def counted(run, *arguments):
     return run.lower(*arguments).cost_analysis()['flops']
 
 
-@pytest.mark.parametrize('kv_heads', [4, 2])
-def test_a_forward_pass_costs_what_xla_counts(plan_of, kv_heads):
+@pytest.mark.parametrize(('kv_heads', 'windowed'), [(4, False), (2, True)])
+def test_a_forward_pass_costs_what_xla_counts(plan_of, kv_heads, windowed):
     """The formula leaves out softmax, norms and rotary positions, which are 2 % at width 512."""
     plan = plan_of(UNROLLED | {'model.kv_heads': kv_heads}, jax.devices()[:1])
     rows, length, unembedded = 4, 144, 32
 
     @jax.jit
     def logits(variables, tokens):
-        hidden = plan.policy.hidden(variables, tokens, jnp.ones(tokens.shape, bool))
-        return plan.policy.unembed(variables, hidden[:, :unembedded])
+        window = Window(length - unembedded, unembedded)
+        asked = window if windowed else None
+        valid = jnp.ones(tokens.shape, bool)
+        hidden = plan.policy.hidden(variables, tokens, valid, window=asked)
+        return plan.policy.unembed(variables, hidden if windowed else window.cut(hidden))
 
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     xla_flops = counted(logits, plan.state.variables, tokens)
-    expected = rows * forward(plan.policy.config, length, unembedded).total
+    expected = rows * forward(plan.policy.config, length, unembedded, windowed).total
     assert expected == pytest.approx(xla_flops, rel=0.04) and expected < xla_flops
 
 
@@ -57,7 +61,7 @@ def test_an_update_costs_what_xla_counts(plan_of, rank, remat, draws, draws_per_
 
 def test_a_rollout_is_a_forward_pass_for_every_step_and_twice_with_guidance(plan_of):
     plan = plan_of()
-    row = forward(plan.policy.config, 16 + 128, 32).total
+    row = forward(plan.policy.config, 16 + 128, 32, windowed=True).total
     assert work(plan, 'rollout').flops == 64 * 64 * row
     assert work(plan_of({'sampling.guidance': 1.5}), 'rollout').flops == 2 * 64 * 64 * row
     part = plan_of({'sampling.guidance': 0.0, 'rl.generation_batch': 16})

@@ -23,7 +23,7 @@ from jax import Array
 from spg_jax.diffusion import informed, token_law
 from spg_jax.diffusion.samplers import rules
 from spg_jax.diffusion.samplers.settings import SamplingConfig
-from spg_jax.models.windows import cut, put
+from spg_jax.models.windows import Window, cut, put
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class _Steps:
 class Decoder:
     """The steps of a block. Its fields do not change between steps."""
 
-    hidden_fn: Callable[[Array, Array], Array]
+    hidden_fn: Callable[[Array, Array, Window], Array]
     unembed_fn: Callable[[Array], Array]
     valid: Array  # [B, L] bool
     keys: Array  # [B]
@@ -256,8 +256,8 @@ class Decoder:
 
     def _unguided(self, tokens: Array, start: Array, size: int) -> Array:
         """The logits [B, size, V] of the model itself."""
-        hidden = self.hidden_fn(tokens, self.valid)  # [B, L, D]
-        return self.unembed_fn(cut(hidden, self.prompt_length + start, size))
+        window = Window(self.prompt_length + start, size)
+        return self.unembed_fn(self.hidden_fn(tokens, self.valid, window))
 
 
 def is_generated_eos(completion: Array, eos_id: int, generated: Array | None) -> Array:

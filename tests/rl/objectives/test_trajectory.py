@@ -19,9 +19,9 @@ def record(config, rows=6):
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(VOCABULARY, VOCABULARY)), jnp.float32)
 
-    def hidden(tokens, valid):
+    def hidden(tokens, valid, window):
         jax.debug.callback(lambda x: inputs.append(np.asarray(x)), tokens, ordered=True)
-        return table[tokens + jnp.roll(tokens, 1, axis=1) % 3 - 1]
+        return window.cut(table[tokens + jnp.roll(tokens, 1, axis=1) % 3 - 1])
 
     completion = jax.jit(
         lambda keys: generate(
