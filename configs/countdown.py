@@ -2,6 +2,7 @@
 
 python -m spg_jax.train --config=configs/countdown.py            # small: a laptop
 python -m spg_jax.train --config=configs/countdown.py:tiny       # the whole pipeline, no learning
+python -m spg_jax.train --config=configs/countdown.py:worked     # small, and the steps are written
 python -m spg_jax.train --config=configs/countdown.py:llada_8b   # published recipe on LLaDA-8B
 python -m spg_jax.plan --config=configs/countdown.py:llada_8b_v5e16 --topology=v5e:4x4
 
@@ -14,7 +15,7 @@ import ml_collections
 from spg_jax.config import default_config
 from spg_jax.presets import HARDWARE, on_a_laptop, on_llada_8b, tiny
 
-PRESETS = ('small', 'tiny', *HARDWARE)
+PRESETS = ('small', 'tiny', 'worked', *HARDWARE)
 
 
 def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
@@ -34,6 +35,12 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     on_a_laptop(config, length=12, block_length=4)
     config.sampling.prompt_length = 6
     config.base.update(stages=((1300, 1.0), (300, 0.15)), number_features=True)
+    if preset == 'worked':
+        # "93 + 30 = 123 ; 123 - 100 = 23 ;" comes before the answer: about 20 tokens, which depend
+        # on each other over a distance, so that a faster sampler has more to save and to lose.
+        config.task.format = 'worked'
+        on_a_laptop(config, length=64, block_length=16)
+        config.base.update(stages=((700, 1.0), (120, 0.3)), batch_size=64)
     if preset == 'tiny':
         tiny(config)
     return config

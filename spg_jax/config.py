@@ -35,7 +35,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
         task=c(
             # The dotted path of a module, such as my_package.my_task, names a task of your own.
             name='countdown',  # the task: countdown, gsm8k, math500, sudoku or a dotted path
-            # A run that trains on 'published_train' is evaluated on 'published_eval'.
+            # A run that trains on 'published_train' is evaluated on 'published_eval'. In 'worked',
+            # which Countdown has as well, the steps stand before the answer.
             format='compact',  # the format of prompts and answers: compact or published_train
             prompt_template='',  # a file with the wording of the prompt; '' uses our wording
             shots=0,  # worked examples in each prompt: 0 to 3 in published Sudoku, 0 elsewhere

@@ -82,7 +82,7 @@ def test_every_setting_says_what_it_means(group, leaf):
 @pytest.mark.parametrize(
     ('task', 'presets'),
     [
-        ('countdown', ('small', 'tiny', *HARDWARE)),
+        ('countdown', ('small', 'tiny', 'worked', *HARDWARE)),
         ('gsm8k', tuple(HARDWARE)),
         ('math500', tuple(HARDWARE)),
         ('sudoku', ('small', 'tiny', *HARDWARE)),
@@ -94,7 +94,7 @@ def test_presets_validate(task, presets):
     for preset in presets:
         config = module.get_config(preset)
         assert config.task.name == task
-        assert assemble(config).evaluation_task.format in ('compact', 'published_eval')
+        assert assemble(config).evaluation_task.format in ('compact', 'worked', 'published_eval')
 
 
 @pytest.mark.parametrize('task', sorted(tasks.TASKS))

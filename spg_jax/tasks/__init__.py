@@ -30,8 +30,8 @@ def get(
     Args:
       name: a key of TASKS, or the dotted path of a module with a task of the user, which has one
         wording and one set of rules.
-      format: 'compact' (small models), or the published instructions as 'published_train' or
-        'published_eval'.
+      format: 'compact' (small models), 'worked' (with the steps of Countdown), or the published
+        instructions as 'published_train' or 'published_eval'.
       prompt_template: a file with another wording of the prompt; '' is the built-in wording.
       shots: the number of worked examples in the prompt, at most as many as the format has.
       rules: the rules of reward and score: 'released', or 'mended', which common sense shares.

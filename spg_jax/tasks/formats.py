@@ -25,7 +25,7 @@ class Format:
     """How problem and answer are written, and which scorer judges the answer."""
 
     template: str  # the prompt, with the task's placeholders
-    completion: str  # a demonstration, with {answer}; that of word problems has {reasoning} too
+    completion: str  # a demonstration, with {answer} and other names of `answer_fields`
     separator: str  # the text between the numbers or cells of a prompt
     scorer: str  # 'compact' | 'published'; the name that figures carry
     prefill: str = ''  # the start of every completion; it follows the chat template, if any
@@ -97,7 +97,7 @@ class FormattedTask(Task):
     def demonstration(self, example: Example, rng: np.random.Generator, right_share: float) -> str:
         """Returns a completion to imitate in the format's words, chosen as every task does."""
         answer = super().demonstration(example, rng, right_share)
-        return fill(self.formats[self.format].completion, {'answer': answer})
+        return fill(self.formats[self.format].completion, self.answer_fields(answer))
 
     def source(self, split: str, data_dir: str | Path) -> Sequence[Example]:
         """Returns the examples of a split (`source.SPLITS`), made under `data_dir` on first use.
@@ -107,6 +107,10 @@ class FormattedTask(Task):
         """
         folder = Path(data_dir)
         return Source(self.builder(), split, folder, self.preparation, self.given_files)
+
+    def answer_fields(self, answer: str) -> dict[str, str]:
+        """Returns the text for each placeholder of a demonstration with this answer."""
+        return {'answer': answer}
 
     @abc.abstractmethod
     def fields(self, example: Example) -> dict[str, str]:

@@ -2,13 +2,17 @@
 
 import itertools
 import json
+import re
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs.countdown import get_config
 from spg_jax import tasks
+from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.tasks.countdown import problems, solver
 
 pytestmark = pytest.mark.fast
@@ -74,6 +78,35 @@ def test_compact_text():
     assert task.demonstration(EXAMPLE, rng, 1.0) == '<answer> 93 + 30 - 100 </answer>'
     assert task.demonstration(EXAMPLE, rng, 0.0) == '<answer> 100 + 93 + 30 </answer>'
     assert task.prefill == ''
+
+
+def test_worked_demonstrations_are_right_line_by_line_and_fit(generated):
+    """Their lines are two operations over the numbers, and lead to the value of the answer."""
+    task, rng = tasks.get('countdown', 'worked'), np.random.default_rng(0)
+    assert task.prompt(EXAMPLE) == '100 93 30 = 23 :'
+    assert task.demonstration(EXAMPLE, rng, 1.0) == (
+        '93 + 30 = 123 ; 123 - 100 = 23 ; <answer> 93 + 30 - 100 </answer>'
+    )
+    tokenizer, length = WordTokenizer(task.vocabulary), get_config('worked').sampling.length
+    # 90 * 80 is no word of the vocabulary.
+    for numbers, target in [((72, 90, 80), 100), *generated['test'], *generated['validation']]:
+        example = {'numbers': list(numbers), 'target': target}
+        for right_share in (0.0, 1.0):
+            text = task.demonstration(example, rng, right_share)
+            work, answer = re.fullmatch(r'(.*) ; <answer> (.*) </answer>', text).groups()
+            left, right = zip(*(line.split(' = ') for line in work.split(' ; ')), strict=True)
+            values = [eval(side) for side in left]
+            assert values == [eval(side) for side in right] and values[-1] == eval(answer)
+            written = re.sub(r'\d+ \* 100 \+ \d+', lambda n: str(eval(n[0])), ' '.join(left))
+            operands = Counter(map(int, re.findall(r'\d+', written)))
+            assert operands == Counter([*numbers, values[0]])
+            assert (task.reward(text, example) == 1) >= right_share
+            ids = tokenizer.encode(text)
+            assert len(ids) < length and tokenizer.decode(ids) == text
+        assert values[-1] == target
+    assert '( 72 * 100 + 0 ) / 72 = 100' in task.demonstration(
+        {'numbers': [72, 90, 80], 'target': 100}, rng, 1.0
+    )
 
 
 def test_published_text():

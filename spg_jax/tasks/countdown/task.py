@@ -8,7 +8,7 @@ from typing import Any
 
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate, exact_value
-from spg_jax.tasks.countdown import problems
+from spg_jax.tasks.countdown import problems, worked
 from spg_jax.tasks.countdown.solver import solve
 from spg_jax.tasks.formats import Format, FormattedTask
 from spg_jax.tasks.source import Example
@@ -30,10 +30,11 @@ _LATEX = {r'\div': '/', r'\times': '*', r'\cdot': '*'}
 class Countdown(FormattedTask):
     """Examples: {'numbers': list of int, 'target': int, 'index': int}.
 
-    A completion is compact as `<answer> 30 + 93 - 100 </answer>`. The reward is 1 for a right
-    expression, 0.1 for an answer tag with anything else and 0 without one, in every format. Under
-    `rules='mended'` `final_answer` reads the expression and `is_right_by_mended_rules` judges it,
-    for reward and score alike.
+    A completion is compact as `<answer> 30 + 93 - 100 </answer>`. In the format 'worked' the steps
+    `30 + 93 = 123 ; 123 - 100 = 23 ;` stand before it, and are not judged. The reward is 1 for a
+    right expression, 0.1 for an answer tag with anything else and 0 without one, in every format.
+    Under `rules='mended'` `final_answer` reads the expression and `is_right_by_mended_rules` judges
+    it, for reward and score alike.
     """
 
     name = 'countdown'
@@ -43,6 +44,12 @@ class Countdown(FormattedTask):
         'compact': Format(
             template='{numbers} = {target} :',
             completion='<answer> {answer} </answer>',
+            separator=' ',
+            scorer='compact',
+        ),
+        'worked': Format(
+            template='{numbers} = {target} :',
+            completion='{steps} <answer> {answer} </answer>',
             separator=' ',
             scorer='compact',
         ),
@@ -62,8 +69,15 @@ class Countdown(FormattedTask):
             prefill='<reasoning>',
         ),
     }
-    vocabulary = ('<answer>', '</answer>', '=', ':', *'+-*/()', *map(str, range(101)))
     preparation = f'making {sum(problems.SIZES.values()):,} (less than a minute)'
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word of prompts and answers, which are more where partial results are written."""
+        words = ('<answer>', '</answer>', '=', ':', *'+-*/()', *map(str, range(101)))
+        if self.format == 'worked':
+            words += (';', *map(str, range(101, worked.LARGEST + 1)))
+        return words
 
     def fields(self, example: Example) -> dict[str, str]:
         separator = self.formats[self.format].separator
@@ -73,13 +87,18 @@ class Countdown(FormattedTask):
         }
 
     def listed(self, example: Example) -> tuple[int, ...]:
-        """Returns the numbers in the order of the prompt; the compact format has the largest first.
+        """Returns the numbers in the order of the prompt; small models see the largest first.
 
         The order of the numbers means nothing. A small model that sees only one of the six orders
         has six times fewer problems to learn.
         """
         numbers = example['numbers']
-        return tuple(sorted(numbers, reverse=True) if self.format == 'compact' else numbers)
+        is_small = self.formats[self.format].scorer == 'compact'
+        return tuple(sorted(numbers, reverse=True) if is_small else numbers)
+
+    def answer_fields(self, answer: str) -> dict[str, str]:
+        fields = super().answer_fields(answer)
+        return fields | {'steps': worked.lines(answer)} if self.format == 'worked' else fields
 
     def reward(self, completion: str, example: Example) -> float:
         if self.rules == 'mended':
