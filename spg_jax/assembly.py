@@ -265,6 +265,7 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
         temperature=config.sampling.temperature,
         samples=config.evaluation.samples,
         batch=config.evaluation.batch,
+        compact=config.evaluation.compact,
         prompt_lengths=_prompt_lengths(config),
         seed=config.train.seed,
     )

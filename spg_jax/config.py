@@ -210,6 +210,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             every=100,  # updates between two validations
             problems=256,  # the number of problems in a validation
             batch=64,  # completions that are generated at once, on all devices together
+            # As rl.compact. It compiles a few more programs, which pay where completions are long.
+            compact=False,  # whether completions that have ended make room for those that wait
             samples=8,  # k of pass@k, the share of problems that at least one of k samples solves
         ),
         checkpoint=c(

@@ -24,8 +24,8 @@ from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
 from spg_jax.rl.rollout import Rollout
-from spg_jax.rl.slots import Part, can_refill, functions_of, make_stream
-from spg_jax.sharding import constrain, own_rows, own_values, put_batch, row_shards
+from spg_jax.rl.slots import Part, can_refill, can_stream, functions_of, make_stream
+from spg_jax.sharding import constrain, own_rows, own_values, put_batch
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
@@ -148,11 +148,7 @@ def make_collect(
     group_size = batching.group_size
     keys_of = make_keys(seed, Purpose.SAMPLE)
     rows_at_once = len(own_rows(mesh, batching.rows_at_once))
-    processes = {device.process_index for device in mesh.devices.flat}
-    alone = row_shards(mesh) == len(processes) == 1
-    # Slots have no blocks that are counted from the prompt.
-    on_grid = policy.config.visible_block > 1
-    in_slots = batching.compact and decoding.stop_early and alone and not on_grid
+    in_slots = batching.compact and can_stream(policy, decoding, mesh)
     if in_slots:
         stream = make_stream(policy, decoding, rows_at_once)
     else:

@@ -1,27 +1,28 @@
 """Accuracy of a policy by the published protocol: temperature 0, low-confidence commitment."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from spg_jax.data.batches import left_pad, padded_length
 from spg_jax.data.prompts import prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
-from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.diffusion.sampling import Completion, SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
 from spg_jax.random import Purpose
 from spg_jax.rl.collection import (
-    Generate,
     check_rewards,
     decode,
     decoding_of,
     make_generate,
     make_keys,
 )
+from spg_jax.rl.slots import can_refill, can_stream, in_order, make_stream
 from spg_jax.sharding import own_rows, own_values, put_batch, row_shards
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Score, Task
@@ -38,6 +39,7 @@ class Evaluation:
     temperature: float  # of the completions that pass@k looks at, as in rollouts
     samples: int  # k of pass@k
     batch: int  # rows that are generated at once, over all devices
+    compact: bool  # whether rows that have ended make room between two blocks, where they can
     prompt_lengths: tuple[int, ...]  # lengths that prompts are padded to, ascending
     seed: int  # of the random numbers at a temperature above 0
 
@@ -87,7 +89,7 @@ class Evaluator:
     ):
         self._policy, self._task, self._tokenizer = policy, task, tokenizer
         self._evaluation, self._mesh = evaluation, mesh
-        self._programs: dict[SamplingConfig, Generate] = {}
+        self._programs: dict[SamplingConfig, Callable[..., Completion]] = {}
         self._keys = make_keys(evaluation.seed, Purpose.EVALUATE)
 
     def report(
@@ -218,10 +220,10 @@ class Evaluator:
         samples: int,
     ) -> _Completions:
         """Completions of N examples: N * samples rows, of which each process gets a part."""
-        if decoding not in self._programs:
-            self._programs[decoding] = make_generate(self._policy, decoding)
-        program, shards = self._programs[decoding], row_shards(self._mesh)
+        program, shards = self._program(decoding), row_shards(self._mesh)
         batch, total = -(-self._evaluation.batch // shards) * shards, len(examples) * samples
+        if self._refills(decoding):  # The slots take a batch of all rows, so that none waits.
+            batch = max(batch, total)
         first_rows, local_rows = np.arange(0, total, batch), own_rows(self._mesh, batch)
         # The last batch is filled up with its last row, so that one program serves every batch.
         batches = np.minimum(first_rows[:, None] + local_rows[None, :], total - 1)
@@ -241,12 +243,33 @@ class Evaluator:
             )
             keys = self._keys(0, placed['example_id'])
             completion = program(variables, placed['prompt'], placed['prompt_mask'], keys)
-            tokens.append(own_values(completion.tokens))
-            commit_steps.append(own_values(completion.commit_step))
+            tokens.append(completion.tokens)
+            commit_steps.append(completion.commit_step)
         rows, first = np.unique(batches, return_index=True)  # Drops the rows of the filling.
         return _Completions(
             total, rows, np.concatenate(tokens)[first], np.concatenate(commit_steps)[first]
         )
+
+    def _program(self, decoding: SamplingConfig) -> Callable[..., Completion]:
+        """A function of the arguments of `Generate`, whose result has host arrays of local rows."""
+        if decoding in self._programs:
+            return self._programs[decoding]
+        if self._in_slots(decoding):
+            program = in_order(make_stream(self._policy, decoding, self._evaluation.batch))
+        else:
+            generate = make_generate(self._policy, decoding)
+
+            def program(*arguments: Any) -> Completion:
+                return jax.tree.map(own_values, generate(*arguments))
+
+        self._programs[decoding] = program
+        return program
+
+    def _in_slots(self, decoding: SamplingConfig) -> bool:
+        return self._evaluation.compact and can_stream(self._policy, decoding, self._mesh)
+
+    def _refills(self, decoding: SamplingConfig) -> bool:
+        return self._in_slots(decoding) and can_refill(decoding)
 
     def _prompts(
         self, examples: Sequence[Example], places: np.ndarray

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from spg_jax.diffusion import sampling
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.windows import Window
-from spg_jax.sharding import constrain
+from spg_jax.sharding import constrain, own_values, row_shards
 
 # A batch shrinks to a half, a quarter or an eighth of its slots: each size is a program of its own.
 SHARES = (1, 2, 4, 8)
@@ -40,6 +41,17 @@ class Slots:
     prompt_mask: Array  # [B, P] bool
     keys: Array  # [B]
     carry: sampling.Carry
+
+
+def can_stream(policy: Policy, config: sampling.SamplingConfig, mesh: Mesh) -> bool:
+    """Whether completions can be generated in slots: rows end early, on one shard of rows.
+
+    Slots have no blocks that are counted from the prompt, and blocks of one token are too short for
+    the host to look at the batch after each.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    alone = row_shards(mesh) == len(processes) == 1
+    return config.stop_early and alone and not policy.config.visible_block
 
 
 def sizes_of(slots: int) -> tuple[int, ...]:
@@ -158,6 +170,25 @@ def make_stream(
         yield from ready
 
     return stream
+
+
+def in_order(
+    stream: Callable[[Variables, Array, Array, Array], Iterator[Part]],
+) -> Callable[[Variables, Array, Array, Array], sampling.Completion]:
+    """A function of the arguments of a stream that returns all N completions, in host arrays."""
+
+    def generate(*arguments: Any) -> sampling.Completion:
+        rows, parts = zip(*map(_on_host, stream(*arguments)), strict=True)
+        back = np.argsort(np.concatenate(rows))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[back], *parts)
+
+    return generate
+
+
+def _on_host(part: Part) -> Part:
+    """The part in host arrays, without fillers."""
+    rows, completion = part
+    return rows, jax.tree.map(lambda x: own_values(x)[: len(rows)], completion)
 
 
 def _filled(index: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:

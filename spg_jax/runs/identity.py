@@ -24,7 +24,7 @@ FREE = frozenset(
     {
         *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
         *('rl.microbatch', 'rl.generation_batch', 'rl.draws_per_pass', 'evaluation.batch'),
-        'rl.compact',
+        *('rl.compact', 'evaluation.compact'),
         *('model.remat', 'model.scan_unroll', 'model.attention'),
         *('sampling.prompt_buckets', 'task.data_dir', 'base.cache'),
         *('checkpoint.every', 'checkpoint.keep', 'train.wandb', 'train.max_skipped'),

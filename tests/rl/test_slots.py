@@ -1,6 +1,7 @@
 """Generation in slots gives every row what it gets in a whole batch, and rollouts stay the same."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from spg_jax.assembly import assemble
+from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.rl import gap, slots
 from spg_jax.rl.collection import make_generate
+from spg_jax.rl.evaluator import Evaluation, Evaluator
 from spg_jax.rl.rollout import empty_rollout
 from tests.meshes import mesh_of
 from tests.parameters import random_params
@@ -90,6 +93,24 @@ def test_a_rollout_in_slots_is_the_rollout_in_whole_batches(
         monkeypatch.undo()
     assert results[True][1] == results[False][1]
     jax.tree.map(assert_array_equal, results[True][0], results[False][0])
+
+
+def test_an_evaluation_in_slots_is_the_evaluation_in_whole_batches(policy):
+    """Five problems with two samples each: ten rows, in batches of four or in four slots."""
+    decoding = SamplingConfig(16, 16, 4, 2.0)
+    evaluation = Evaluation((decoding,), 16, 2.0, 2, 4, False, prompt_lengths=(4,), seed=0)
+    task = SimpleNamespace(prompt=lambda example: f'w{example["index"]} w3', prefill='')
+    tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
+    problems = [{'index': index} for index in range(5)]
+    variables, *_ = arguments(policy)
+    texts = []
+    with jax.set_mesh(mesh_of()):
+        for compact in (False, True):
+            changed = dataclasses.replace(evaluation, compact=compact)
+            evaluator = Evaluator(policy, task, tokenizer, changed, mesh_of())
+            texts.append(evaluator.texts(variables, problems, decoding, samples=2))
+    assert texts[1] == texts[0] and len(texts[0]) == 10
+    assert len({len(text.split()) // 4 for text in texts[0]}) > 1  # rows end in different blocks
 
 
 def sampled(policy, config, mesh):

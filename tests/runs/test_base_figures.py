@@ -27,7 +27,14 @@ MODEL = TransformerConfig(
 )
 DECODING = SamplingConfig(length=4, steps=4, block_length=2, temperature=0.0)
 EVALUATION = Evaluation(
-    (DECODING,), trained_length=4, temperature=1.0, samples=2, batch=8, prompt_lengths=(4,), seed=0
+    (DECODING,),
+    trained_length=4,
+    temperature=1.0,
+    samples=2,
+    batch=8,
+    compact=False,
+    prompt_lengths=(4,),
+    seed=0,
 )
 PROBLEMS = ([{'numbers': [1, 2, 3], 'target': 6, 'index': 0}], [])
 FIGURES = {
