@@ -1,21 +1,32 @@
 """The estimator microscope: its truths against enumeration in the test, and its figures against
 what theory says about methods that are known."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from numpy.testing import assert_allclose
 
 from spg_jax import microscope
 from spg_jax.diffusion import exact
 from spg_jax.rl import toy_bounds, toy_directions, toys
 from spg_jax.rl.toy_directions import compare
-from tests.processes import finish, start_module
 
 GROUP = microscope.GROUP_SIZE
 OWN = 'examples.own_objective'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small_network():
+    """A transformer of half the width, because all of its Jacobian is computed."""
+    config = dataclasses.replace(toys.network().config, width=4, mlp_width=8)
+    small = dataclasses.replace(toys.network(), config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toys, 'network', lambda: small)
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -41,17 +52,23 @@ def samples(known, usual):
 
 def test_the_table_is_the_transformer_and_its_jacobian_the_derivative(known):
     """Moving the parameters of the transformer moves its logits as the Jacobian says."""
-    policy = toys.network()
+    (toy,), policy = known, toys.network()
     start = toys._initial_parameters(policy)
     weight = toys.training_weights(toys.language(0))
-    params = jax.jit(lambda p: toys._learn(policy, p, weight, 20))(start)
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    table = jax.jit(lambda flat: toys.table_of_network(policy, unravel(flat)))
-    assert_allclose(table(flat), known[0].table, atol=1e-4)
-    along = np.random.default_rng(0).normal(size=flat.shape).astype(np.float32)
+    along = np.random.default_rng(0).normal(size=toy.jacobian.shape[1]).astype(np.float32)
     along /= np.linalg.norm(along)
-    slope = (np.asarray(table(flat + 1e-2 * along)) - np.asarray(table(flat - 1e-2 * along))) / 2e-2
-    predicted = np.asarray(known[0].jacobian @ along).reshape(slope.shape)
+    moves = np.stack([0 * along, 1e-2 * along, -1e-2 * along])
+
+    arguments = start, weight, moves
+
+    def tables(start, weight, moves):
+        flat, unravel = jax.flatten_util.ravel_pytree(toys._learn(policy, start, weight, 20))
+        return jax.lax.map(lambda x: toys.table_of_network(policy, unravel(flat + x)), moves)
+
+    table, above, below = np.asarray(toys.quick(tables, *arguments)(*arguments))
+    assert_allclose(table, toy.table, atol=1e-4)
+    slope = (above - below) / 2e-2
+    predicted = (np.asarray(toy.jacobian) @ along).reshape(slope.shape)
     assert np.abs(predicted).max() > 0.1
     assert_allclose(slope, predicted, atol=0.02 * np.abs(predicted).max())
 
@@ -92,7 +109,7 @@ def test_reinforce_with_the_exact_likelihood_points_along_the_true_gradient(samp
     assert direction.single < 0.9
 
 
-def test_the_mean_update_of_the_elbo_is_what_enumeration_gives(known, usual):
+def test_the_mean_update_of_the_elbo_is_what_enumeration_gives(known, samples, usual):
     """Released ELBO under uniform masks: unbiased, so that its mean update is an exact sum.
 
     The update is -(gradient of loss) = sum_j A_j ELBO_j / sum_j n_j, with E over groups of
@@ -100,15 +117,12 @@ def test_the_mean_update_of_the_elbo_is_what_enumeration_gives(known, usual):
     """
     toy, decoding = known[0], microscope.decoding_of(usual)
     updates, policy = 256, toys.as_table(toys.network())
-    (sample,) = toy_directions.make_samples(known, decoding, usual.batching, updates)
+    rollouts = jax.tree.map(lambda x: np.asarray(x)[:updates], samples[0].rollouts)
+    arguments = toy.table, rollouts, np.arange(updates, dtype=np.uint32)
     directions = toys.quick(
-        toy_directions.make_directions(policy, usual.objective, usual.batching),
-        toy.table,
-        sample.rollouts,
-        np.arange(updates, dtype=np.uint32),
+        toy_directions.make_directions(policy, usual.objective, usual.batching), *arguments
     )
-    found = directions(toy.table, sample.rollouts, np.arange(updates, dtype=np.uint32))
-    rows = np.asarray(found).mean(1) @ np.asarray(toy.jacobian)  # [U, W]
+    rows = np.asarray(directions(*arguments)).mean(1) @ np.asarray(toy.jacobian)  # [U, W]
     masks = exact.uniform_masks(toys.LENGTH, toys.LENGTH)
     law = np.asarray(toys.laws(toy.table, decoding))
     reward = np.asarray(toy.reward)
@@ -191,7 +205,19 @@ def test_unknown_objectives_and_settings_are_refused_in_one_line():
             microscope.with_decoder(subject)
 
 
-def test_bounds_lie_where_theory_puts_them(known, usual):
+def test_bounds_lie_where_theory_puts_them(known, usual, monkeypatch):
+    """Of all estimates those that theory speaks of, because each takes long to compile."""
+    every_estimate = toy_bounds.every_estimate
+
+    def estimates(block_length):
+        wanted = {('EUBO 4', 'uniform')}
+        for kind in ('uniform', 'block'):
+            wanted |= {('ELBO', kind + masks) for masks in ('', ', informed d=0', ', informed d=3')}
+        likelihoods, bounds = every_estimate(block_length)[:2], every_estimate(block_length)[2:]
+        return likelihoods + [each for each in bounds if (each.name, each.masks) in wanted]
+
+    monkeypatch.setattr(toy_bounds, 'every_estimate', estimates)
+    monkeypatch.setattr(toy_bounds, 'STRENGTHS', (0.0, 3.0))
     rows = {
         (row.name, row.masks): row
         for row in toy_bounds.measure(known, microscope.decoding_of(usual))
@@ -209,11 +235,31 @@ def test_bounds_lie_where_theory_puts_them(known, usual):
         assert abs(rows['ELBO', f'{kind}, informed d=3'].value - plain.value) > 1e-4
 
 
-@pytest.mark.compiled_as_users_do
-def test_the_command_measures_an_objective_of_a_users_own(tmp_path):
-    run = start_module('spg_jax.microscope', '--smoke', f'--objectives={OWN}', f'--out={tmp_path}')
-    status, output, error = finish(run)
-    assert status == 0, error
+@pytest.fixture
+def parsed():
+    """A function that gives the command's flags the values of a command line."""
+    before = set(flags.FLAGS)
+    microscope.define_flags()
+    yield lambda *arguments: flags.FLAGS(['microscope', *arguments])
+    flags.FLAGS.unparse_flags()
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+def test_the_command_measures_an_objective_of_a_users_own(
+    tmp_path, monkeypatch, known, parsed, capsys
+):
+    """The whole command, except that it gets the toy that other tests have checked."""
+
+    def make_toys(seeds, reward, steps):
+        assert (seeds, reward, steps) == (range(1), 'answer', 20)
+        return known
+
+    monkeypatch.setattr(toys, 'make_toys', make_toys)
+    monkeypatch.setattr(microscope.cli, 'compile_cache', lambda: None)  # The tests have their own.
+    parsed('--smoke', f'--objectives={OWN}', f'--out={tmp_path}')
+    microscope.main([])
+    output = capsys.readouterr().out
     last = json.loads(output.splitlines()[-1])
     assert last['toys'] == 1 and 'at 16 passes' in output.replace('\n', ' ')
     records = [json.loads(line) for line in (tmp_path / 'microscope.jsonl').open()]

@@ -70,13 +70,12 @@ def test_real_prompt_tokens_are_perturbed_and_padding_never(kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_padding_on_the_left_of_the_prompt_moves_no_mask(kind):
-    corruption = Corruption(kind, 2, BLOCK)
-    keys = jax.random.split(jax.random.key(1), 20)
-    alone, padded = (
-        corrupted(corruption, keys, SCORED, np.arange(7 + pad) >= pad).masked for pad in (0, 5)
-    )
+    prompt, completion, _ = sample(kind)  # with three positions of padding
+    keys = jax.random.split(jax.random.key(0), KEYS)
+    alone = np.asarray(corrupted(Corruption(kind, 2, BLOCK), keys, SCORED, np.ones(7, bool)).masked)
     assert alone.any()
-    np.testing.assert_array_equal(padded[:, :, 5:], alone)
+    np.testing.assert_array_equal(alone[:, :, :7], prompt[:, :, 3:])
+    np.testing.assert_array_equal(alone[:, :, 7:], completion)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -197,16 +196,17 @@ def test_completions_of_one_token_or_none_are_masked_by_every_draw(kind, length)
 
 
 def test_draws_depend_on_the_key_and_not_on_the_batch_or_the_number_of_draws():
-    corruption = Corruption('block', 3, BLOCK)
-    keys = jax.random.split(jax.random.key(1), 6)
-    batch = corrupted(corruption, keys, SCORED)
-    alone = jax.jit(corruption)(keys[4], PROMPT_MASK, SCORED)
-    np.testing.assert_array_equal(batch.masked[4], alone.masked)
-    np.testing.assert_array_equal(batch.block[4], alone.block)
-    fewer = corrupted(Corruption('block', 2, BLOCK), keys, SCORED)
-    np.testing.assert_array_equal(batch.masked[:, :2], fewer.masked)
-    np.testing.assert_array_equal(batch.block[:, :2], fewer.block)
-    assert len(np.unique(np.asarray(batch.masked).reshape(18, -1), axis=0)) == 18
+    prompt, completion, block = sample('block', draws=7)
+    alone = jax.jit(Corruption('block', 7, BLOCK))(
+        jax.random.split(jax.random.key(0), KEYS)[4], PROMPT_MASK, SCORED
+    )
+    np.testing.assert_array_equal(alone.masked[:, :10], prompt[4])
+    np.testing.assert_array_equal(alone.masked[:, 10:], completion[4])
+    np.testing.assert_array_equal(alone.block, block[4])
+    for many, few in zip((prompt, completion, block), sample('block'), strict=True):
+        np.testing.assert_array_equal(many[:, :2], few)
+    masked = np.concatenate([prompt, completion], axis=2)[:6, :3]
+    assert len(np.unique(masked.reshape(18, -1), axis=0)) == 18
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,8 @@ def walked(table, config):
 @pytest.mark.parametrize(
     'config',
     [
-        *(decoding(commit, steps=2) for commit in ('low_confidence', 'random', 'margin')),
-        decoding('low_confidence', temperature=0.4),
-        decoding('random'),
+        decoding('low_confidence', steps=2, temperature=0.4),
+        *(decoding(commit, steps=2) for commit in ('random', 'margin')),
         decoding('entropy', temperature=2.0, top_k=2, top_p=0.75),
         decoding('left_to_right', steps=2),
     ],

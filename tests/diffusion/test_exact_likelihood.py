@@ -81,20 +81,32 @@ def enumerated(table, masks, length):
     return logp, masked, np.ones(length, bool), np.zeros(len(masks), np.int32)
 
 
-@pytest.fixture(scope='module', params=[1, 2, 3, 4])
+@pytest.fixture(scope='module', params=[1, 3, 4])
 def tables(request):
-    """n, the tables, their exact log p [T], and all bounds [T] of each table from all draws."""
+    """n, the tables, their exact log p [T], and all bounds [T] of each table from all draws.
+
+    Bounds of two tokens have closed forms further below.
+    """
     n = request.param
     rng = np.random.default_rng(n)
     tables = [random_table(rng, n) for _ in range(TABLES)]
     draws = [enumerated(table, every_mask(range(n)), n) for table in tables]
     logp = np.stack([logp for logp, *_ in draws])
     rest = draws[0][1:]
-    batch = (0, None, None, None)
-    values = {'elbo': np.asarray(jax.vmap(PAPER.elbo, batch)(logp, *rest))}
-    for name in ('eubo', 'loose_eubo', 'strict_eubo'):
-        bound = jax.jit(jax.vmap(getattr(PAPER, name), (*batch, None)))
-        values[name] = {beta: np.asarray(bound(logp, *rest, beta)) for beta in (*BETAS, 8.0)}
+    betas, names = (*BETAS, 8.0), ('eubo', 'loose_eubo', 'strict_eubo')
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None, None, None, None))
+    def all_bounds(logp, masked, scored, block, betas):
+        def upper(beta):
+            return [getattr(PAPER, name)(logp, masked, scored, block, beta) for name in names]
+
+        return PAPER.elbo(logp, masked, scored, block), jax.lax.map(upper, betas)
+
+    lower, upper = jax.device_get(all_bounds(logp, *rest, np.float32(betas)))
+    values = {'elbo': lower}
+    for name, bound in zip(names, upper, strict=True):  # [T, betas]
+        values[name] = dict(zip(betas, bound.T, strict=True))
     return n, tables, np.array([exact(table, range(n)) for table in tables]), values
 
 
@@ -172,6 +184,14 @@ def test_two_tokens_over_two_symbols_have_closed_forms(beta):
     assert_allclose(PAPER.eubo(logp, masked, scored, block, beta), upper, rtol=1e-6)
 
 
+# Many examples at a time; `beta` is an argument, so that one program serves every order.
+MANY_ELBO = {
+    name: jax.jit(jax.vmap(bounds.elbo, (0, 0, None, 0)))
+    for name, bounds in (('paper', PAPER), ('released', RELEASED), ('block', BLOCKS))
+}
+MANY_EUBO = jax.jit(jax.vmap(PAPER.eubo, (0, 0, None, 0, None)))
+
+
 @partial(jax.jit, static_argnums=0)
 def corrupted(corruption, keys, scored):
     return jax.vmap(corruption, (0, None, None))(keys, jnp.zeros(0, bool), scored)
@@ -203,9 +223,7 @@ def test_released_elbo_is_unbiased_for_the_paper_elbo_under_uniform_corruption(d
     expected = PAPER.elbo(*enumerated(table, every_mask(range(4)), 4))
     scored = np.ones(4, bool)
     logp, masked, block = drawn('uniform', draws, table, scored)
-    mean, error = mean_and_error(
-        jax.vmap(RELEASED.elbo, (0, 0, None, 0))(logp, masked, scored, block)
-    )
+    mean, error = mean_and_error(MANY_ELBO['released'](logp, masked, scored, block))
     assert abs(mean - expected) < 4.5 * error
     assert error < 0.02 * abs(expected)
 
@@ -224,8 +242,8 @@ def test_single_draws_average_to_the_enumerated_elbo():
 # then the ELBO plus the mean of (n/beta) log(n/|S|). With a few draws the bias is negative, because
 # log is concave, and it vanishes as 1/M.
 BIAS = {
-    1.0: {1: 0.958, 2: 0.031, 4: -0.254, 8: -0.149},
-    4.0: {1: -0.926, 2: -0.630, 4: -0.344, 8: -0.149},
+    1.0: {1: 0.958, 4: -0.254, 8: -0.149},
+    4.0: {1: -0.926, 4: -0.344, 8: -0.149},
 }
 
 
@@ -240,10 +258,8 @@ def expected_upper_bound(table, draws, beta):
     assert_allclose(weight.sum(), 1.0)
     logp, masked, scored, _ = enumerated(table, masks, 3)
     chosen = np.array(multisets)
-    block = jnp.zeros(draws, jnp.int32)
-    estimates = jax.vmap(PAPER.eubo, (0, 0, None, None, None))(
-        logp[chosen], masked[chosen], scored, block, beta
-    )
+    block = np.zeros((len(chosen), draws), np.int32)
+    estimates = MANY_EUBO(logp[chosen], masked[chosen], scored, block, beta)
     return weight @ np.asarray(estimates, np.float64)
 
 
@@ -256,14 +272,10 @@ def test_monte_carlo_bias_of_the_upper_bound_is_as_recorded_and_dies_out_with_dr
         expected = expected_upper_bound(table, draws, beta)
         assert_allclose(expected - value, recorded, atol=2e-3)
         logp, masked, block = drawn('uniform', draws, table, scored)
-        mean, error = mean_and_error(
-            jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
-        )
+        mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
         assert abs(mean - expected) < 4.5 * error
     logp, masked, block = drawn('uniform', 64, table, scored)
-    mean, error = mean_and_error(
-        jax.vmap(PAPER.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, beta)
-    )
+    mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
     assert abs(mean - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
 
 
@@ -318,20 +330,16 @@ def test_block_bounds_are_their_definitions_and_sandwich_the_block_likelihood(n)
 
 
 @pytest.mark.parametrize('n', [3, 4])
-@pytest.mark.parametrize('draws', [1, 2, 3])
+@pytest.mark.parametrize('draws', [1, 3])
 def test_block_elbo_is_unbiased_under_the_block_corruption_without_perturbation(n, draws):
     table = random_table(np.random.default_rng(12), 4)
     _, lower, _ = block_truths(table, n, 1.0)
     scored = np.arange(4) < n
     logp, masked, block = drawn('block', draws, table, scored)
-    mean, error = mean_and_error(
-        jax.vmap(BLOCKS.elbo, (0, 0, None, 0))(logp, masked, scored, block)
-    )
+    mean, error = mean_and_error(MANY_ELBO['block'](logp, masked, scored, block))
     assert abs(mean - lower) < 4.5 * error
     # The released estimate from the same draws is biased, because it also scores later blocks.
-    released_mean, error = mean_and_error(
-        jax.vmap(PAPER.elbo, (0, 0, None, 0))(logp, masked, scored, block)
-    )
+    released_mean, error = mean_and_error(MANY_ELBO['paper'](logp, masked, scored, block))
     assert abs(released_mean - lower) > 10 * error
 
 

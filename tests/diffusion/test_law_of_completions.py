@@ -220,12 +220,9 @@ def decoding(commit='low_confidence', steps=2, **options):
         *(decoding(commit) for commit in COMMITS),
         decoding('left_to_right', steps=3, temperature=2.0, top_k=2, top_p=0.75),
         decoding(sampler='threshold', steps=3, threshold=0.6),
-        decoding(sampler='threshold', steps=2, threshold=0.9),
         decoding(sampler='factor', steps=3),
-        decoding(sampler='entropy_bounded', steps=3, entropy_bound=0.7),
         decoding(sampler='entropy_bounded', steps=3, entropy_bound=0.7, temperature=2.0, top_k=2),
         decoding(sampler='remask', steps=3, threshold=0.7, remasks=1),
-        decoding(sampler='remask', steps=2, threshold=0.5),
     ],
     ids=lambda config: f'{config.rule_name}-{config.steps}-{config.temperature}',
 )

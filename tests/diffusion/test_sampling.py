@@ -179,15 +179,12 @@ def check(toy, config, seed=0):
 @pytest.mark.parametrize(
     ('commit', 'temperature', 'steps', 'block'),
     [
-        ('low_confidence', 0.0, 9, 4),
         ('low_confidence', 1.0, 9, 4),
-        ('random', 1.0, 9, 4),
+        ('random', 1.0, 5, 12),
         ('entropy', 1.0, 9, 4),
-        ('margin', 1.0, 9, 4),
-        ('left_to_right', 1.0, 9, 4),
-        ('low_confidence', 0.0, 12, 4),
-        ('low_confidence', 1.0, 5, 12),
-        ('random', 0.0, 5, 12),
+        ('margin', 0.0, 9, 4),
+        ('left_to_right', 1.0, 12, 4),
+        ('low_confidence', 0.0, 5, 12),
     ],
 )
 def test_sampler_is_the_plain_loop(commit, temperature, steps, block):
@@ -200,9 +197,9 @@ def test_sampler_is_the_plain_loop(commit, temperature, steps, block):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_guidance_is_the_plain_loop(temperature):
-    check(Toy(), SamplingConfig(8, 4, 4, temperature, guidance=1.5))
+def test_guidance_is_the_plain_loop():
+    """A published completion is guided without noise."""
+    check(Toy(), SamplingConfig(8, 4, 4, 1.0, guidance=1.5))
 
 
 @pytest.mark.fast
@@ -223,9 +220,8 @@ def test_forbidden_ids_keep_their_share_of_the_confidence():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_early_stop_is_the_plain_loop_and_changes_nothing_through_the_first_eos(temperature):
-    toy = Toy(eos_bias=3.0)
+def test_early_stop_is_the_plain_loop_and_changes_nothing_through_the_first_eos():
+    temperature, toy = 1.0, Toy(eos_bias=3.0)
     config = SamplingConfig(16, 8, 4, temperature)
     stopped = check(toy, config)
     whole = check(toy, SamplingConfig(16, 8, 4, temperature, stop_early=False))
@@ -279,11 +275,11 @@ def test_a_prompt_alone_or_in_a_batch_padded_or_not_gives_the_same_tokens():
     toy, config = Toy(eos_bias=1.0), SamplingConfig(12, 6, 4, 1.0, 'random')
     batch = toy.generate(tokens, mask, keys, config)
     assert len(np.unique(batch.tokens, axis=0)) == len(tokens)
-    for row in (0, 3):  # of 6 and 3 tokens
-        prompt = tokens[row : row + 1, mask[row].argmax() :]
-        alone = toy.generate(prompt, np.ones_like(prompt, bool), keys[row : row + 1], config)
-        assert_array_equal(alone.tokens[0], batch.tokens[row])
-        assert_array_equal(alone.commit_step[0], batch.commit_step[row])
+    row = 3  # of 3 tokens
+    prompt = tokens[row : row + 1, mask[row].argmax() :]
+    alone = toy.generate(prompt, np.ones_like(prompt, bool), keys[row : row + 1], config)
+    assert_array_equal(alone.tokens[0], batch.tokens[row])
+    assert_array_equal(alone.commit_step[0], batch.commit_step[row])
     order = np.array([3, 0, 4, 1, 2])
     shuffled = toy.generate(tokens[order], mask[order], keys[order], config)
     assert_array_equal(shuffled.tokens, np.asarray(batch.tokens)[order])
@@ -304,8 +300,9 @@ def test_temperature_one_draws_from_the_distribution():
     assert (np.abs(counts / rows - expected) <= 5 * error + 1e-3).all()
 
 
-@pytest.mark.parametrize('commit', ['low_confidence', 'random', 'entropy', 'margin'])
+@pytest.mark.parametrize('commit', ['low_confidence', 'entropy'])
 def test_logits_that_are_not_finite_still_give_allowed_tokens_and_no_mask(commit):
+    """tests/diffusion/test_samplers.py has every rule on such logits, one step of each."""
     row = np.arange(5)[:, None, None]
 
     class Broken(Toy):

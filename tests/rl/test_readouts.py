@@ -26,10 +26,10 @@ def test_the_fewest_pieces_that_hold_no_more_than_the_limit(monkeypatch):
     assert logit_pieces(10**6, 12, 100) == 12
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_a_gradient_in_pieces_is_the_one_at_once(policy, config, monkeypatch, sizes):
-    """With a label of its own for each draw, as where an edit is scored."""
-    objective, mesh = assemble(config).objective, mesh_of(*sizes)
+def test_a_gradient_in_pieces_is_the_one_at_once(policy, config, monkeypatch):
+    """With a label of its own for each draw, as where an edit is scored, on a mesh along all axes,
+    where each device has a part of the vocabulary."""
+    objective, mesh = assemble(config).objective, mesh_of(2, 2, 2)
     rollout = random_rollout()
     moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
     draws = jax.jit(lambda rows: corrupt(objective.corruption, rows, moment))(rollout)

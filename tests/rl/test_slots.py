@@ -21,13 +21,12 @@ from tests.parameters import random_params
 from tests.rl.test_rollout import rollout_of
 
 ROWS = 8
-KINDS = [  # slots, and how they differ from one batch by low confidence
-    (ROWS, {}),
-    (2, {}),
-    (2, {'sampler': 'threshold', 'threshold': 0.2}),
-    (2, {'sampler': 'remask', 'threshold': 0.5}),
-    (2, {'cache': 'dual', 'refresh': 2}),
-    (ROWS, {'cache': 'prefix'}),
+# Rows, slots, and how they differ from one batch by low confidence. With fewer slots than rows others move
+# in, and with as many the batch shrinks; the state of a cache and of a rule has to follow in both.
+# The rollout below has rows that move in without a cache.
+KINDS = [
+    (ROWS, 2, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'dual', 'refresh': 2}),
+    (4, 4, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'prefix'}),
 ]
 
 
@@ -49,15 +48,33 @@ def joined(parts):
     return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *cut)
 
 
-@pytest.mark.parametrize(('number', 'change'), KINDS)
-def test_rows_get_in_slots_what_they_get_in_a_whole_batch(policy, number, change):
+@pytest.fixture
+def sizes(monkeypatch):
+    """The sizes of the batches that blocks are decoded in, one entry for each program."""
+    sizes, make = [], slots.sampling.decoder_of
+
+    def watching(hidden, unembed, prompt_mask, *rest):
+        sizes.append(len(prompt_mask))
+        return make(hidden, unembed, prompt_mask, *rest)
+
+    monkeypatch.setattr(slots.sampling, 'decoder_of', watching)
+    return sizes
+
+
+@pytest.mark.parametrize(('count', 'number', 'change'), KINDS)
+def test_rows_get_in_slots_what_they_get_in_a_whole_batch(policy, sizes, count, number, change):
+    """A batch of all rows shrinks with them."""
     options = {'length': 16, 'steps': 16, 'block_length': 4, 'temperature': 2.0} | change
     config = SamplingConfig(records=('log_prob',), **options)
     variables, *rows = arguments(policy)
+    rows = [x[:count] for x in rows]
     expected = make_generate(policy, config)(variables, *rows)
+    sizes.clear()
     parts = list(slots.make_stream(policy, config, number)(variables, *rows))
-    assert sorted(np.concatenate([index for index, _ in parts]).tolist()) == list(range(ROWS))
+    assert sorted(np.concatenate([index for index, _ in parts]).tolist()) == list(range(count))
     assert len(parts) > 2  # rows ended at different times
+    assert sizes[0] == number and set(sizes) <= set(slots.sizes_of(number))
+    assert number < count or len(set(sizes)) > 1
     completion = joined(parts)
     assert_array_equal(completion.tokens, expected.tokens)
     assert_array_equal(completion.commit_step, expected.commit_step)
@@ -65,29 +82,15 @@ def test_rows_get_in_slots_what_they_get_in_a_whole_batch(policy, number, change
     np.testing.assert_allclose(log_prob, expected.extras['log_prob'], atol=2e-6)
 
 
-def test_a_batch_shrinks_with_its_rows(policy, monkeypatch):
-    """The sizes of the batches that blocks are decoded in."""
-    sizes = []
-    advance = slots.sampling.decoder_of
-
-    def watching(hidden, unembed, prompt_mask, *rest):
-        sizes.append(len(prompt_mask))  # once for each program
-        return advance(hidden, unembed, prompt_mask, *rest)
-
-    monkeypatch.setattr(slots.sampling, 'decoder_of', watching)
-    config = SamplingConfig(16, 16, 4, 2.0)
-    variables, *rows = arguments(policy)
-    list(slots.make_stream(policy, config, ROWS)(variables, *rows))
-    assert sizes[0] == 8 and set(sizes) <= {8, 4, 2, 1} and len(set(sizes)) > 1
+def test_the_sizes_of_a_batch_that_shrinks():
+    assert slots.sizes_of(8) == (1, 2, 4, 8)
     assert slots.sizes_of(128) == (16, 32, 64, 128) and slots.sizes_of(1) == (1,)
 
 
-@pytest.mark.parametrize('generation_batch', [0, 2])
-def test_a_rollout_in_slots_is_the_rollout_in_whole_batches(
-    policy, config, monkeypatch, generation_batch
-):
+def test_a_rollout_in_slots_is_the_rollout_in_whole_batches(policy, config, monkeypatch):
+    """With fewer slots than rows; tests/rl/test_rollout.py has whole batches of other sizes."""
     results = {}
-    for compact in (False, True):
+    for compact, generation_batch in ((False, 0), (True, 2)):
         config.rl.update(compact=compact, generation_batch=generation_batch)
         results[compact] = rollout_of(policy, config, mesh_of(), [], monkeypatch)
         monkeypatch.undo()
@@ -133,26 +136,21 @@ def test_the_gap_is_rounding_where_the_sampler_is_exact_and_seen_where_it_is_not
     batching = dataclasses.replace(assemble(config).batching, microbatch=4)
     exact = SamplingConfig(12, 12, 4, 1.5, 'entropy', records=('log_prob',), top_k=9, top_p=0.9)
     cases = {
-        'exact': (exact, 0.0, 1e-5),
         'threshold': (dataclasses.replace(exact, sampler='threshold', threshold=0.2), 0.0, 1e-5),
         'dual': (dataclasses.replace(exact, cache='dual'), 1e-4, 10.0),
-        'guided': (dataclasses.replace(exact, guidance=1.0), 1e-3, 10.0),
     }
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         for decoding, low, high in cases.values():
             variables, rollout = sampled(policy, decoding, mesh)
-            total, count = gap.make_gap(policy, decoding, batching, 0)(variables, rollout, 3)[
-                'sampling_gap'
-            ]
+            gap_of = gap.make_gap(policy, decoding, batching, 0)
+            total, count = gap_of(variables, rollout, 3)['sampling_gap']
             assert count >= 8 and low <= total / count <= high
             # Half a nat more in every record is half a nat more of a gap.
             if high < 1:
                 extras = {'log_prob': rollout.extras['log_prob'] + 0.5}
                 shifted = rollout.replace(extras=extras)
-                total, count = gap.make_gap(policy, decoding, batching, 0)(variables, shifted, 3)[
-                    'sampling_gap'
-                ]
+                total, count = gap_of(variables, shifted, 3)['sampling_gap']
                 assert abs(total / count - 0.5) < 1e-4
     assert gap.make_gap(policy, dataclasses.replace(exact, records=()), batching, 0) is None
     assert gap.make_gap(policy, dataclasses.replace(exact, temperature=0.0), batching, 0) is None

@@ -32,7 +32,6 @@ def published():
         return {name: file[name] for name in file.files}
 
 
-@pytest.mark.compiled_as_users_do
 def test_training_gradient_is_the_published_one(published):
     """tests/diffusion/test_bounds.py has every corruption, estimate and beta."""
     case, microbatch, draws_per_pass = 'block_random/mix/beta1.5', 2, 1

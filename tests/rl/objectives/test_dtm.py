@@ -1,5 +1,6 @@
 """Discrete tilt matching against its released code, its schedule, its corruption and its target."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -110,8 +111,9 @@ def test_a_tilt_of_nothing_leaves_the_cross_entropy_with_the_teacher():
         assert_allclose(loss.total / loss.weight, expected, rtol=1e-5)
 
 
-def masks(block_length, k):
-    """The draws of many keys whose number of masked positions is k."""
+@functools.cache
+def draws_of_many_keys(block_length):
+    """Masks of prompts [keys, P] and completions [keys, C], and targets [keys, C]."""
     row = jax.tree.map(lambda x: x[0], published_rollout())
     sampling = SamplingConfig(32, 16, block_length, temperature=1.0)
     corruption = objective_of('dtm', sampling=sampling).corruption
@@ -121,10 +123,16 @@ def masks(block_length, k):
         return corruption(row, Moment(key, key, key, key, nothing, nothing))
 
     draws = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(3), 6000))
-    masked = np.asarray(draws.masked[:, 0, 12:])
+    masked = np.asarray(draws.masked)[:, 0]
+    return masked[:, :12], masked[:, 12:], np.asarray(draws.target)[:, 0]
+
+
+def masks(block_length, k):
+    """The draws of many keys whose number of masked positions is k."""
+    prompt, masked, target = draws_of_many_keys(block_length)
     chosen = masked.sum(1) == k
-    assert not np.asarray(draws.masked[:, 0, :12]).any()
-    return masked[chosen], np.asarray(draws.target[:, 0])[chosen]
+    assert not prompt.any()
+    return masked[chosen], target[chosen]
 
 
 @pytest.mark.parametrize(('block_length', 'name'), [(8, 'b8'), (32, 'b32')])
