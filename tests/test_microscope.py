@@ -1,7 +1,6 @@
 """The estimator microscope: its truths against enumeration in the test, and its figures against
 what theory says about methods that are known."""
 
-import dataclasses
 import json
 
 import jax
@@ -17,16 +16,6 @@ from spg_jax.rl.toy_directions import compare
 
 GROUP = microscope.GROUP_SIZE
 OWN = 'examples.own_objective'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def small_network():
-    """A transformer of half the width, because all of its Jacobian is computed."""
-    config = dataclasses.replace(toys.network().config, width=4, mlp_width=8)
-    small = dataclasses.replace(toys.network(), config=config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toys, 'network', lambda: small)
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -256,7 +256,7 @@ def policy_of(layers, attention='einsum'):
 
 
 def decoder_of(policy, **options):
-    """A function from numbers of rows to their completions, of eight prompts of different lengths."""
+    """A function from numbers of rows to completions of eight prompts of different lengths."""
     options = {'length': 12, 'steps': 12, 'block_length': 4, 'temperature': 1.0} | options
     config = SamplingConfig(records=('log_prob', 'confidence'), **options)
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 24, (8, 6)), jnp.int32)
