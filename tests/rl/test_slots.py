@@ -23,11 +23,12 @@ from tests.rl.test_rollout import rollout_of
 ROWS = 8
 # Rows, slots, and how they differ from one batch by low confidence. With fewer slots than rows
 # others move in, and with as many the batch shrinks; the state of a cache and of a rule has to
-# follow in both. The rollout below has rows that move in without a cache. The last four rows have
-# 4, 3, 2 and 2 blocks under the second setting, so that the batch shrinks twice.
+# follow in both. The rollout below has rows that move in without a cache. The last four rows,
+# from the end, have 2, 2, 3 and 4 blocks under the second setting: the batch shrinks twice, and
+# the rows that stay move.
 KINDS = [
     (slice(ROWS), 2, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'dual', 'refresh': 2}),
-    (slice(4, ROWS), 4, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'prefix'}),
+    (slice(None, 3, -1), 4, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'prefix'}),
 ]
 
 
