@@ -21,7 +21,7 @@ from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.errors import check_one_of
-from spg_jax.limits import check_settings, check_sizes, setting
+from spg_jax.limits import MOST_TOKENS, check_settings, check_sizes, setting
 from spg_jax.models.attention import resolve
 from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
@@ -32,6 +32,9 @@ from spg_jax.rl.objectives import Objective, Protocol, find, group_of
 from spg_jax.rl.plug_ins import PlugIns, with_plug_ins
 from spg_jax.sharding import row_shards
 from spg_jax.training.optimizers import AdamW
+from spg_jax.training.phases import Conversion, Phase, rounded
+
+DIFFUSION, AUTOREGRESSIVE = KINDS = ('diffusion', 'autoregressive')  # of a base policy
 
 
 class Stage(NamedTuple):
@@ -69,6 +72,7 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
       ValueError: one line that names the setting that cannot work.
     """
     check_settings(config)
+    check_one_of('base.kind', config.base.kind, KINDS)
     model_of(config, vocab_size=1, platform='cpu')
     lora = _lora(config)
     if config.model.quantize and lora is None:
@@ -117,10 +121,11 @@ def fit_to_model(
         are decoded; the message says what to do.
     """
     if model.autoregressive:
+        key = 'base.checkpoint' if config.base.checkpoint else 'base.kind'
         raise ValueError(
-            f'the model in base.checkpoint {config.base.checkpoint!r} is autoregressive, and this '
-            'is reinforcement learning of diffusion models; use spg_jax.evaluate or '
-            'spg_jax.generate, or a diffusion model'
+            f'the model of {key} {setting(config, key)!r} is autoregressive, and this is '
+            'reinforcement learning of diffusion models; make it one with spg_jax.convert, and set '
+            'base.checkpoint to the result'
         )
     for decoding in (parts.sampling, *parts.evaluation.decodings):
         decoding_of(model, decoding)
@@ -141,15 +146,19 @@ def check_mesh(config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh) -> N
     """
     if not config.base.checkpoint:
         check_heads(model_of(config, vocab_size=1, platform='cpu'), mesh)
-    shards = row_shards(mesh)
     for key in ('rl.microbatch', 'rl.generation_batch', 'base.batch_size'):
-        rows = setting(config, key)
-        if rows % shards:
-            raise ValueError(
-                f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
-                f'divide; use a multiple of {shards}'
-            )
+        check_rows(key, setting(config, key), mesh)
     parts.batching.local_prompts(mesh)
+
+
+def check_rows(key: str, rows: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the rows of a setting split evenly over the devices."""
+    shards = row_shards(mesh)
+    if rows % shards:
+        raise ValueError(
+            f'{key} is {rows}, which {shards} shards of rows (mesh.data x mesh.fsdp) do not '
+            f'divide; use a multiple of {shards}'
+        )
 
 
 def check_base(config: ml_collections.ConfigDict, parts: Parts, demonstrator: bool = True) -> None:
@@ -174,7 +183,46 @@ def model_of(
 ) -> TransformerConfig:
     """The model of a base policy trained here, on devices of a platform; raises as its parts do."""
     attention = resolve(config.model.attention, platform, config.model.dtype)
-    return TransformerConfig(vocab_size, **config.model.to_dict() | {'attention': attention})
+    fields = config.model.to_dict() | {'attention': attention}
+    if config.base.kind == AUTOREGRESSIVE:
+        fields |= {'visible_block': 1, 'shift_logits': True}
+    return TransformerConfig(vocab_size, **fields)
+
+
+def conversion_of(config: ml_collections.ConfigDict) -> Conversion:
+    """How an autoregressive model is converted.
+
+    Raises:
+      ValueError: one line that names the setting that cannot work.
+    """
+    settings = config.convert
+    for phase in settings.phases:
+        match phase:
+            case (int(block), int(updates), float() | int() as share) if (
+                block >= 0 and updates >= 1 and share > 0
+            ):
+                continue
+        raise ValueError(
+            f'convert.phases has {phase!r}; use (block, updates, share of the learning rate) such '
+            'as (4, 200, 1.0), with a block of 0 for the whole length'
+        )
+    if not settings.phases:
+        raise ValueError('convert.phases is (); use one phase or more, such as ((0, 2000, 1.0),)')
+    phases = tuple(Phase(*phase) for phase in settings.phases)
+    longest = config.sampling.prompt_length + config.sampling.length
+    conversion = Conversion(
+        phases=phases,
+        examples_length=longest,
+        documents=settings.documents,
+        length=settings.length or settings.documents * rounded(longest, phases),
+    )
+    tokens = 4 * settings.batch_size * conversion.length  # with complements and clean copies
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f'convert.batch_size is {settings.batch_size}, up to {tokens} tokens with complements '
+            f'and clean copies; use at most {MOST_TOKENS} tokens'
+        )
+    return conversion
 
 
 def _task(config: ml_collections.ConfigDict, format: str) -> tasks.Task:

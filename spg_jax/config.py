@@ -73,6 +73,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
         ),
         base=c(  # the base policy, from which RL starts
             checkpoint='',  # a policy directory or published checkpoint; '' trains a base policy
+            # Reinforcement learning needs diffusion; spg_jax.convert makes it of the other kind.
+            kind='diffusion',  # what a base policy trained here is: diffusion or autoregressive
             cache='runs/base',  # the folder that holds the base policies which are trained here
             # The share of right answers in a stage lies in [0, 1].
             stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right answers) of each stage
@@ -84,7 +86,31 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             number_features=False,  # whether embeddings of numbers start as waves of their value
             seed=0,  # the seed of initial parameters, order of demonstrations, and masks
         ),
-        lora=c(  # low-rank adapters, which RL trains in place of the parameters
+        # How spg_jax.convert makes a diffusion model of an autoregressive one. The sizes of blocks
+        # rise and fall as in LLaDA2.0, which publishes neither updates nor learning rate.
+        convert=c(
+            # A block of 0 is the whole length. The model sees blocks of the last size afterwards.
+            phases=(  # (block, updates, share of the learning rate) of each phase
+                *((1, 200, 1.0), (4, 200, 1.0), (32, 200, 1.0), (64, 200, 1.0), (0, 2000, 1.0)),
+                *((256, 200, 1.0), (128, 200, 1.0), (64, 200, 1.0), (32, 600, 1.0)),
+            ),
+            documents=1,  # examples in one sequence, which do not see each other
+            length=0,  # tokens of a sequence; 0 is the shortest that fits examples and blocks
+            batch_size=64,  # sequences in the batch of one update, without their complements
+            learning_rate=2e-5,  # the learning rate, constant but for a rise and the shares above
+            weight_decay=0.1,  # weight decay of all parameters except the scales of norms
+            grad_clip=1.0,  # a gradient with a larger norm is scaled down to this norm
+            right_share=1.0,  # the share of right answers among the demonstrations
+            complementary=True,  # whether each sequence also comes with the other tokens masked
+            # The size that LLaDA2.0 used is not published.
+            noise=0.5,  # noise on embeddings of MASK, as a share of the size of embeddings
+            noise_updates=200,  # the updates at the start that have this noise
+            # 2.0 is recommended: fewer steps of decoding for some accuracy.
+            cap=0.0,  # weight of the entropy of predictions that are right; 0 leaves it out
+            validate_every=100,  # updates between two measurements of the loss on validation
+            keep_best=3,  # k: the result is the mean of the k best policies of the last phase
+        ),
+        lora=c(  # low-rank adapters, which are trained in place of the parameters of a checkpoint
             rank=128,  # the rank of the adapters; 0 trains every parameter without adapters [A]
             alpha=64.0,  # the product of an adapter is multiplied by alpha / rank [A]
             dropout=0.05,  # the share of an adapter's inputs that updates drop [A]

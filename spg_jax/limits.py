@@ -31,12 +31,20 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             'checkpoint.keep',
             'guard.window',
             'guard.skipped',
+            'convert.documents',
+            'convert.batch_size',
+            'convert.validate_every',
+            'convert.keep_best',
         ),
         lambda x: x >= 1,
         'a positive integer',
     ),
     (
-        ('base.learning_rate', 'base.grad_clip', 'optimizer.learning_rate', 'optimizer.grad_clip'),
+        (
+            *('base.learning_rate', 'base.grad_clip'),
+            *('convert.learning_rate', 'convert.grad_clip'),
+            *('optimizer.learning_rate', 'optimizer.grad_clip'),
+        ),
         lambda x: x > 0,
         'a positive number',
     ),
@@ -47,6 +55,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             'train.diagnose_every',
             'train.profile',
             'guard.rollbacks',
+            *('convert.length', 'convert.weight_decay', 'convert.noise', 'convert.noise_updates'),
+            'convert.cap',
         ),
         lambda x: x >= 0,
         'a number of at least 0',
@@ -61,7 +71,11 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         lambda x: 0 < x < 1,
         'a share above 0 and below 1',
     ),
-    (('optimizer.warmup_fraction',), lambda x: 0 <= x <= 1, 'a share within [0, 1]'),
+    (
+        ('optimizer.warmup_fraction', 'convert.right_share'),
+        lambda x: 0 <= x <= 1,
+        'a share within [0, 1]',
+    ),
     (('base.seed', 'train.seed'), lambda x: 0 <= x < SEEDS, 'a seed of at least 0'),
 )
 

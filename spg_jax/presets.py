@@ -75,6 +75,16 @@ def on_a_laptop(config: ml_collections.ConfigDict, length: int, block_length: in
         learning_rate=3e-4, warmup_fraction=0.02, weight_decay=0.0, grad_clip=1.0
     )
     config.train.steps = 120
+    config.convert.update(
+        phases=(
+            *((1, 150, 1.0), (2, 100, 1.0), (block_length, 100, 1.0)),
+            *((0, 400, 1.0), (block_length, 250, 0.3)),
+        ),
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        noise_updates=50,
+        validate_every=25,
+    )
     config.evaluation.update(lengths=(length,), steps=(length,), block_length=block_length)
     config.evaluation.update(every=20, batch=256)
     config.checkpoint.every = 20
@@ -88,6 +98,9 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.model.update(width=32, layers=2, heads=2, kv_heads=2, mlp_width=64)
     config.model.scan_unroll = 1  # compiles one layer, not two
     config.base.update(stages=((40, 1.0), (4, 0.35)), batch_size=32)
+    # Blocks of 1, the whole length, and blocks of 4 as in `on_a_laptop`.
+    config.convert.update(phases=((1, 2, 1.0), (0, 2, 1.0), (4, 4, 1.0)), batch_size=8)
+    config.convert.update(noise_updates=2, validate_every=2, keep_best=2)
     # Whole batches, not slots, so that the program of evaluations also serves rollouts.
     config.rl.update(prompts=4, microbatch=16, compact=False)
     config.optimizer.learning_rate = 1e-3

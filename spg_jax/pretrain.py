@@ -7,10 +7,16 @@
 The loss is that of LLaDA (arXiv 2502.09992, eq. 3 and 5): a uniformly drawn number k >= 1 of the C
 completion tokens is masked, EOS filling included, and their cross-entropy weighs 1/k. The numbers
 are stratified over the batch, which lowers the variance. The parameters kept are the average.
+
+With base.kind 'autoregressive' the model is causal and learns to predict the next token;
+`spg_jax.convert` starts from it. With lora.rank above 0 the fine-tuning of a checkpoint trains
+adapters over frozen parameters, which model.quantize stores in few bits. A policy from scratch has
+no adapters.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,28 +29,34 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, check_base, check_mesh, model_of
-from spg_jax.data.batches import check_room
-from spg_jax.data.demonstrations import Demonstrations, Lessons, Record, read_demonstrations
-from spg_jax.data.prompts import prompt_lengths
+from spg_jax.assembly import (
+    AUTOREGRESSIVE,
+    DIFFUSION,
+    Parts,
+    assemble,
+    check_base,
+    check_mesh,
+    model_of,
+)
+from spg_jax.data.demonstrations import Demonstrations, Record, read_demonstrations
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, word_tokenizer
-from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
+from spg_jax.diffusion.denoising import denoising_loss, next_token_loss, stratified_masks
 from spg_jax.method import complete
 from spg_jax.models.number_features import with_number_features
-from spg_jax.models.policy import Policy, Variables
-from spg_jax.models.transformer import EXECUTION
-from spg_jax.process import cli, distributed
+from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
+from spg_jax.models.transformer import EXECUTION, TransformerConfig
+from spg_jax.process import cli
 from spg_jax.process.config_flag import define_config_flag
 from spg_jax.process.interruption import Interruption
-from spg_jax.process.json_files import check_json
 from spg_jax.process.progress import track
 from spg_jax.random import Purpose, example_keys, root_key, step_key
 from spg_jax.runs import policies
-from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import Settings, digest, policy_of_run
+from spg_jax.runs.examples import lessons_of
 from spg_jax.runs.identity import FILES, digest_task
+from spg_jax.runs.making import follow_update, make_at, restored_state
 from spg_jax.runs.run import Run
-from spg_jax.tasks.task import Example, Task
+from spg_jax.tasks.task import Task
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import (
     Metrics,
@@ -79,12 +91,9 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
 def base_directory(config: ml_collections.ConfigDict) -> Path:
     """Where the base policy of a configuration is or will be: named by everything that makes it."""
     settings = made_of(config, assemble(config).task)
+    if config.base.kind == DIFFUSION:  # Directories keep the names from before there were kinds.
+        del settings['base']['kind']
     return Path(config.base.cache) / f'{config.task.name}-{digest(settings)}'
-
-
-def _training_of(directory: Path) -> Path:
-    """Where a training that makes a policy keeps what it goes on from."""
-    return directory.with_name(directory.name + '.training')
 
 
 def find_or_make_base(
@@ -139,24 +148,19 @@ def pretrain(
         is at work in it.
     """
     parts = assemble(config)
-    training = _training_of(directory)
     imitated = {'checkpoint': str(start_from or ''), 'demonstrations': digest({'records': records})}
+    if start_from and parts.lora:
+        imitated['adapters'] = f'{parts.lora}, model.quantize {config.model.quantize!r}'
+    else:
+        imitated['adapters'] = None
     settings = made_of(config, parts.task) | {'given': imitated}
-    is_taken = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
-    finished = policies.is_policy(directory)
-    if is_taken and not finished:
-        raise ValueError(
-            f'{directory} is no policy and would be replaced by one, expected a policy, an empty '
-            'directory or none; use another --workdir, or move it away'
-        )
-    with claimed(training, settings, finished, interruption if wait else None) as is_free:
-        if not is_free:
-            return False
-        if policies.is_policy(directory):  # perhaps only since another process has made it
-            return True
+
+    def make(training: Path) -> bool:
         return _pretrain(
             config, parts, directory, training, mesh, interruption, start_from, records
         )
+
+    return make_at(directory, settings, make, interruption if wait else None)
 
 
 class _Record(TypedDict):
@@ -180,7 +184,8 @@ def _pretrain(
 ) -> bool:
     """The training itself, in a directory that is claimed; arguments and result of `pretrain`."""
     policy, tokenizer, variables = _starting_point(config, parts, mesh, start_from)
-    lessons = _lessons(config, parts, tokenizer, mesh, records)
+    rows = sharding.own_rows(mesh, config.base.batch_size)
+    lessons = lessons_of(config, parts, tokenizer, config.base.batch_size, rows, records)
     run = Run(training, keep=2)  # If the newest is damaged, the other is there to go on from.
     total = sum(stage.steps for stage in parts.stages)
     patience = min(config.train.max_skipped, total)
@@ -191,13 +196,7 @@ def _pretrain(
     state = initial_state(variables, optimizer, policy, mesh, average=True)
     train_step = make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
     if run.resumes:
-
-        def saved_state(record: dict[str, Any]) -> TrainState:
-            check_json(record, _Record, f'{training}/checkpoints', 'restore the checkpoint')
-            return state
-
-        state = run.restore(saved_state)
-        run.check_progress(patience, STUCK)
+        state = restored_state(run, state, _Record, patience, STUCK)
     first_step = 0
     for number, stage in enumerate(parts.stages):
         demonstrations = lessons.batches(stage.right_share, base.seed + number)
@@ -208,55 +207,22 @@ def _pretrain(
         for _ in track(left, label, lambda: _figures(run)):
             state, metrics = train_step(state, sharding.put_batch(mesh, next(demonstrations)))
             run.push(metrics)
-            if run.step == total:
-                run.flush()
-            stuck, stop = run.skipped(patience), interruption.requested()
-            if stuck or stop or run.step % CHECKPOINT_EVERY == 0:
-                run.save(state, stage=number, iterator=demonstrations.get_state())
-            if stuck:
-                run.check_progress(patience, STUCK)
-            if stop:
-                print(f'stopped at step {run.step} of {total}, saved; the same command goes on')
+            save = partial(_save, run, state, number, demonstrations)
+            due = run.step % CHECKPOINT_EVERY == 0
+            if follow_update(run, total, due, save, patience, STUCK, interruption):
                 return False
         first_step += stage.steps
     run.close()
     notes = {'seconds': run.seconds, 'config': config.to_dict()}
-    policies.save_policy(directory, state.average, policy.config, tokenizer, notes)
+    adapted = policies.base_of(start_from) if start_from and policy.config.lora else None
+    average = state.frozen | state.average
+    policies.save_policy(directory, average, policy.config, tokenizer, notes, adapted)
     return True
 
 
-def _lessons(
-    config: ml_collections.ConfigDict,
-    parts: Parts,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    records: list[Record] | None,
-) -> Lessons:
-    """The records to imitate, or else the problems of the task, which are read now.
-
-    Raises:
-      ValueError: a prompt or an answer is too long; `data.long_prompts` does not apply here.
-    """
-    problems: list[Example] = []
-    if records is None:
-        with distributed.leader_first('problems to imitate'):
-            source = parts.task.source('train', config.task.data_dir)
-        problems = list(source)
-        longest = prompt_lengths(parts.task, tokenizer, source, problems).max(initial=0)
-        check_room(int(longest), config.sampling.prompt_length)
-    lessons = Lessons(
-        task=parts.task,
-        tokenizer=tokenizer,
-        problems=problems,
-        records=records,
-        batch_size=config.base.batch_size,
-        local_rows=sharding.own_rows(mesh, config.base.batch_size),
-        prompt_length=config.sampling.prompt_length,
-        length=config.sampling.length,
-    )
-    if records is not None:
-        lessons.encode(records)  # so that one that is too long shows before training
-    return lessons
+def _save(run: Run, state: TrainState, stage: int, demonstrations: Any) -> None:
+    """Writes a checkpoint, without the parameters that do not change."""
+    run.save(state.replace(frozen={}), stage=stage, iterator=demonstrations.get_state())
 
 
 def _starting_point(
@@ -265,21 +231,11 @@ def _starting_point(
     """A policy from disk, or a new one for the words of the task's compact format.
 
     Raises:
-      ValueError: the policy has adapters, but pre-training trains every parameter.
+      ValueError: the policy has other adapters than the configuration asks for, or is of another
+        kind than base.kind.
     """
     if start_from:
-        if policies.base_of(start_from) != start_from:
-            raise ValueError(
-                f'{start_from} has adapters, but every parameter is trained here; merge them with '
-                'spg_jax.export --merge and start from the result'
-            )
-        if policies.model_of_policy(start_from).autoregressive:
-            raise ValueError(
-                f'{start_from} is an autoregressive model, which this training of diffusion models '
-                'would not make one; convert it first, or start from a diffusion model'
-            )
-        execution = parts.execution | {'quantize': ''}  # only frozen parameters are quantised
-        return policies.load_policy(start_from, mesh, **execution)
+        return _checkpoint(config, parts, mesh, start_from)
     tokenizer = word_tokenizer(parts.task)
     model = model_of(config, tokenizer.size, mesh.devices.flat[0].platform)
     model = dataclasses.replace(model, quantize='')
@@ -292,6 +248,50 @@ def _starting_point(
     return policy, tokenizer, {'params': params}
 
 
+def _checkpoint(
+    config: ml_collections.ConfigDict, parts: Parts, mesh: Mesh, start_from: Path
+) -> tuple[Policy, Tokenizer, Variables]:
+    """A policy to fine-tune, with the adapters of the configuration; raises as `_starting_point`.
+
+    Everything is checked before the weights are read, which may be large.
+    """
+    if parts.lora is None and policies.base_of(start_from) != start_from:
+        raise ValueError(
+            f'{start_from} has adapters, but with lora.rank 0 every parameter is trained here; '
+            'merge them with spg_jax.export --merge and start from the result, or set lora.rank'
+        )
+    model = policies.model_of_policy(start_from)
+    check_kind(config.base.kind, model, start_from)
+    lora, adapter, execution = parts.lora, parts.adapter, parts.execution
+    if lora is None:
+        # Only frozen parameters are quantised, and only adapters leave any frozen.
+        return policies.load_policy(start_from, mesh, **execution | {'quantize': ''})
+    lora = lora.for_kernels(model.adapted_kernels)
+    dataclasses.replace(model, lora=lora)  # Raises if the model cannot have these adapters.
+    check_adapters(policies.check_policy(start_from, mesh, adapter), lora, adapter or start_from)
+    policy, tokenizer, variables = policies.load_policy(start_from, mesh, adapter, **execution)
+    policy, variables = with_adapters(policy, variables, lora, config.base.seed, mesh)
+    return policy, tokenizer, variables
+
+
+def check_kind(kind: str, model: TransformerConfig, where: Path) -> None:
+    """Refuses a training of one kind on a model of the other.
+
+    Raises:
+      ValueError: says what to do instead.
+    """
+    if model.autoregressive and kind == DIFFUSION:
+        raise ValueError(
+            f'{where} is an autoregressive model, which this training of diffusion models would '
+            'not make one; convert it with spg_jax.convert, or set base.kind autoregressive'
+        )
+    if not model.autoregressive and kind == AUTOREGRESSIVE:
+        raise ValueError(
+            f'{where} is a diffusion model, but base.kind is {kind!r}; set base.kind diffusion, or '
+            'start from an autoregressive model'
+        )
+
+
 def make_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
@@ -302,24 +302,46 @@ def make_step(
     """A compiled (state, demonstrations) -> (state, metrics); the old state is given up.
 
     Args:
-      policy: the model.
-      optimizer: how its parameters change.
-      seed: of the masks.
+      policy: the model; an autoregressive one learns to predict the next token.
+      optimizer: how its trained parameters change.
+      seed: of the masks, and of the adapters' dropout.
       ema: decay of the averaged parameters.
       shardings: of the state, which the new state keeps.
     """
 
-    def loss_of(trained: Variables, batch: Demonstrations, masked: Array) -> Array:
+    lora = policy.config.lora
+
+    def logits_of(
+        variables: Variables, batch: Demonstrations, completion: Array, step: Array
+    ) -> Array:
+        """Logits [B, C, V] at the positions of a completion [B, C]."""
+        dropout = None
+        if lora and lora.dropout:
+            dropout = example_keys(seed, Purpose.DROPOUT, step, batch.index)
+        prompt, mask = batch.prompt, batch.prompt_mask
+        return policy.completion_logits(variables, prompt, mask, completion, dropout)
+
+    def autoregressive_loss(
+        trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
+    ) -> Array:
+        logits = logits_of(frozen | trained, batch, batch.completion, step)
+        return next_token_loss(logits, batch.completion)
+
+    def diffusion_loss(
+        trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
+    ) -> Array:
+        row_keys = example_keys(seed, Purpose.CORRUPT, step, batch.index)
+        masked = stratified_masks(
+            step_key(seed, Purpose.CORRUPT, step), row_keys, batch.completion.shape[1]
+        )
         noisy = jnp.where(masked, policy.mask_id, batch.completion)
-        logits = policy.completion_logits(trained, batch.prompt, batch.prompt_mask, noisy)
+        logits = logits_of(frozen | trained, batch, noisy, step)
         return denoising_loss(logits, batch.completion, masked)
 
+    loss_of = autoregressive_loss if policy.config.autoregressive else diffusion_loss
+
     def step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, Metrics]:
-        row_keys = example_keys(seed, Purpose.CORRUPT, state.step, batch.index)
-        masked = stratified_masks(
-            step_key(seed, Purpose.CORRUPT, state.step), row_keys, batch.completion.shape[1]
-        )
-        loss, gradient = jax.value_and_grad(loss_of)(state.trained, batch, masked)
+        loss, gradient = jax.value_and_grad(loss_of)(state.trained, state.frozen, batch, state.step)
         state, metrics = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))

@@ -25,6 +25,7 @@ class Purpose(enum.IntEnum):
     RING = 6  # which rows of a ring an update takes
     DIAGNOSE = 7  # what is masked where a policy is diagnosed
     GAP = 8  # which step of a row is scored again, to compare with what the sampler recorded
+    NOISE = 9  # on embeddings of MASK at the start of a conversion
 
 
 SEEDS = 2**32  # seeds from 0 to this number give different keys

@@ -24,7 +24,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from spg_jax import sharding
-from spg_jax.assembly import Parts, assemble, check_base, check_mesh, fit_to_model
+from spg_jax.assembly import (
+    Parts,
+    assemble,
+    check_base,
+    check_mesh,
+    fit_to_model,
+    model_of,
+)
 from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.explain import print_explanation
 from spg_jax.method import complete
@@ -90,6 +97,8 @@ def train(
       FloatingPointError: `train.max_skipped` updates in a row were not finite; the state is saved.
     """
     parts = assemble(config)
+    if not config.base.checkpoint:  # Fail early: a base policy takes minutes to train.
+        fit_to_model(config, parts, model_of(config, vocab_size=1, platform='cpu'))
     base = find_or_make_base(config, mesh, interruption)
     if base is None:
         return False

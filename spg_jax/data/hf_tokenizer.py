@@ -141,6 +141,34 @@ class HFTokenizer:
         allowed[self.eos_id] = True  # EOS comes after PAD, because both may be the same id.
         return allowed
 
+    def with_mask(self, rows: int) -> 'HFTokenizer':
+        """Returns the tokenizer with a MASK of its own, for a model that was trained without one.
+
+        MASK is the first of these that there is: the declared mask token, a special token called
+        mask, an id of the embedding that has no token, and a special token that is reserved.
+
+        Args:
+          rows: ids of the model.
+
+        Raises:
+          ValueError: there is none of these.
+        """
+        specials = {id: token.content for id, token in self._hf.added_tokens_decoder.items()}
+        specials = {id: text for id, text in specials.items() if id < rows}
+        declared = self._ids.get(self._hf.special_tokens_map.get('mask_token'))
+        called = [id for id, text in specials.items() if text.strip('<|>[]').lower() == 'mask']
+        unused = (id for id in range(rows) if id not in self._texts)
+        reserved = [id for id, text in specials.items() if 'reserved' in text]
+        places = (declared, *called[:1], next(unused, None), *reserved[-1:])
+        mask = next((id for id in places if id is not None), None)
+        if mask is None:
+            raise ValueError(
+                f'{self._directory}: there is no room for MASK, since each of the {rows} rows of '
+                'the embedding has an ordinary token; use a model with an unused row, a mask token '
+                'or a reserved one'
+            )
+        return HFTokenizer(self._directory, mask, self.eos_id, self.pad_id)
+
     def identity(self) -> str:
         """Returns a digest of the tokenizer files, the chat template among them."""
         digest = hashlib.sha256(str(self._files()).encode())

@@ -42,6 +42,13 @@ class Tokenizer(Protocol):
     def allowed(self, size: int) -> np.ndarray:
         """Returns [size] bool, True for the ids of a model with `size` ids that it may generate."""
 
+    def with_mask(self, rows: int) -> 'Tokenizer':
+        """Returns the tokenizer with a MASK that stands for no token, of a model with `rows` ids.
+
+        Raises:
+          ValueError: if there is no room for it.
+        """
+
     def identity(self) -> str:
         """Returns text that differs wherever the tokenizer may encode a prompt differently."""
 
@@ -152,6 +159,10 @@ class WordTokenizer:
         allowed = np.arange(size) < self.size
         allowed[[self.mask_id, self.pad_id]] = False
         return allowed
+
+    def with_mask(self, rows: int) -> 'WordTokenizer':
+        """Returns this tokenizer, which always has a MASK."""
+        return self
 
     def identity(self) -> str:
         """Returns the words, one after the other."""

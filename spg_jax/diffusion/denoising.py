@@ -1,4 +1,4 @@
-"""The supervised loss of masked diffusion: predict what was masked (LLaDA, arXiv 2502.09992)."""
+"""Supervised losses: predict what was masked (LLaDA, arXiv 2502.09992), or else the next token."""
 
 import jax
 import jax.numpy as jnp
@@ -40,3 +40,13 @@ def denoising_loss(logits: Array, completion: Array, masked: Array) -> Array:
     """
     logp = jax.vmap(completion_log_probs)(logits, completion)
     return -(jnp.where(masked, logp, 0.0).sum(1) / masked.sum(1)).mean()
+
+
+def next_token_loss(logits: Array, completion: Array) -> Array:
+    """Mean over rows and positions of the cross-entropy of a token, in nats.
+
+    Args:
+      logits: [B, C, V] of each token of the completion, predicted from the tokens before it.
+      completion: [B, C] int32.
+    """
+    return -jax.vmap(completion_log_probs)(logits, completion).mean()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from spg_jax.models.lora import COLLECTION, LoRA
 from spg_jax.models.transformer import Cache, Transformer, TransformerConfig
+from spg_jax.models.visibility import Visibility
 from spg_jax.models.windows import Window
 from spg_jax.random import Purpose, root_key
 from spg_jax.sharding import init_params
@@ -45,20 +46,22 @@ class Policy:
         self,
         variables: Variables,
         tokens: Array,
-        valid: Array,
+        valid: Array | Visibility,
         dropout: Array | None = None,
         window: Window | None = None,
+        noise: Array | None = None,
     ) -> Array:
         """Final hidden states [B, L, D], or [B, size, D] of a window.
 
         Args:
           variables: the collections of parameters.
           tokens: [B, L] int32.
-          valid: [B, L] bool, False on padding.
+          valid: [B, L] bool, False on padding, or a `Visibility`.
           dropout: [B] keys of the adapters' dropout; None drops nothing.
           window: the positions whose states are asked for; None is all.
+          noise: [B, L, D], added to the embeddings of the tokens; None adds nothing.
         """
-        return self.model.apply(variables, tokens, valid, dropout, window, method='hidden')
+        return self.model.apply(variables, tokens, valid, dropout, window, noise, method='hidden')
 
     def hidden_with_cache(
         self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array

@@ -262,6 +262,7 @@ class Transformer(nn.Module):
         valid: Array | Visibility,
         dropout: Array | None = None,
         window: Window | None = None,
+        noise: Array | None = None,
     ) -> Array:
         """Final hidden states, after the last norm; the state at a position predicts its token.
 
@@ -272,6 +273,7 @@ class Transformer(nn.Module):
           dropout: [B] keys of the adapters' dropout, one for each row; None drops nothing.
           window: the positions whose states are asked for; None is all. Of the last layer only keys
             and values are then computed everywhere, which is exact, and nothing is sown.
+          noise: [B, L, D], added to the embeddings of the tokens; None adds nothing.
 
         Returns:
           [B, L, D], or [B, size, D] of a window, in the compute dtype, finite but meaningless on
@@ -284,6 +286,8 @@ class Transformer(nn.Module):
         # already and a lookup cannot split its result over one axis twice.
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
         x = jnp.take(table, tokens, axis=0)  # [B, L, D]
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
         x = constrain(x, 'rows', None, None)
         exists = valid.valid if isinstance(valid, Visibility) else valid
         if config.visible_block and not isinstance(valid, Visibility):

@@ -33,7 +33,9 @@ def default_workdir(config: ml_collections.ConfigDict) -> Path:
 
 def identity(config: ml_collections.ConfigDict) -> Settings:
     """Every setting of a training, and the digests of the files that they name."""
-    return config.to_dict() | {FILES: digest_files(config, policy_of_run)}
+    settings = config.to_dict()
+    del settings['convert']  # A conversion is another training, which names its own settings.
+    return settings | {FILES: digest_files(config, policy_of_run)}
 
 
 def run_config(workdir: Path) -> ml_collections.ConfigDict:

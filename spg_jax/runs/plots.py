@@ -4,9 +4,11 @@ from pathlib import Path
 
 from spg_jax.runs.metrics import read_rows
 
+Panels = tuple[tuple[str, tuple[str, ...]], ...]
+
 LARGEST = 1e100  # Matplotlib calculates with numbers below this one.
 # Title of each panel, and the metrics that it shows.
-PANELS = (
+PANELS: Panels = (
     ('reward', ('reward', 'reward_max_of_group')),
     ('validation', ('validation_accuracy', 'validation_grid_accuracy')),
     ('nats per token', ('elbo_of_better', 'elbo_of_worse', 'eubo_minus_elbo')),
@@ -25,15 +27,21 @@ PANELS = (
 )
 
 
-def curves(workdir: Path) -> Path:
-    """Draws `curves.png` from `metrics.jsonl`, both in `workdir`, and returns its path."""
+def curves(workdir: Path, panels: Panels = PANELS) -> Path:
+    """Draws `curves.png` from `metrics.jsonl`, both in `workdir`, and returns its path.
+
+    Args:
+      workdir: of the training.
+      panels: title of each panel, and the metrics that it shows; an even number of them.
+    """
     # Pyplot would ask for the backend of a screen; a figure alone draws into files.
     from matplotlib.figure import Figure
 
     rows = read_rows(workdir / 'metrics.jsonl')
-    figure = Figure(figsize=(12, 6), layout='constrained')
-    axes = figure.subplots(2, 3)
-    for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+    columns = len(panels) // 2
+    figure = Figure(figsize=(4 * columns, 6), layout='constrained')
+    axes = figure.subplots(2, columns)
+    for axis, (title, names) in zip(axes.flat, panels, strict=True):
         for name in names:
             points = [(row['step'], row[name]) for row in rows if _is_drawable(row.get(name))]
             if points:
