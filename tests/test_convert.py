@@ -1,0 +1,257 @@
+"""Conversions: a cut one goes on exactly, the result is a policy, and wrong input is refused."""
+
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from configs import countdown
+from spg_jax import convert
+from spg_jax.assembly import assemble, conversion_of, fit_to_model
+from spg_jax.data.hf_tokenizer import HFTokenizer
+from spg_jax.diffusion.block_denoising import draw_masks, embedding_noise
+from spg_jax.models.transformer import Transformer
+from spg_jax.pretrain import _starting_point, pretrain
+from spg_jax.process.interruption import Interruption
+from spg_jax.random import Purpose, example_keys, step_key
+from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.scores import corrupt, moments
+from spg_jax.runs import policies, validation
+from spg_jax.runs.examples import lessons_of
+from spg_jax.runs.metrics import read_rows
+from spg_jax.tasks.countdown import Countdown
+from spg_jax.train import train
+from spg_jax.training.conversion import logits_of
+from tests.meshes import mesh_of
+from tests.published import byte_pairs, save_tokenizer
+from tests.rl.conftest import random_rollout
+from tests.test_pretrain import PROBLEMS
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_problems_and_programs():
+    """All conversions here have the same programs, which are compiled once, not at each start."""
+    programs = {}
+
+    def once(make):
+        def maker(policy, *arguments, **settings):
+            block = next(x for x in arguments if isinstance(x, int))
+            key = make.__name__, block
+            if key not in programs:
+                programs[key] = make(policy, *arguments, **settings)
+            return programs[key]
+
+        return maker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+        patch.setattr(convert, 'make_update', once(convert.make_update))
+        patch.setattr(validation, 'make_validation', once(validation.make_validation))
+        yield
+
+
+@pytest.fixture
+def config():
+    return tiny()
+
+
+def tiny():
+    config = countdown.get_config('tiny')
+    config.base.update(stages=((3, 1.0),), kind='autoregressive')
+    # Two sizes of blocks are two programs. Blocks of 1 are in tests/diffusion.
+    config.convert.phases = ((4, 2, 1.0), (0, 2, 1.0), (4, 4, 1.0))
+    return config
+
+
+def run(config, directory, start):
+    with Interruption() as interruption:
+        return convert.convert(config, directory, mesh_of(), interruption, start)
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    """An autoregressive policy."""
+    directory = tmp_path_factory.mktemp('start') / 'base'
+    with Interruption() as interruption:
+        assert pretrain(tiny(), directory, mesh_of(), interruption)
+    return directory
+
+
+@pytest.fixture(scope='module')
+def whole(start, tmp_path_factory):
+    directory = tmp_path_factory.mktemp('whole') / 'converted'
+    assert run(tiny(), directory, start)
+    return directory
+
+
+def params_of(directory):
+    return jax.device_get(policies.load_policy(directory, mesh_of())[2]['params'])
+
+
+def test_an_autoregressive_base_learns_the_next_token(start):
+    """The loss of the first step is that of a plain loop over unpadded prefixes."""
+    assert policies.model_of_policy(start).autoregressive
+    config, mesh = tiny(), mesh_of()
+    parts = assemble(config)
+    policy, tokenizer, variables = _starting_point(config, parts, mesh, None)
+    first = read_rows(start.with_name('base.training') / 'metrics.jsonl')[0]
+    assert first['step'] == 1
+    rows = config.base.batch_size
+    lessons = lessons_of(config, parts, tokenizer, rows, np.arange(rows), None)
+    batch = next(lessons.batches(1.0, config.base.seed))
+    apply = jax.jit(Transformer(policy.config).apply)
+    shown = policy.model.config
+    assert (shown.visible_block, shown.shift_logits) == (1, True)
+    total = 0.0
+    for place in range(12):  # The tokens from `place` on are not there.
+        tokens = np.concatenate([batch.prompt, batch.completion], axis=1)
+        tokens[:, 6 + place :] = 0
+        logp = jax.nn.log_softmax(apply(variables, tokens, np.ones(tokens.shape, bool)))
+        chosen = batch.completion[:, place]
+        total -= np.asarray(logp)[np.arange(rows), 6 + place, chosen].mean() / 12
+    assert_allclose(first['loss'], total, rtol=1e-5)
+
+
+def test_a_conversion_that_is_cut_goes_on_exactly(config, start, whole, tmp_path, monkeypatch):
+    """Cut where the second phase ends, and within the last one."""
+    done, placed = 0, convert.Examples.placed
+
+    def interrupting(*arguments):
+        nonlocal done
+        done += 1
+        if done in (4, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return placed(*arguments)
+
+    monkeypatch.setattr(convert.Examples, 'placed', interrupting)
+    for updates in (4, 7):
+        assert not run(config, tmp_path / 'cut', start)
+        assert done == updates and not policies.is_policy(tmp_path / 'cut')
+    assert run(config, tmp_path / 'cut', start)
+    assert done == 8
+    jax.tree.map(assert_array_equal, params_of(tmp_path / 'cut'), params_of(whole))
+    notes = [policies.policy_notes(path)['conversion'] for path in (tmp_path / 'cut', whole)]
+    assert notes[0] == notes[1]
+
+
+def test_the_result_is_the_mean_of_the_best_of_the_last_phase(whole):
+    training = whole.with_name('converted.training')
+    rows = read_rows(training / 'metrics.jsonl')
+    by_block = {4: 'validation_loss_block_4', 0: 'validation_loss_whole'}
+    losses = {
+        row['step']: row[by_block[row['block']]]
+        for row in rows
+        if row.get('block') is not None and row['step'] > 4
+    }
+    assert sorted(losses) == [6, 8]
+    conversion = policies.policy_notes(whole)['conversion']
+    assert conversion['mean_of_updates'] == [6, 8]
+    assert [row['block'] for row in conversion['validated']] == [4, 0, 4]
+    assert 'validation_loss_whole' in conversion['validated'][1]
+    kept = [params_of(training / 'candidates' / str(step)) for step in (6, 8)]
+    jax.tree.map(
+        lambda result, *parts: assert_allclose(result, np.mean(parts, axis=0), atol=1e-7),
+        params_of(whole),
+        *kept,
+    )
+    assert (training / 'curves.png').stat().st_size > 10_000
+    assert 'after whole length: validation loss' in convert.closing_lines(whole)
+
+
+def test_reinforcement_learning_starts_from_the_result(config, whole):
+    """It sees blocks of 4 and predicts a token at its own place; SPG has a gradient there."""
+    policy, _, variables = policies.load_policy(whole, mesh_of())
+    shown = policy.config
+    assert (shown.visible_block, shown.shift_logits, shown.autoregressive) == (4, False, False)
+    config.base.checkpoint = str(whole)
+    objective = fit_to_model(config, assemble(config), shown).objective
+    rollout = random_rollout(rows=8, prompt=6)
+    moment = moments(0, rollout, np.int32(0), np.int32(0))
+    gradient_of = make_gradient(policy, objective, microbatch=8, draws_per_pass=0)
+
+    @jax.jit
+    def gradient(trained, rollout):
+        draws = corrupt(objective.corruption, rollout, moment)
+        return gradient_of(trained, {}, rollout, draws)
+
+    loss, tree, _ = gradient({'params': variables['params']}, rollout)
+    norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(tree)))
+    assert np.isfinite(loss) and 0 < norm < np.inf
+
+
+def test_noise_reaches_what_sees_a_masked_token(config, start):
+    """With blocks of 1 a masked token is seen by itself alone, and the clean copy has no noise."""
+    mesh, parts = mesh_of(), assemble(config)
+    conversion = conversion_of(config)
+    examples = convert.Examples(config, parts, conversion, start, mesh, None)
+    policy, _, variables = convert.starting_point(start, mesh, parts.execution)
+    batch = examples.held_out()[0]
+    keys = example_keys(0, Purpose.CORRUPT, 0, batch.index)
+    masks = draw_masks(step_key(0, Purpose.CORRUPT, 0), keys, batch.maskable, False)
+
+    @jax.jit
+    def logits(scale):
+        noise = embedding_noise(keys, masks.masked, policy.config.width, scale)
+        return logits_of(policy, variables, batch.tokens, batch, masks, 1, noise)
+
+    with_noise, without = logits(np.float32(0.5)), logits(np.float32(0.0))
+    changed = np.abs(with_noise - without).max(-1) > 0
+    assert_array_equal(changed, masks.masked)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'convert.length': 18},
+            'convert.length 18 is not a multiple of the block of 4 .*; use 20',
+        ),
+        ({'convert.length': 16}, 'convert.length is 16 .* have up to 18 tokens each; use 20'),
+        ({'convert.documents': 3, 'convert.length': 62}, 'convert.length is 62 for .*; use 60'),
+        ({'convert.phases': ((4, 2, 1.0), (1, 2, 1.0))}, 'ends with blocks of 1, which is an auto'),
+        ({'convert.phases': ((4, 0, 1.0),)}, r'convert.phases has \(4, 0, 1.0\); use \(block'),
+        ({'convert.phases': ()}, r'convert.phases is \(\); use one phase'),
+        ({'convert.phases': ((2, 2, 1.0),)}, 'ends with blocks of 2: block_length is 4, but'),
+        ({'convert.batch_size': 2**28}, 'convert.batch_size is 268435456, up to 2'),
+        ({'base.kind': 'causal'}, "base.kind is 'causal'; use one of diffusion, autoregressive"),
+        ({'convert.noise': -1.0}, 'convert.noise is -1.0; use a number of at least 0'),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config, start, tmp_path, changes, message):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message) as error:
+        run(config, tmp_path / 'converted', start)
+    assert '\n' not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_starting_points_that_cannot_be_converted_are_refused(config, start, whole, tmp_path):
+    for work, message in (
+        (lambda: run(config, tmp_path / 'x', whole), f'{whole} is a diffusion model already'),
+        (
+            lambda: train(config, tmp_path / 'x', mesh_of(), None),
+            "the model of base.kind 'autoregressive' is autoregressive, and this is reinforcement "
+            'learning of diffusion models; make it one with spg_jax.convert',
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            work()
+        assert '\n' not in str(error.value)
+    config.base.kind = 'diffusion'
+    with pytest.raises(ValueError, match='convert it with spg_jax.convert, or set base.kind auto'):
+        with Interruption() as interruption:
+            pretrain(config, tmp_path / 'x', mesh_of(), interruption, start)
+
+
+def test_where_a_vocabulary_has_room_for_mask(tmp_path):
+    save_tokenizer(tmp_path)
+    size = max(byte_pairs().get_vocab().values()) + 1
+    tokenizer = HFTokenizer(tmp_path, mask_id=0, eos_id=1, pad_id=1)
+    assert tokenizer.with_mask(size + 3).mask_id == size
+    with pytest.raises(ValueError, match=f'no room for MASK, since each of the {size} rows') as e:
+        tokenizer.with_mask(size)
+    assert '\n' not in str(e.value)
