@@ -153,8 +153,11 @@ def test_adapters_of_another_rank_are_refused_before_their_base_is_read(
 
 def test_fine_tuning_every_parameter_does_not_start_from_adapters(run):
     config = config_in(run)
-    with Interruption() as interruption, pytest.raises(ValueError, match='best has adapters'):
-        pretrain(config, run / 'tuned', mesh_of(), interruption, run / 'run' / 'best')
+    for rank, message in ((0, 'best has adapters, but with lora.rank 0'), (2, 'asks for rank 2')):
+        config.lora.rank = rank
+        with Interruption() as interruption, pytest.raises(ValueError, match=message) as error:
+            pretrain(config, run / 'tuned', mesh_of(), interruption, run / 'run' / 'best')
+        assert '\n' not in str(error.value)
 
 
 def test_a_base_that_is_gone_is_named(run):

@@ -10,10 +10,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
-from spg_jax import convert
+from spg_jax import convert, sharding
 from spg_jax.assembly import assemble, conversion_of, fit_to_model
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.diffusion.block_denoising import draw_masks, embedding_noise
+from spg_jax.models.quantized import is_quantized
 from spg_jax.models.transformer import Transformer
 from spg_jax.pretrain import _starting_point, pretrain
 from spg_jax.process.interruption import Interruption
@@ -181,6 +182,47 @@ def test_reinforcement_learning_starts_from_the_result(config, whole):
     loss, tree, _ = gradient({'params': variables['params']}, rollout)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(tree)))
     assert np.isfinite(loss) and 0 < norm < np.inf
+
+
+def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path, monkeypatch):
+    """From a conversion, cut once. The base stays as it is, and is in eight bits in training."""
+    config.base.update(stages=((4, 1.0),), kind='diffusion')
+    config.lora.update(rank=2, alpha=4.0, dropout=0.1, targets=('query', 'down'))
+    config.model.quantize = 'int8'
+    loaded, load, put_batch, done = [], policies.load_policy, sharding.put_batch, 0
+
+    def noted(*arguments, **execution):
+        loaded.append(load(*arguments, **execution))
+        return loaded[-1]
+
+    def interrupting(*arguments):
+        nonlocal done
+        done += 1
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(*arguments)
+
+    def tuned():
+        with Interruption() as interruption:
+            return pretrain(config, tmp_path / 'tuned', mesh_of(), interruption, whole)
+
+    monkeypatch.setattr(policies, 'load_policy', noted)
+    monkeypatch.setattr(sharding, 'put_batch', interrupting)
+    assert not tuned()
+    saved = (tmp_path / 'tuned.training' / 'checkpoints' / '2').rglob('*')
+    assert sum(path.stat().st_size for path in saved) < 60_000  # The base has 36 kB alone, thrice.
+    assert tuned()
+    assert done == 4
+    assert is_quantized(loaded[0][2]['params']['layers']['query']['kernel'])
+    assert policies.base_of(tmp_path / 'tuned') == whole
+    policy, _, variables = load(tmp_path / 'tuned', mesh_of())
+    assert policy.config.lora.rank == 2
+    assert all(np.any(x != 0) for x in jax.tree.leaves(jax.device_get(variables['lora'])))
+    base = load(whole, mesh_of())[2]
+    jax.tree.map(assert_array_equal, variables['params'], base['params'])
+    config.lora.rank = 4
+    with pytest.raises(ValueError, match='holds a training with given.adapters'):
+        tuned()
 
 
 def test_noise_reaches_what_sees_a_masked_token(config, start):
