@@ -1,10 +1,13 @@
 """Answers without the machine whether a run fits it, and how long the run will take.
 
     python -m spg_jax.plan --config=configs/gsm8k.py:llada_8b_v5e16 --topology=v5e:4x4
+    python -m spg_jax.plan --config=configs/gsm8k.py:llada_8b_h100 --topology=h100:1 \\
+      --fine_tuning --config.base.batch_size=8 --config.model.quantize=nf4
 
 For a TPU slice (v5e, v5p or v6e with its shape) the command compiles the real rollout, evaluation
 and update, on any CPU, in minutes. For GPUs (h100:1, a100:8) it lowers them and estimates their
-memory by formula. If the run does not fit, it says what to change and exits with status 1.
+memory by formula. If the run does not fit, it says what to change and exits with status 1. With
+--fine_tuning it plans `spg_jax.pretrain` from the checkpoint, in place of reinforcement learning.
 """
 
 import json
@@ -41,7 +44,7 @@ def main(_: list[str]) -> None:
     machine = find_machine(FLAGS.topology)
     if machine.devices is None:
         jax.config.update('jax_num_cpu_devices', machine.count)
-    report = make_report(config, machine)
+    report = make_report(config, machine, FLAGS.fine_tuning)
     if FLAGS.json:
         print(json.dumps(summary(report, config, machine, FLAGS.efficiency)))
     else:
@@ -59,5 +62,6 @@ if __name__ == '__main__':
     flags.DEFINE_string('topology', None, f'The chips, such as {", ".join(LISTED)}.')
     flags.mark_flag_as_required('topology')
     flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates that a run reaches.')
+    flags.DEFINE_bool('fine_tuning', False, 'Plan the fine-tuning on demonstrations, and not RL.')
     flags.DEFINE_bool('json', False, 'Print one JSON object instead of a table.')
     cli.run(main)

@@ -15,17 +15,13 @@ no adapters.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 from absl import flags
-from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax import sharding
@@ -38,9 +34,8 @@ from spg_jax.assembly import (
     check_mesh,
     model_of,
 )
-from spg_jax.data.demonstrations import Demonstrations, Record, read_demonstrations
+from spg_jax.data.demonstrations import Record, read_demonstrations
 from spg_jax.data.tokenizers import SPECIALS, Tokenizer, word_tokenizer
-from spg_jax.diffusion.denoising import denoising_loss, next_token_loss, stratified_masks
 from spg_jax.method import complete
 from spg_jax.models.number_features import with_number_features
 from spg_jax.models.policy import Policy, Variables, check_adapters, with_adapters
@@ -49,7 +44,7 @@ from spg_jax.process import cli
 from spg_jax.process.config_flag import define_config_flag
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.progress import track
-from spg_jax.random import Purpose, example_keys, root_key, step_key
+from spg_jax.random import Purpose, root_key
 from spg_jax.runs import policies
 from spg_jax.runs.directory import Settings, digest, policy_of_run
 from spg_jax.runs.examples import lessons_of
@@ -58,13 +53,8 @@ from spg_jax.runs.making import follow_update, make_at, restored_state
 from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Task
 from spg_jax.training import optimizers
-from spg_jax.training.train_state import (
-    Metrics,
-    TrainState,
-    apply_gradient,
-    initial_state,
-    shardings_of,
-)
+from spg_jax.training.supervised import make_step
+from spg_jax.training.train_state import TrainState, initial_state, shardings_of
 
 CHECKPOINT_EVERY = 1000  # steps
 STUCK = 'lower base.learning_rate (with --workdir, in another one)'
@@ -290,65 +280,6 @@ def check_kind(kind: str, model: TransformerConfig, where: Path) -> None:
             f'{where} is a diffusion model, but base.kind is {kind!r}; set base.kind diffusion, or '
             'start from an autoregressive model'
         )
-
-
-def make_step(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    ema: float,
-    shardings: TrainState,
-) -> Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]:
-    """A compiled (state, demonstrations) -> (state, metrics); the old state is given up.
-
-    Args:
-      policy: the model; an autoregressive one learns to predict the next token.
-      optimizer: how its trained parameters change.
-      seed: of the masks, and of the adapters' dropout.
-      ema: decay of the averaged parameters.
-      shardings: of the state, which the new state keeps.
-    """
-
-    lora = policy.config.lora
-
-    def logits_of(
-        variables: Variables, batch: Demonstrations, completion: Array, step: Array
-    ) -> Array:
-        """Logits [B, C, V] at the positions of a completion [B, C]."""
-        dropout = None
-        if lora and lora.dropout:
-            dropout = example_keys(seed, Purpose.DROPOUT, step, batch.index)
-        prompt, mask = batch.prompt, batch.prompt_mask
-        return policy.completion_logits(variables, prompt, mask, completion, dropout)
-
-    def autoregressive_loss(
-        trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
-    ) -> Array:
-        logits = logits_of(frozen | trained, batch, batch.completion, step)
-        return next_token_loss(logits, batch.completion)
-
-    def diffusion_loss(
-        trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
-    ) -> Array:
-        row_keys = example_keys(seed, Purpose.CORRUPT, step, batch.index)
-        masked = stratified_masks(
-            step_key(seed, Purpose.CORRUPT, step), row_keys, batch.completion.shape[1]
-        )
-        noisy = jnp.where(masked, policy.mask_id, batch.completion)
-        logits = logits_of(frozen | trained, batch, noisy, step)
-        return denoising_loss(logits, batch.completion, masked)
-
-    loss_of = autoregressive_loss if policy.config.autoregressive else diffusion_loss
-
-    def step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, Metrics]:
-        loss, gradient = jax.value_and_grad(loss_of)(state.trained, state.frozen, batch, state.step)
-        state, metrics = apply_gradient(state, gradient, loss, optimizer)
-        # A young average follows its parameters closely, or it would remember the initial ones.
-        decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-        average = optax.incremental_update(state.average, state.trained, decay)
-        return state.replace(average=average), metrics | {'loss': (loss, jnp.float32(1))}
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _figures(run: Run) -> str:

@@ -22,7 +22,7 @@ from spg_jax import sharding
 from spg_jax.models.attention import FUSED as FUSED_ATTENTION
 from spg_jax.models.lora import FUSED, SHARED
 from spg_jax.models.transformer import TransformerConfig
-from spg_jax.planning.programs import Plan
+from spg_jax.planning.programs import FINE_TUNING, Plan
 from spg_jax.planning.sequences import draws_at_arrival
 from spg_jax.rl.learner import rows_together
 
@@ -56,9 +56,9 @@ class _Pass(NamedTuple):
 def work(plan: Plan, name: str) -> Work:
     """The work of a program if no row ends early."""
     rows, passes, length = _passes(plan, name)
-    if name in ('update', 'arrival'):
+    if name in ('update', 'arrival', FINE_TUNING):
         unembedded = plan.parts.sampling.length
-        flops = _update_flops(plan) if name == 'update' else _arrival_flops(plan)
+        flops = _arrival_flops(plan) if name == 'arrival' else _update_flops(plan)
     else:
         unembedded = plan.decoding(name).positions_read
         windowed = not plan.decoding(name).cache
@@ -132,12 +132,12 @@ def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
     batching, length = plan.parts.batching, plan.prompt_length + plan.parts.sampling.length
     if name == 'arrival':
         return batching.microbatch, arrival_readouts(plan) / batching.microbatch, length
-    if name != 'update':
+    if name not in ('update', FINE_TUNING):
         decoding = plan.decoding(name)
         guided = 2 if decoding.guidance else 1
         return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
-    draws = plan.parts.objective.draws
-    at_once = batching.draws_per_pass or draws
+    draws = plan.draws
+    at_once = draws if plan.rollout is None else batching.draws_per_pass or draws
     passes = plan.rows_of_update // plan.rows_at_once * (draws // at_once)
     # There is a forward and a backward pass. Recomputation adds a forward pass; so does taking
     # pieces, which first needs the readouts of all, and each policy that is looked at.
@@ -153,14 +153,11 @@ def _update_flops(plan: Plan) -> float:
     """
     parts, model = plan.parts, plan.policy.config
     length, batching = parts.sampling.length, parts.batching
-    rows = plan.rows_of_update * parts.objective.draws
+    rows = plan.rows_of_update * plan.draws
     row = forward(model, plan.prompt_length + length, length, model.cheap_window_gradient)
     forwards = 1 + _in_pieces(plan) + _looks(plan)
     recomputed = model.remat * (row.total - row.unembedding - row.last)
-    if (
-        plan.logit_pieces(plan.rows_at_once * (batching.draws_per_pass or parts.objective.draws))
-        > 1
-    ):
+    if plan.logit_pieces(plan.rows_at_once * (batching.draws_per_pass or plan.draws)) > 1:
         recomputed += row.unembedding
     trained = row.adapters if model.lora else row.kernels + row.unembedding
     attention = _ATTENTION_BACKWARDS[plan.attention] * row.attention
@@ -170,6 +167,8 @@ def _update_flops(plan: Plan) -> float:
 
 def _in_pieces(plan: Plan) -> bool:
     """Whether an update first reads out all that its loss couples, and differentiates then."""
+    if plan.rollout is None:
+        return False
     objective, batching = plan.parts.objective, plan.parts.batching
     whole = rows_together(
         objective.couples, plan.rows_of_update, plan.rows_at_once, batching.group_size
@@ -182,6 +181,8 @@ def _looks(plan: Plan) -> int:
 
     A teacher is read out with every readout of the policy that is trained.
     """
+    if plan.rollout is None:
+        return 0
     objective = plan.parts.objective
     return len(objective.looks_at) + (1 + _in_pieces(plan) if objective.teacher else 0)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from spg_jax import sharding
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
-from spg_jax.planning.programs import Plan
+from spg_jax.planning.programs import FINE_TUNING, Plan
 from spg_jax.training.train_state import TrainState
 
 
@@ -25,7 +25,7 @@ class Resident:
     weights: int  # parameters of the model, frozen or trained
     adapters: int
     optimizer: int  # moments of the trained parameters
-    kept: int = 0  # policies that the objective keeps beside the trained one
+    kept: int = 0  # policies that the objective keeps beside the trained one, or its average
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ def resident(state: TrainState) -> Resident:
         weights=local_bytes(variables['params']),
         adapters=local_bytes(variables.get(COLLECTION, {})),
         optimizer=local_bytes(state.opt_state),
-        kept=local_bytes(state.kept),
+        kept=local_bytes(state.kept) + local_bytes(state.average),
     )
 
 
@@ -73,10 +73,13 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     - saved (update): the inputs of all layers, r L D each, which are kept for the backward pass;
     - gradients (update): the sum so far and the next term, for all trained parameters.
 
+    Fine-tuning is an update whose rows are all differentiated at once, and whose logits have a
+    gradient as large as they are.
+
     Decoding needs most either in a layer or while unembedding; an update has all parts at once. The
     factors are those that the compiler for TPUs was observed to need.
     """
-    if name == 'update':
+    if name in ('update', FINE_TUNING):
         return _updating(plan)
     if name == 'arrival':
         return _reading(plan)
@@ -98,7 +101,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
 
 def _updating(plan: Plan) -> dict[str, float]:
     batching, model = plan.parts.batching, plan.policy.config
-    draws = batching.draws_per_pass or plan.parts.objective.draws
+    draws = 1 if plan.rollout is None else batching.draws_per_pass or plan.draws
     sizes = _readout_sizes(plan, plan.rows_at_once * draws)
     attention = _attention(plan, sizes, backwards=True)
     experts = _experts(plan, sizes)
@@ -110,7 +113,7 @@ def _updating(plan: Plan) -> dict[str, float]:
     return {
         'casts': sizes.casts,
         'tables': sizes.tables,
-        'logits': sizes.logits,
+        'logits': sizes.logits * (2 if plan.rollout is None else 1),
         'attention': attention,
         'layer': layer,
         **experts,

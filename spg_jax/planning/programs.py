@@ -1,5 +1,7 @@
 """The real programs of a run (rollout, evaluation, update), compiled for chips that are not there.
 
+The fine-tuning of a checkpoint on demonstrations has a plan of its own, with one program.
+
 Nothing is computed, because parameters and batches are shapes with shardings and have no values.
 """
 
@@ -12,10 +14,12 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import ml_collections
+import optax
 from jax.sharding import Mesh
 
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, fit_to_model, model_of
+from spg_jax.data.demonstrations import Demonstrations
 from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
@@ -33,8 +37,10 @@ from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.rl.scores import logit_pieces
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
+from spg_jax.training.supervised import make_step
 from spg_jax.training.train_state import TrainState, shardings_of
 
+FINE_TUNING = 'fine-tuning'  # the program of that name
 # Copies of config.json of published checkpoints, to plan without them, by a part of their names.
 # The first is that of huggingface.co/GSAI-ML/LLaDA-8B-Instruct, for all other names.
 PUBLISHED = {
@@ -56,24 +62,36 @@ class Plan:
     attention: str  # the implementation that the chips use
     policy: Policy
     state: TrainState
-    rollout: Rollout  # what updates learn from
+    rollout: Rollout | None  # what updates learn from; None in fine-tuning
+    base: ml_collections.ConfigDict  # the group of settings of fine-tuning
 
     @property
     def programs(self) -> tuple[str, ...]:
         """The programs of a run; 'arrival' is there if the objective reads rollouts out."""
+        if self.rollout is None:
+            return (FINE_TUNING,)
         objective = self.parts.objective
         arrives = objective.behaviour or objective.at_rollout is not None
         return ('rollout', 'evaluation', *(['arrival'] if arrives else []), 'update')
 
     @property
+    def draws(self) -> int:
+        """The maskings of each row that an update learns from."""
+        return 1 if self.rollout is None else self.parts.objective.draws
+
+    @property
     def rows_of_update(self) -> int:
         """Rows that an update learns from."""
+        if self.rollout is None:
+            return self.base.batch_size
         ring = self.parts.objective.experience
         return ring.rows if ring else self.parts.batching.rows
 
     @property
     def rows_at_once(self) -> int:
         """Rows that an update differentiates at once, over all chips."""
+        if self.rollout is None:
+            return self.base.batch_size
         batching = self.parts.batching
         return rows_at_once(
             self.parts.objective,
@@ -89,7 +107,7 @@ class Plan:
         Args:
           rows: corrupted completions that are read out at once, over all chips.
         """
-        if self.parts.objective.readout is not token_log_probs:
+        if self.rollout is None or self.parts.objective.readout is not token_log_probs:
             return 1
         return logit_pieces(
             rows // sharding.row_shards(self.mesh),
@@ -119,15 +137,20 @@ class Plan:
         return -(-self.parts.evaluation.batch // shards) * shards
 
 
-def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> Plan:
+def make_plan(
+    config: ml_collections.ConfigDict, mesh: Mesh, platform: str, fine_tuning: bool = False
+) -> Plan:
     """The abstract state and rollout of a configuration on a mesh of chips of a platform.
+
+    With `fine_tuning` it is the plan of `spg_jax.pretrain` from the checkpoint, and not of RL.
 
     Raises:
       ValueError: if the mesh does not divide the model or the rows.
     """
     parts = assemble(config)
     policy = planned_policy(config, platform)
-    parts = fit_to_model(config, parts, dataclasses.replace(policy.config, lora=None))
+    if not fine_tuning:
+        parts = fit_to_model(config, parts, dataclasses.replace(policy.config, lora=None))
     check_heads(policy.config, mesh)
     attention = policy.config.attention
     if attention == 'cudnn':  # JAX traces it only where cuDNN is installed.
@@ -140,6 +163,8 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
     trained = {policy.trained: variables.pop(policy.trained)}
     whole = sharding.replicated(mesh)
     optimizer = optimizers.for_rl(parts.optimizer, config.train.steps, parts.objective.rate)
+    if fine_tuning:
+        optimizer = _fine_tuner(config.base, parts)
     placed = optimizers.state_shardings(optimizer, trained, shardings_of(trained), whole)
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(
@@ -147,10 +172,15 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
         trained=trained,
         frozen=variables,
         opt_state=jax.tree.map(_placed, jax.eval_shape(optimizer.init, trained), placed),
-        average=None,
+        average=trained if fine_tuning else None,
         skipped=counter,
-        kept={name: trained for name in kept_policies(parts.objective, parts.lora is not None)},
+        kept={}
+        if fine_tuning
+        else {name: trained for name in kept_policies(parts.objective, parts.lora is not None)},
     )
+    seed, rollout = config.train.seed, None
+    if not fine_tuning:
+        rollout = _abstract_rollout(parts, policy, state, seed, mesh)
     return Plan(
         parts=parts,
         steps=config.train.steps,
@@ -159,8 +189,14 @@ def make_plan(config: ml_collections.ConfigDict, mesh: Mesh, platform: str) -> P
         attention=attention,
         policy=policy,
         state=state,
-        rollout=_abstract_rollout(parts, policy, state, config.train.seed, mesh),
+        rollout=rollout,
+        base=config.base,
     )
+
+
+def _fine_tuner(base: ml_collections.ConfigDict, parts: Parts) -> optax.GradientTransformation:
+    total = sum(stage.steps for stage in parts.stages)
+    return optimizers.for_pretraining(base.learning_rate, base.weight_decay, base.grad_clip, total)
 
 
 def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:
@@ -199,6 +235,20 @@ def published_copy(directory: Path) -> Path:
 def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
     """The jitted function and the abstract arguments of a program, one of `Plan.programs`."""
     parts, policy = plan.parts, plan.policy
+    if name == FINE_TUNING:
+        base, by_rows = plan.base, sharding.batch_sharding(plan.mesh)
+        step = make_step(
+            policy, _fine_tuner(base, parts), base.seed, base.ema, shardings_of(plan.state)
+        )
+        rows, prompt = plan.rows_of_update, plan.prompt_length
+        shapes = Demonstrations(
+            prompt=((rows, prompt), jnp.int32),
+            prompt_mask=((rows, prompt), bool),
+            completion=((rows, parts.sampling.length), jnp.int32),
+            index=((rows,), jnp.uint32),
+        )
+        batch = [jax.ShapeDtypeStruct(*each, sharding=by_rows) for each in shapes]
+        return step, (plan.state, Demonstrations(*batch))
     if name == 'arrival':
         lengths = plan.prompt_length, parts.sampling.length
         by_rows = sharding.batch_sharding(plan.mesh)

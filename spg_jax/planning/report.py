@@ -12,7 +12,13 @@ from spg_jax import sharding
 from spg_jax.assembly import assemble, check_mesh
 from spg_jax.planning import collectives, costs, memory
 from spg_jax.planning.machines import GIB, Chip, Machine
-from spg_jax.planning.programs import Plan, compile_program, lower_for_cuda, make_plan
+from spg_jax.planning.programs import (
+    FINE_TUNING,
+    Plan,
+    compile_program,
+    lower_for_cuda,
+    make_plan,
+)
 from spg_jax.rl.experience import collections_due
 
 
@@ -90,7 +96,10 @@ class Report:
 
 
 def make_report(
-    config: ml_collections.ConfigDict, machine: Machine, without: Collection[str] = ()
+    config: ml_collections.ConfigDict,
+    machine: Machine,
+    without: Collection[str] = (),
+    fine_tuning: bool = False,
 ) -> Report:
     """Compiles (TPU) or lowers (CUDA) the programs of a run, and reads what they need.
 
@@ -98,6 +107,7 @@ def make_report(
       config: the configuration of the run.
       machine: the machine, which does not have to be there.
       without: names of programs, as in `Plan.programs`, that are of no interest.
+      fine_tuning: whether the programs are those of `spg_jax.pretrain` from the checkpoint.
 
     Raises:
       ValueError: if the mesh does not divide the machine, the model or the rows.
@@ -106,7 +116,7 @@ def make_report(
     devices = machine.devices or jax.devices('cpu')[: machine.count]
     mesh = sharding.make_mesh(config.mesh, devices)
     check_mesh(config, assemble(config), mesh)
-    plan = make_plan(config, mesh, machine.chip.platform)
+    plan = make_plan(config, mesh, machine.chip.platform, fine_tuning)
     measure = _compiled if machine.chip.platform == 'tpu' else _lowered
     return Report(
         topology=machine.topology,
@@ -119,7 +129,7 @@ def make_report(
 
 def _compiled(plan: Plan, name: str) -> Program:
     started = time.monotonic()
-    whole = name in ('update', 'arrival')
+    whole = name in ('update', 'arrival', FINE_TUNING)
     held_bytes = memory.local_bytes(plan.state if whole else plan.state.variables)
     try:
         program = compile_program(plan, name)
@@ -173,6 +183,8 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
         f'{chip.name} has'
     )
     parts = report.programs[name].estimated
+    if name == FINE_TUNING:
+        return f'{needed}: use {_remedy_of_fine_tuning(report, config, chip)}'
     if report.resident.total > 0.7 * chip.memory:
         return (
             f'{needed}; what stays is {report.resident.total / GIB:.1f} GiB of it: use a larger '
@@ -195,12 +207,27 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
     return f'{needed}, most of it {largest}: use {change}'
 
 
+def _remedy_of_fine_tuning(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str:
+    """What to change in a fine-tuning that does not fit."""
+    resident = report.resident
+    if not config.lora.rank and resident.total + resident.weights > 0.7 * chip.memory:
+        return (
+            f'lora.rank above 0 and model.quantize=nf4, since what stays of all '
+            f'parameters is {resident.total / GIB:.1f} GiB, or more chips'
+        )
+    if not config.model.quantize and config.lora.rank and resident.weights > 0.3 * chip.memory:
+        return 'model.quantize=nf4, or more chips'
+    if not config.model.remat:
+        return 'model.remat=True'
+    return f'base.batch_size below {config.base.batch_size}, or more chips'
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
     """How long a recipe takes at the assumed efficiency."""
 
     rollout: float  # seconds of a whole rollout, in however many parts it is generated
-    update: float  # seconds of an update
+    update: float  # seconds of an update, or of a step of fine-tuning, which has no rollout
     hours: float  # hours of all rollouts and updates
 
 
@@ -221,6 +248,9 @@ def times(
     }
     steps = config.train.steps
     parts = assemble(config)
+    if FINE_TUNING in seconds:
+        step = seconds[FINE_TUNING]
+        return Times(0.0, step, step * sum(stage.steps for stage in parts.stages) / 3600)
     rollouts = sum(collections_due(parts.objective, parts.batching, step) for step in range(steps))
     rollout = parts.batching.rows // parts.batching.rows_at_once * seconds['rollout']
     rollout += seconds.get('arrival', 0.0)

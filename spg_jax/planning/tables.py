@@ -5,6 +5,7 @@ from rich import box
 from rich.table import Table
 
 from spg_jax.planning.machines import GIB, Machine
+from spg_jax.planning.programs import FINE_TUNING
 from spg_jax.planning.report import Program, Report, remedy, times
 
 # Kind of collective -> its name in the table.
@@ -56,14 +57,20 @@ def heading(report: Report, config: ml_collections.ConfigDict, machine: Machine)
     """Lines that say what is planned, and which bytes stay on each chip."""
     chip, resident = machine.chip, report.resident
     mesh = ' x '.join(f'{axis}={size}' for axis, size in report.mesh.items())
+    fine_tuning = FINE_TUNING in report.programs
+    kept = 'average' if fine_tuning else 'kept policies'
+    rows = (
+        f'fine-tuning, {config.base.batch_size} rows'
+        if fine_tuning
+        else f'microbatch {config.rl.microbatch} of {config.rl.prompts * config.rl.group_size} rows'
+    )
     return (
         f'{config.task.name} on {machine.topology}: {machine.count} x {chip.name}, '
-        f'{chip.memory / GIB:.1f} GiB each; mesh {mesh}, microbatch {config.rl.microbatch} of '
-        f'{config.rl.prompts * config.rl.group_size} rows, {report.attention} attention. On each '
-        'chip all the time: weights '
+        f'{chip.memory / GIB:.1f} GiB each; mesh {mesh}, {rows}, {report.attention} attention. On '
+        'each chip all the time: weights '
         f'{resident.weights / GIB:.2f} GiB, adapters {resident.adapters / GIB:.2f}, optimiser '
         f'{resident.optimizer / GIB:.2f}'
-        f'{f", kept policies {resident.kept / GIB:.2f}" if resident.kept else ""}.'
+        f'{f", {kept} {resident.kept / GIB:.2f}" if resident.kept else ""}.'
     )
 
 
@@ -77,6 +84,12 @@ def verdict(
         return f'does not fit{how}: {remedy(report, config, chip)}'
     peak = report.peak(report.largest)
     time = times(report, config, chip, efficiency)
+    if FINE_TUNING in report.programs:
+        return (
+            f'fits{how}: {peak / GIB:.1f} of {chip.memory / GIB:.1f} GiB. At {efficiency:.0%} of '
+            f'the published rates a step takes {time.update:.1f} s, all of base.stages '
+            f'{time.hours:.1f} h; input comes on top.'
+        )
     return (
         f'fits{how}: {peak / GIB:.1f} of {chip.memory / GIB:.1f} GiB. At {efficiency:.0%} of the '
         f'published rates a rollout takes {time.rollout:.0f} s, an update {time.update:.1f} s, the '

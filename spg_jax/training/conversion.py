@@ -55,7 +55,7 @@ def logits_of(
     tokens, visible = streams(noisy, clean, valid, document, block)
     if noise is not None and block:  # The clean copy has no noise.
         noise = jnp.concatenate([noise, jnp.zeros_like(noise)], axis=1)
-    hidden = policy.hidden(variables, tokens, visible, None, noise)
+    hidden = policy.hidden(variables, tokens, visible, noise=noise)
     return policy.unembed(variables, hidden[:, : clean.shape[1]])
 
 

@@ -5,6 +5,7 @@ with the lowest validation perplexity.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,10 +22,14 @@ def mean(trees: Iterable[Any]) -> Any:
 
     The trees are taken one after the other, so that two of them are in memory at a time.
     """
-    total, count, types = None, 0, None
+    trees = iter(trees)
+    first = next(trees)
+    types = jax.tree.map(lambda x: x.dtype, first)
+    total, count = jax.tree.map(lambda x: x.astype(jnp.float32), first), 1
+    del first
+    # Compiled as a whole, because operations on one array after the other take longer.
+    add = jax.jit(partial(jax.tree.map, lambda x, y: x + y.astype(jnp.float32)))
     for tree in trees:
-        types = jax.tree.map(lambda x: x.dtype, tree)
-        tree = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-        total = tree if total is None else jax.tree.map(jnp.add, total, tree)
-        count += 1
-    return jax.tree.map(lambda x, dtype: (x / count).astype(dtype), total, types)
+        total, count = add(total, tree), count + 1
+    divide = jax.jit(lambda total: jax.tree.map(lambda x, t: (x / count).astype(t), total, types))
+    return divide(total)
