@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from spg_jax import sharding
 from spg_jax.models.windows import Window
 from spg_jax.planning.costs import forward, work
-from spg_jax.planning.programs import program
+from spg_jax.planning.programs import FINE_TUNING, make_plan, program
 
 pytestmark = pytest.mark.compiled_as_users_do
 
@@ -57,6 +58,15 @@ def test_an_update_costs_what_xla_counts(plan_of, rank, remat, draws, draws_per_
     assert work(plan, 'update').flops / draws / pieces == pytest.approx(
         counted(run, state, rollout), rel=0.05
     )
+
+
+def test_a_step_of_fine_tuning_costs_what_xla_counts(config):
+    config.update_from_flattened_dict(UNROLLED | {'base.batch_size': 16})
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    plan = make_plan(config, mesh, 'cpu', fine_tuning=True)
+    step, arguments = program(plan, FINE_TUNING)
+    flops = counted(step, *arguments)
+    assert work(plan, FINE_TUNING).flops == pytest.approx(flops, rel=0.05)
 
 
 def test_a_rollout_is_a_forward_pass_for_every_step_and_twice_with_guidance(plan_of):

@@ -163,3 +163,21 @@ def test_for_cuda_programs_are_lowered_and_memory_is_an_estimate(plan_of, config
     assert 'an estimate' in verdict(report, config, find_machine('a100:4'), 0.4)
     plan = plan_of(MESH, jax.devices()[:4])
     assert lower_for_cuda(plan, 'update') > 10_000
+
+
+def test_on_one_gpu_llada_8b_is_fine_tuned_by_adapters_or_not_at_all(monkeypatch):
+    """All parameters, two moments, their average and two gradients are six times 14.9 GiB."""
+    machine = find_machine('h100:1')
+    monkeypatch.setattr(reports, 'lower_for_cuda', lambda plan, name: 0)
+    config = gsm8k.get_config('llada_8b_h100')
+    config.base.batch_size = 8
+    report = make_report(config, machine, fine_tuning=True)
+    assert list(report.programs) == ['fine-tuning'] and report.fits(machine.chip)
+    assert report.resident.kept == report.resident.adapters
+    sentence = verdict(report, config, machine, 0.4)
+    assert 'all of base.stages' in sentence and 'rollout' not in sentence
+    config.lora.rank = 0
+    report = make_report(config, machine, fine_tuning=True)
+    assert report.peak('fine-tuning') > 6 * report.resident.weights
+    sentence = verdict(report, config, machine, 0.4)
+    assert 'does not fit' in sentence and 'use lora.rank above 0 and model.quantize=nf4' in sentence
