@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from spg_jax.method import set_objective
 from spg_jax.models.lora import TARGETS
+from spg_jax.training.phases import PHASES
 
 
 def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
@@ -90,10 +91,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
         # rise and fall as in LLaDA2.0, which publishes neither updates nor learning rate.
         convert=c(
             # A block of 0 is the whole length. The model sees blocks of the last size afterwards.
-            phases=(  # (block, updates, share of the learning rate) of each phase
-                *((1, 200, 1.0), (4, 200, 1.0), (32, 200, 1.0), (64, 200, 1.0), (0, 2000, 1.0)),
-                *((256, 200, 1.0), (128, 200, 1.0), (64, 200, 1.0), (32, 600, 1.0)),
-            ),
+            phases=PHASES,  # (block, updates, share of the learning rate) of each phase
             documents=1,  # examples in one sequence, which do not see each other
             length=0,  # tokens of a sequence; 0 is the shortest that fits examples and blocks
             batch_size=64,  # sequences in the batch of one update, without their complements

@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from absl import flags
 from jax.sharding import Mesh
 
@@ -53,7 +54,7 @@ from spg_jax.runs.making import follow_update, make_at, restored_state, training
 from spg_jax.runs.run import Run
 from spg_jax.runs.validation import Validation, loss_name
 from spg_jax.training import optimizers
-from spg_jax.training.conversion import make_update
+from spg_jax.training.conversion import Update, make_update
 from spg_jax.training.merging import mean
 from spg_jax.training.optimizers import AdamW
 from spg_jax.training.phases import WHOLE, Conversion, Phase
@@ -160,26 +161,15 @@ def _convert(
     records: list[Record] | None,
 ) -> bool:
     """The conversion itself, in a directory that is claimed; arguments and result of `convert`."""
-    settings, total = config.convert, conversion.updates
+    total = conversion.updates
     examples = Examples(config, parts, conversion, start_from, mesh, records)
     policy, tokenizer, variables = starting_point(start_from, mesh, parts.execution)
     run = Run(training, keep=2)  # If the newest is damaged, the other is there to go on from.
     patience = min(config.train.max_skipped, total)
-    optimizer = optimizers.for_rl(
-        AdamW(
-            learning_rate=settings.learning_rate,
-            warmup_fraction=0.0,
-            b1=0.9,
-            b2=0.98,
-            weight_decay=settings.weight_decay,
-            grad_clip=settings.grad_clip,
-        ),
-        total,
-        conversion.rate,
-    )
+    optimizer = optimizer_of(config, conversion)
     state = initial_state(variables, optimizer, policy, mesh, average=False)
-    shardings = shardings_of(state)
-    noise = settings.noise * float(jnp.std(variables['params']['embedding'].astype(jnp.float32)))
+    size = float(jnp.std(variables['params']['embedding'].astype(jnp.float32)))
+    make = partial(_update, config, policy, optimizer, shardings_of(state), size)
     validation = Validation(config, conversion, run, policy, tokenizer, examples, mesh)
     batches = examples.batches()
     if run.resumes:
@@ -187,24 +177,14 @@ def _convert(
         batches.set_state(run.record['iterator'])
     first_update = 0
     for number, phase in enumerate(conversion.phases):
-        update = make_update(
-            policy,
-            optimizer,
-            phase.block,
-            shardings,
-            seed=config.base.seed,
-            complementary=settings.complementary,
-            cap=settings.cap,
-            noise=noise,
-            noise_updates=settings.noise_updates if first_update < settings.noise_updates else 0,
-        )
+        update = make(phase.block, first_update)
         left = range(run.step - first_update, phase.updates)
         for _ in track(left, f'{phase.words}, updates', partial(_figures, run)):
             state, metrics = update(state, examples.placed(next(batches)))
             run.push(metrics)
             ends = run.step == first_update + phase.updates
             due = run.step % CHECKPOINT_EVERY == 0
-            if ends or run.step % settings.validate_every == 0:
+            if ends or run.step % config.convert.validate_every == 0:
                 validation.look_at(state, number)
                 due = due or validation.chooses(number)
             save = partial(_save, run, state, batches, validation)
@@ -216,16 +196,55 @@ def _convert(
     if distributed.is_leader():
         plots.curves(training, panels_of(conversion))
     distributed.barrier(f'curves of {training}')
+    history = {'validated': run.record['validated'], 'mean_of_updates': chosen}
     notes = {
         'seconds': run.seconds,
         'config': config.to_dict(),
-        'conversion': {'from': str(start_from), 'validated': run.record['validated']}
-        | {'mean_of_updates': chosen},
+        'conversion': {'from': str(start_from)} | history,
     }
     merged = mean(validation.parameters(step) for step in chosen)
     model = dataclasses.replace(policy.config, visible_block=conversion.final_block)
     policies.save_policy(directory, {'params': merged}, model, tokenizer, notes)
     return True
+
+
+def optimizer_of(
+    config: ml_collections.ConfigDict, conversion: Conversion
+) -> optax.GradientTransformation:
+    """AdamW with the learning rates of the phases and gradient clipping."""
+    settings = AdamW(
+        learning_rate=config.convert.learning_rate,
+        warmup_fraction=0.0,  # The phases have a rise of their own.
+        b1=0.9,
+        b2=0.98,
+        weight_decay=config.convert.weight_decay,
+        grad_clip=config.convert.grad_clip,
+    )
+    return optimizers.for_rl(settings, conversion.updates, conversion.rate)
+
+
+def _update(
+    config: ml_collections.ConfigDict,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    embedding_size: float,
+    block: int,
+    first_update: int,
+) -> Update:
+    """The update of a phase, whose first one follows `first_update` others."""
+    noise_updates = config.convert.noise_updates
+    return make_update(
+        policy,
+        optimizer,
+        block,
+        shardings,
+        seed=config.base.seed,
+        complementary=config.convert.complementary,
+        cap=config.convert.cap,
+        noise=config.convert.noise * embedding_size,
+        noise_updates=noise_updates if first_update < noise_updates else 0,
+    )
 
 
 def _save(run: Run, state: TrainState, batches: Any, validation: Validation) -> None:

@@ -8,6 +8,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+# (block, updates, share of the learning rate): the sizes of LLaDA2.0 for sequences of 512 tokens,
+# where its own have 4096. How many updates it made with each is not published.
+PHASES = (
+    *((1, 200, 1.0), (4, 200, 1.0), (32, 200, 1.0), (64, 200, 1.0), (0, 2000, 1.0)),
+    *((256, 200, 1.0), (128, 200, 1.0), (64, 200, 1.0), (32, 600, 1.0)),
+)
 WHOLE = 0  # as a block size: the whole length, which is masked diffusion
 WARMUP_SHARE = 1 / 40  # of all updates, in which the learning rate rises
 
