@@ -14,7 +14,7 @@ curves.png. docs/conversion.md says more.
 """
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -169,7 +169,8 @@ def _convert(
     optimizer = optimizer_of(config, conversion)
     state = initial_state(variables, optimizer, policy, mesh, average=False)
     size = float(jnp.std(variables['params']['embedding'].astype(jnp.float32)))
-    make = partial(_update, config, policy, optimizer, shardings_of(state), size)
+    # Phases with blocks of one size share a program.
+    update_of = cache(partial(_update, config, policy, optimizer, shardings_of(state), size))
     validation = Validation(config, conversion, run, policy, tokenizer, examples, mesh)
     batches = examples.batches()
     if run.resumes:
@@ -177,7 +178,8 @@ def _convert(
         batches.set_state(run.record['iterator'])
     first_update = 0
     for number, phase in enumerate(conversion.phases):
-        update = make(phase.block, first_update)
+        noise_updates = config.convert.noise_updates
+        update = update_of(phase.block, noise_updates if first_update < noise_updates else 0)
         left = range(run.step - first_update, phase.updates)
         for _ in track(left, f'{phase.words}, updates', partial(_figures, run)):
             state, metrics = update(state, examples.placed(next(batches)))
@@ -230,10 +232,9 @@ def _update(
     shardings: TrainState,
     embedding_size: float,
     block: int,
-    first_update: int,
+    noise_updates: int,
 ) -> Update:
-    """The update of a phase, whose first one follows `first_update` others."""
-    noise_updates = config.convert.noise_updates
+    """The update with blocks of a size, and with noise in the first updates of a conversion."""
     return make_update(
         policy,
         optimizer,
@@ -243,7 +244,7 @@ def _update(
         complementary=config.convert.complementary,
         cap=config.convert.cap,
         noise=config.convert.noise * embedding_size,
-        noise_updates=noise_updates if first_update < noise_updates else 0,
+        noise_updates=noise_updates,
     )
 
 
