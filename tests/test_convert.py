@@ -30,6 +30,7 @@ from spg_jax.training.conversion import logits_of
 from tests.meshes import mesh_of
 from tests.published import byte_pairs, save_tokenizer
 from tests.rl.conftest import random_rollout
+from tests.test_families_runs import write_checkpoint
 from tests.test_pretrain import PROBLEMS
 
 drawn = []
@@ -294,6 +295,20 @@ def test_starting_points_that_cannot_be_converted_are_refused(config, start, who
     with pytest.raises(ValueError, match='convert it with spg_jax.convert, or set base.kind auto'):
         with Interruption() as interruption:
             pretrain(config, tmp_path / 'x', mesh_of(), interruption, start)
+
+
+def test_a_published_checkpoint_gets_a_mask_of_its_own(config, tmp_path):
+    """Qwen2, whose stand-in for MASK is its EOS or another token; the policy comes back with it."""
+    write_checkpoint(tmp_path / 'qwen2', 'tiny_qwen2/untied')
+    parts = assemble(config)
+    convert.check_start(tmp_path / 'qwen2', parts, conversion_of(config))
+    policy, tokenizer, variables = convert.starting_point(tmp_path / 'qwen2', mesh_of(), {})
+    size = max(byte_pairs().get_vocab().values()) + 1
+    assert (policy.mask_id, tokenizer.mask_id) == (size, size) and not policy.allowed[size]
+    assert (policy.config.visible_block, policy.config.shift_logits) == (0, False)
+    policies.save_policy(tmp_path / 'saved', variables, policy.config, tokenizer, {})
+    assert policies.load_tokenizer(tmp_path / 'saved').mask_id == size
+    assert policies.model_of_policy(tmp_path / 'saved').family == 'qwen2'
 
 
 def test_where_a_vocabulary_has_room_for_mask(tmp_path):
