@@ -1,8 +1,10 @@
 """Conversions: a cut one goes on exactly, the result is a policy, and wrong input is refused."""
 
+import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from spg_jax import convert, sharding
 from spg_jax.assembly import assemble, conversion_of, fit_to_model
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.diffusion.block_denoising import draw_masks, embedding_noise
-from spg_jax.models.quantized import is_quantized
+from spg_jax.models.families import read_config
 from spg_jax.models.transformer import Transformer
 from spg_jax.pretrain import _starting_point, pretrain
 from spg_jax.process.interruption import Interruption
@@ -28,11 +30,12 @@ from spg_jax.tasks.countdown import Countdown
 from spg_jax.train import train
 from spg_jax.training.conversion import logits_of
 from tests.meshes import mesh_of
-from tests.published import byte_pairs, save_tokenizer
+from tests.published import END, START, byte_pairs, save_tokenizer
 from tests.rl.conftest import random_rollout
-from tests.test_families_runs import write_checkpoint
 from tests.test_pretrain import PROBLEMS
 
+REFERENCE = Path(__file__).parent / 'reference' / 'families'
+QWEN2 = {'vocab_size': 256, 'bos_token_id': START, 'eos_token_id': END, 'pad_token_id': END}
 drawn = []
 
 
@@ -125,20 +128,19 @@ def test_an_autoregressive_base_learns_the_next_token(start):
 
 
 def test_a_conversion_that_is_cut_goes_on_exactly(config, start, whole, tmp_path, monkeypatch):
-    """Cut where the second phase ends, and within the last one."""
+    """Cut within the last phase."""
     done, placed = 0, convert.Examples.placed
 
     def interrupting(*arguments):
         nonlocal done
         done += 1
-        if done in (4, 7):
+        if done == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return placed(*arguments)
 
     monkeypatch.setattr(convert.Examples, 'placed', interrupting)
-    for updates in (4, 7):
-        assert not run(config, tmp_path / 'cut', start)
-        assert done == updates and not policies.is_policy(tmp_path / 'cut')
+    assert not run(config, tmp_path / 'cut', start)
+    assert done == 7 and not policies.is_policy(tmp_path / 'cut')
     assert run(config, tmp_path / 'cut', start)
     assert done == 8
     jax.tree.map(assert_array_equal, params_of(tmp_path / 'cut'), params_of(whole))
@@ -177,6 +179,7 @@ def test_reinforcement_learning_starts_from_the_result(config, whole):
     shown = policy.config
     assert (shown.visible_block, shown.shift_logits, shown.autoregressive) == (4, False, False)
     config.base.checkpoint = str(whole)
+    config.corruption.draws = 1
     objective = fit_to_model(config, assemble(config), shown).objective
     rollout = random_rollout(rows=8, prompt=6)
     moment = moments(0, rollout, np.int32(0), np.int32(0))
@@ -193,15 +196,18 @@ def test_reinforcement_learning_starts_from_the_result(config, whole):
 
 
 def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path, monkeypatch):
-    """From a conversion, cut once. The base stays as it is, and is in eight bits in training."""
+    """From a conversion, cut once. The base stays as it is, and training asks for it in few bits.
+
+    Here it gets all bits; updates of adapters on quantised bases are in test_quantized.py.
+    """
     config.base.update(stages=((4, 1.0),), kind='diffusion')
     config.lora.update(rank=2, alpha=4.0, dropout=0.0, targets=('query', 'down'))
     config.model.quantize = 'int8'
-    loaded, load, put_batch, done = [], policies.load_policy, sharding.put_batch, 0
+    formats, load, put_batch, done = [], policies.load_policy, sharding.put_batch, 0
 
     def noted(*arguments, **execution):
-        loaded.append(load(*arguments, **execution))
-        return loaded[-1]
+        formats.append(execution['quantize'])
+        return load(*arguments, **execution | {'quantize': ''})
 
     def interrupting(*arguments):
         nonlocal done
@@ -221,7 +227,7 @@ def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path,
     assert sum(path.stat().st_size for path in saved) < 60_000  # The base has 36 kB alone, thrice.
     assert tuned()
     assert done == 4
-    assert is_quantized(loaded[0][2]['params']['layers']['query']['kernel'])
+    assert formats == ['int8', 'int8']
     assert policies.base_of(tmp_path / 'tuned') == whole
     policy, _, variables = load(tmp_path / 'tuned', mesh_of())
     assert policy.config.lora.rank == 2
@@ -297,18 +303,22 @@ def test_starting_points_that_cannot_be_converted_are_refused(config, start, who
             pretrain(config, tmp_path / 'x', mesh_of(), interruption, start)
 
 
-def test_a_published_checkpoint_gets_a_mask_of_its_own(config, tmp_path):
-    """Qwen2, whose stand-in for MASK is its EOS or another token; the policy comes back with it."""
-    write_checkpoint(tmp_path / 'qwen2', 'tiny_qwen2/untied')
-    parts = assemble(config)
-    convert.check_start(tmp_path / 'qwen2', parts, conversion_of(config))
-    policy, tokenizer, variables = convert.starting_point(tmp_path / 'qwen2', mesh_of(), {})
+def test_a_published_checkpoint_gets_a_mask_of_its_own(tmp_path, monkeypatch):
+    """Qwen2, for which another token stands in for MASK; no weights are needed to see it."""
+    contents = json.loads((REFERENCE / 'tiny_qwen2/untied' / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(contents | QWEN2))
+    save_tokenizer(tmp_path)
+    model, ids = read_config(tmp_path / 'config.json')
+    tokenizer = HFTokenizer(tmp_path, *ids)
     size = max(byte_pairs().get_vocab().values()) + 1
-    assert (policy.mask_id, tokenizer.mask_id) == (size, size) and not policy.allowed[size]
+    assert ids.mask != size
+    loaded = policies.make_policy(model, tokenizer), tokenizer, {}
+    monkeypatch.setattr(policies, 'load_policy', lambda *_, **execution: loaded)
+    policy, tokenizer, _ = convert.starting_point(tmp_path, mesh_of(), {})
+    assert (policy.mask_id, policy.eos_id) == (size, END) and not policy.allowed[size]
     assert (policy.config.visible_block, policy.config.shift_logits) == (0, False)
-    policies.save_policy(tmp_path / 'saved', variables, policy.config, tokenizer, {})
-    assert policies.load_tokenizer(tmp_path / 'saved').mask_id == size
-    assert policies.model_of_policy(tmp_path / 'saved').family == 'qwen2'
+    assert tokenizer.save(tmp_path / 'saved')['hf_tokenizer']['mask_id'] == size
+    HFTokenizer(tmp_path / 'saved', size, END, END)  # It can be read again.
 
 
 def test_where_a_vocabulary_has_room_for_mask(tmp_path):
