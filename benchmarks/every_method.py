@@ -26,6 +26,7 @@ FLAGS = flags.FLAGS
 UPDATES = 12
 # Small sizes of what a method has beside updates on the last rollout, and samplers that it needs.
 SETTINGS = {
+    'autoedit': ('sampling.sampler=autoedit',),
     'd2': ('d2.segments=4',),
     'dtm': ('dtm.phase=4', 'dtm.every=2'),
     'just_grpo': ('sampling.commit=left_to_right',),

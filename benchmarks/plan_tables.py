@@ -38,7 +38,10 @@ EFFICIENCY = 0.4  # share of the published rates that times assume
 TOLERANCE = 0.15  # largest error of the formula, as a share of the compiler's peak
 DRAWS_ON = 'v5e:4x4'  # the machine for which more draws, and every objective, are planned
 # How rollouts must be decoded for an objective, beside the published settings of SPG.
-NEEDS = {'just_grpo': {'commit': 'left_to_right', 'steps': 256}}
+NEEDS = {
+    'just_grpo': {'commit': 'left_to_right', 'steps': 256},
+    'autoedit': {'sampler': 'autoedit'},
+}
 OBJECTIVES = f"""## Every objective on {DRAWS_ON}
 
 GSM8K with 96 completions a rollout and 4 updates on it, each objective with its own numbers of

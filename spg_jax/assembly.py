@@ -73,6 +73,11 @@ def assemble(config: ml_collections.ConfigDict) -> Parts:
     """
     check_settings(config)
     check_one_of('base.kind', config.base.kind, KINDS)
+    if config.base.kind == AUTOREGRESSIVE and (config.base.edit_weight or config.base.keep_weight):
+        raise ValueError(
+            'base.edit_weight and base.keep_weight are for diffusion models, found base.kind '
+            f'{AUTOREGRESSIVE}; set both to 0, or base.kind {DIFFUSION}'
+        )
     model_of(config, vocab_size=1, platform='cpu')
     lora = _lora(config)
     if config.model.quantize and lora is None:
@@ -176,6 +181,8 @@ def check_base(config: ml_collections.ConfigDict, parts: Parts, demonstrator: bo
         word_tokenizer(parts.task)
     if demonstrator:
         parts.task.check_demonstrations(stage.right_share for stage in parts.stages if stage.steps)
+        if config.base.edit_weight:
+            parts.task.check_corrections(config.base.wrong_share)
 
 
 def model_of(
@@ -252,6 +259,13 @@ def _recording(
 ) -> SamplingConfig:
     """The sampler of rollouts, which records what the objective asks for."""
     records = set(objective.records)
+    recorded = records - {'influence'} | ({'log_prob'} if objective.needs_law else set())
+    if sampling.edits and recorded and not objective.edits:
+        raise ValueError(
+            f'rl.objective {config.rl.objective!r} reads the {", ".join(sorted(recorded))} of the '
+            f'tokens that were drawn, which sampling.{sampling.rule_setting} '
+            f'{sampling.rule_name!r} edits; use a sampler that does not, or rl.objective autoedit'
+        )
     if sampling.approximate:  # so that its gap to the model is logged (`rl.gap`)
         records.add('log_prob')
     if objective.needs_law:
@@ -302,6 +316,10 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
                 sampler=config.evaluation.sampler,
                 threshold=config.sampling.threshold,
                 schedule=config.sampling.schedule,
+                edit_threshold=config.sampling.edit_threshold,
+                post_steps=config.sampling.post_steps,
+                edit_rounds=config.sampling.edit_rounds,
+                keep_threshold=config.sampling.keep_threshold,
             )
             for length, number in zip(lengths, steps, strict=True)
         )

@@ -85,6 +85,13 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             grad_clip=1.0,  # a gradient with a larger norm is scaled down to this norm
             ema=0.995,  # decay per step of the averaged parameters, which become the base policy
             number_features=False,  # whether embeddings of numbers start as waves of their value
+            # A second loss, for samplers that edit: a right answer is to be read out of a wrong
+            # one, which has no mask, at all positions (docs/sampling.md). Tokens between masks may
+            # be predicted as well, so that samplers which edit there know what to keep.
+            keep_weight=0.0,  # the weight of the loss on tokens that are not masked; 0: none
+            edit_weight=0.0,  # the weight of the loss on wrong answers; 0 leaves it out
+            wrong_share=0.5,  # the share of them that are the task's wrong answers, others right
+            random_rate=0.2,  # the largest share of their tokens that random ones replace
             seed=0,  # the seed of initial parameters, order of demonstrations, and masks
         ),
         # How spg_jax.convert makes a diffusion model of an autoregressive one. The sizes of blocks
@@ -127,13 +134,18 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             # rules are random, entropy, margin and left_to_right, and those of sampling.sampler.
             commit='low_confidence',  # the rule by which a step keeps some tokens [C]
             # threshold, llada2, factor and entropy_bounded may keep more tokens a step and end a
-            # block sooner; remask also takes tokens back (docs/sampling.md).
+            # block sooner; remask also takes tokens back; llada21 edits as it goes, and autoedit
+            # what sampling.commit has drafted (docs/sampling.md).
             sampler='',  # the rule by its name or your own by dotted path; '' is sampling.commit
             # LLaDA2 keeps all tokens above 0.95.
-            threshold=0.9,  # the probability from which threshold, llada2 and remask are sure
+            threshold=0.9,  # the probability from which threshold, llada2(1) and remask are sure
             factor=1.0,  # f of factor: the n surest are kept while (n + 1)(1 - confidence) < f
             entropy_bound=0.1,  # the sum of entropies, in nats, up to which entropy_bounded keeps
             remasks=4,  # how many tokens of a block remask may take back
+            edit_threshold=0.9,  # the probability above which a token replaces one that is there
+            post_steps=16,  # rounds of a block that llada21 may take after its last mask has gone
+            edit_rounds=3,  # K, rounds in which autoedit writes a finished completion anew
+            keep_threshold=0.5,  # the probability below which autoedit writes a token anew
             # A cache is approximate: keys and values outside of the window are old.
             cache='',  # what a step computes: '' all, dual its block, prefix its block and the rest
             refresh=32,  # steps of a block between two passes that compute everything
@@ -230,6 +242,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             lengths=(128, 256, 512),  # lengths of completions in tokens, all of them reported [E]
             steps=(64, 128, 256),  # denoising steps for each of evaluation.lengths [E]
             block_length=32,  # positions in a block, which is finished before the next starts [E]
+            # Its thresholds and rounds are those of the group sampling.
             sampler='',  # the rule of commitment, as sampling.sampler; '' is low_confidence [E]
             every=100,  # updates between two validations
             problems=256,  # the number of problems in a validation

@@ -51,6 +51,8 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
         (
             'base.weight_decay',
+            'base.keep_weight',
+            'base.edit_weight',
             'optimizer.weight_decay',
             'train.diagnose_every',
             'train.profile',
@@ -72,7 +74,12 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         'a share above 0 and below 1',
     ),
     (
-        ('optimizer.warmup_fraction', 'convert.right_share'),
+        (
+            'optimizer.warmup_fraction',
+            'convert.right_share',
+            'base.wrong_share',
+            'base.random_rate',
+        ),
         lambda x: 0 <= x <= 1,
         'a share within [0, 1]',
     ),

@@ -106,7 +106,8 @@ def subjects(objectives: list[str]) -> Iterator[Subject]:
     Args:
       objectives: names or dotted paths; empty for all.
     """
-    for name in objectives or REGISTRY:
+    # Enumerating the law of edits is left to tests.
+    for name in objectives or [name for name in REGISTRY if name != 'autoedit']:
         yield Subject('methods', name, name, {}, CONFIDENCE)
     if not objectives:
         yield from variants()

@@ -12,6 +12,11 @@ With base.kind 'autoregressive' the model is causal and learns to predict the ne
 `spg_jax.convert` starts from it. With lora.rank above 0 the fine-tuning of a checkpoint trains
 adapters over frozen parameters, which model.quantize stores in few bits. A policy from scratch has
 no adapters.
+
+With base.edit_weight a second loss teaches to edit: an answer without MASK, some of which are wrong
+answers of the task and have random tokens, is to be corrected at all C positions (LLaDA2.1, arXiv
+2602.08676; ReflectDrive-2, arXiv 2605.04647). With base.keep_weight the first loss counts the
+tokens that are not masked, too.
 """
 
 import dataclasses
@@ -66,13 +71,16 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
     # The group of files is there only for a task in a file of the user, so that the directories of
     # base policies keep the names that they had before there were such tasks.
     files = {FILES: digests} if (digests := digest_task(task)) else {}
+    # For the same reason settings of the second loss are there only with that loss.
+    unread = () if config.base.edit_weight else ('edit_weight', 'wrong_share', 'random_rate')
+    unread += () if config.base.keep_weight else ('keep_weight',)
     return files | {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
         'model': {name: x for name, x in config.model.items() if name not in EXECUTION},
         'base': {
             name: value
             for name, value in config.base.to_dict().items()
-            if name not in ('checkpoint', 'cache')
+            if name not in ('checkpoint', 'cache', *unread)
         },
         'sampling': {name: config.sampling[name] for name in ('prompt_length', 'length')},
     }
@@ -184,7 +192,16 @@ def _pretrain(
         base.learning_rate, base.weight_decay, base.grad_clip, total
     )
     state = initial_state(variables, optimizer, policy, mesh, average=True)
-    train_step = make_step(policy, optimizer, base.seed, base.ema, shardings_of(state))
+    train_step = make_step(
+        policy,
+        optimizer,
+        base.seed,
+        base.ema,
+        shardings_of(state),
+        base.edit_weight,
+        base.random_rate,
+        base.keep_weight,
+    )
     if run.resumes:
         state = restored_state(run, state, _Record, patience, STUCK)
     first_step = 0

@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
     DIAGNOSE = 7  # what is masked where a policy is diagnosed
     GAP = 8  # which step of a row is scored again, to compare with what the sampler recorded
     NOISE = 9  # on embeddings of MASK at the start of a conversion
+    EDIT = 10  # which tokens of an answer to correct are random
 
 
 SEEDS = 2**32  # seeds from 0 to this number give different keys

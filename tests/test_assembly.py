@@ -128,6 +128,8 @@ def test_a_group_of_one_cannot_be_compared(name):
     if name == 'just_grpo':
         config.sampling.commit = 'left_to_right'
         config.sampling.steps = config.sampling.length
+    if name == 'autoedit':
+        config.sampling.sampler = 'autoedit'
     with pytest.raises(ValueError, match=f'rl.group_size is 1; {name} compares') as error:
         assemble(config)
     assert '\n' not in str(error.value)

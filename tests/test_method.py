@@ -28,6 +28,8 @@ def test_every_objective_assembles_with_its_own_group_alone(name):
     assert ('beta' in config.rl) == (name == 'spg')
     if name == 'just_grpo':  # it needs its own sampler
         config.sampling.update(commit='left_to_right', steps=config.sampling.length)
+    if name == 'autoedit':
+        config.sampling.sampler = 'autoedit'
     assert assemble(config).objective.draws >= 1
 
 

@@ -130,7 +130,7 @@ def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
     batch = encode_pairs(parts.task, tokenizer, pairs, 6, 12)
     keys = example_keys(base.seed, Purpose.CORRUPT, 0, batch.index)
     masked = np.asarray(stratified_masks(step_key(base.seed, Purpose.CORRUPT, 0), keys, 12))
-    total, (prompt, valid, completion, _) = 0.0, batch
+    total, (prompt, valid, completion, *_) = 0.0, batch
     noisy = [
         [policy.mask_id if m else t for m, t in zip(*row, strict=True)]
         for row in zip(masked, completion, strict=True)
@@ -250,6 +250,10 @@ def test_how_a_base_policy_is_computed_does_not_name_it(config, tmp_path):
     directory = pretrain.base_directory(config)
     config.model.update(remat=True, scan_unroll=3, attention='einsum', quantize='')
     assert pretrain.base_directory(config) == directory
+    config.base.random_rate = 0.3  # which nothing reads without the second loss
+    assert pretrain.base_directory(config) == directory
+    config.base.edit_weight = 1.0
+    assert pretrain.base_directory(config) != directory
 
 
 def test_number_words_start_as_waves_of_their_value():

@@ -17,13 +17,13 @@ from spg_jax.data.demonstrations import Demonstrations
 from spg_jax.data.tokenizers import SPECIALS, WordTokenizer
 from spg_jax.models.policy import Policy
 from spg_jax.presets import on_a_laptop
-from spg_jax.pretrain import make_step
 from spg_jax.random import Purpose, example_keys
 from spg_jax.rl.collection import make_generate
 from spg_jax.rl.learner import make_update
 from spg_jax.rl.rollout import Rollout, empty_rollout
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
+from spg_jax.training.supervised import make_step
 from spg_jax.training.train_state import initial_state, shardings_of
 
 Row = dict[str, Any]  # a line of the table: JSON values

@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 Record = tuple[Example, str]  # a problem and an answer to imitate
 
 
+class Lesson(NamedTuple):
+    """A problem, an answer to imitate, and an answer to correct with the right one."""
+
+    example: Example
+    answer: str
+    wrong: str
+    right: str
+
+
+class Corrections(NamedTuple):
+    """Completions to correct."""
+
+    wrong: np.ndarray  # [B, C] int32, then EOS to the end
+    right: np.ndarray  # [B, C] int32, then EOS to the end
+
+
 class Demonstrations(NamedTuple):
     """Prompts with one answer each, for supervised training."""
 
@@ -25,6 +41,7 @@ class Demonstrations(NamedTuple):
     prompt_mask: np.ndarray  # [B, P] bool
     completion: np.ndarray  # [B, C] int32, the answer, then EOS to the end
     index: np.ndarray  # [B] uint32, the place of each problem in the data set of the batches
+    corrections: Corrections | None = None  # what is to be corrected; None without
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +56,7 @@ class Lessons:
     local_rows: np.ndarray  # [b] the rows of a batch that this process encodes
     prompt_length: int  # P
     length: int  # C
+    wrong_share: float | None = None  # of answers to correct; None: there is nothing to correct
 
     def encode(self, pairs: Sequence[Record]) -> Demonstrations:
         """Tokenises problems and answers; raises as `encode_pairs`."""
@@ -59,11 +77,28 @@ class Lessons:
         def encode(pairs: Sequence[Record]) -> Demonstrations:
             return self.encode([pairs[row] for row in self.local_rows])
 
+        def correct(record: Record, rng: np.random.Generator) -> Lesson:
+            if self.records is not None:  # Recorded answers are right, and have no wrong ones.
+                return Lesson(*record, record[1], record[1])
+            return Lesson(*record, *self.task.correction(record[0], rng, self.wrong_share))
+
+        def encode_lessons(lessons: Sequence[Lesson]) -> Demonstrations:
+            local = [lessons[row] for row in self.local_rows]
+            batch = self.encode([(lesson.example, lesson.answer) for lesson in local])
+            wrong, right = (
+                encode_completions(self.tokenizer, texts, self.length)
+                for texts in zip(*((lesson.wrong, lesson.right) for lesson in local), strict=True)
+            )
+            return batch._replace(corrections=Corrections(wrong, right))
+
         source = self.problems if self.records is None else self.records
         # grain takes no seed above, and later stages count on from the one of the configuration.
         dataset = grain.MapDataset.source(source).seed(seed % SEEDS).shuffle().repeat()
         if self.records is None:
             dataset = dataset.random_map(demonstrate)
+        if self.wrong_share is not None:
+            dataset = dataset.random_map(correct)
+            return read_ahead(dataset.batch(self.batch_size, batch_fn=encode_lessons))
         return read_ahead(dataset.batch(self.batch_size, batch_fn=encode))
 
 

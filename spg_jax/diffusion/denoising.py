@@ -27,6 +27,55 @@ def stratified_masks(key: Array, row_keys: Array, length: int) -> Array:
     return rank < count[:, None]
 
 
+def keeping_loss(logits: Array, completion: Array, masked: Array) -> Array:
+    """Mean over rows of the mean cross-entropy of a token that is not masked, in nats.
+
+    A row whose tokens are all masked counts as 0. With `denoising_loss` it is the loss at all
+    positions (ReflectDrive-2, arXiv 2605.04647), with a weight for those that are there already.
+
+    Args:
+      logits, completion, masked: as in `denoising_loss`.
+    """
+    logp = jax.vmap(completion_log_probs)(logits, completion)
+    visible = ~masked
+    return -(jnp.where(visible, logp, 0.0).sum(1) / jnp.maximum(visible.sum(1), 1)).mean()
+
+
+def random_tokens(row_keys: Array, tokens: Array, allowed: Array, largest_rate: float) -> Array:
+    """Completions [B, C] some of whose tokens are random ones (LLaDA2.1's token-to-token stream).
+
+    Each row has a rate of its own, uniform up to `largest_rate`, with which each of its tokens is
+    replaced by an id that is drawn uniformly among the allowed ones.
+
+    Args:
+      row_keys: [B] keys of the rows.
+      tokens: [B, C] int32.
+      allowed: [V] bool.
+      largest_rate: within [0, 1].
+    """
+    logits = jnp.where(allowed, 0.0, -jnp.inf)
+
+    def of_row(key: Array, tokens: Array) -> Array:
+        of_rate, of_place, of_token = jax.random.split(key, 3)
+        rate = largest_rate * jax.random.uniform(of_rate)
+        replaced = jax.random.uniform(of_place, tokens.shape) < rate
+        return jnp.where(
+            replaced, jax.random.categorical(of_token, logits, shape=tokens.shape), tokens
+        )
+
+    return jax.vmap(of_row)(row_keys, tokens)
+
+
+def correction_loss(logits: Array, right: Array) -> Array:
+    """Mean cross-entropy of the right token at every position of a completion, in nats.
+
+    Args:
+      logits: [B, C, V] at the completion positions, of a completion without MASK.
+      right: [B, C] int32.
+    """
+    return -jax.vmap(completion_log_probs)(logits, right).mean()
+
+
 def denoising_loss(logits: Array, completion: Array, masked: Array) -> Array:
     """Mean over rows of the cross-entropy of a masked token, in nats (eq. 3 and 5, exact counts).
 

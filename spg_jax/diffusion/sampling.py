@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from spg_jax.diffusion.samplers import REGISTRY
+from spg_jax.diffusion.samplers import REGISTRY, editing
 from spg_jax.diffusion.samplers.decoder import CachedModel, Carry, Decoder, is_generated_eos
 from spg_jax.diffusion.samplers.settings import RECORDS, SamplingConfig
 from spg_jax.models.windows import Window
@@ -31,6 +31,7 @@ __all__ = [
     'begin',
     'completion_of',
     'decoder_of',
+    'finish',
     'generate',
     'record_shapes',
 ]
@@ -45,7 +46,8 @@ class Completion:
 
     tokens: Array  # [B, C] int32, EOS in the blocks after an early stop
     commit_step: Array  # [B, C] int32, step that committed each token, -1 after an early stop
-    # `SamplingConfig.records` by name, [B, C], but 'kept' [B, C, V / 8]; 0 after an early stop
+    # `SamplingConfig.records` by name, [B, C], but 'kept' [B, C, V / 8]; 0 after an early stop.
+    # A sampler that edits adds those of `samplers.editing`.
     extras: dict[str, Array] = struct.field(default_factory=dict)
 
 
@@ -56,7 +58,8 @@ def record_shapes(
     shape = (rows, config.length)
     number = jax.ShapeDtypeStruct(shape, jnp.float32)
     bits = jax.ShapeDtypeStruct((*shape, -(-vocab_size // 8)), jnp.uint8)
-    return {name: bits if name == 'kept' else number for name in config.records}
+    records = {name: bits if name == 'kept' else number for name in config.records}
+    return records | editing.record_shapes(config, rows)
 
 
 def generate(
@@ -103,7 +106,17 @@ def generate(
         decoder = dataclasses.replace(decoder, generated=opening == mask_id)
         carry = carry.replace(tokens=jnp.concatenate([prompt, opening], axis=1).astype(jnp.int32))
     final = jax.lax.while_loop(decoder.unfinished, decoder.advance, carry)
-    return completion_of(final, eos_id, config, decoder.generated)
+    return finish(decoder, final)
+
+
+def finish(decoder: Decoder, carry: Carry) -> Completion:
+    """The completions of rows that have ended, edited where the sampler edits finished drafts."""
+    completion = completion_of(carry, decoder.eos_id, decoder.config, decoder.generated)
+    if not (decoder.config.edits and decoder.config.rule.edits_after):
+        return completion
+    prompt = carry.tokens[:, : decoder.prompt_length]
+    tokens, records = editing.edit_draft(decoder, prompt, completion.tokens)
+    return completion.replace(tokens=tokens, extras=completion.extras | records)
 
 
 def decoder_of(
@@ -162,6 +175,8 @@ def begin(
         )
     shape = (len(prompt), config.length)
     records = record_shapes(config, len(prompt), vocab_size)
+    if not config.edits_in_blocks:
+        records = {name: records[name] for name in config.records}
     if config.rule.takes_back:  # which the confidence of committed tokens decides
         records['confidence'] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return Carry(
@@ -170,7 +185,10 @@ def begin(
             [prompt.astype(jnp.int32), jnp.full(shape, mask_id, jnp.int32)], axis=1
         ),
         commit_step=jnp.full(shape, -1, jnp.int32),
-        extras={name: jnp.zeros(record.shape, record.dtype) for name, record in records.items()},
+        extras={
+            name: jnp.full(record.shape, editing.EMPTY.get(name, 0), record.dtype)
+            for name, record in records.items()
+        },
         confidence=jnp.zeros(shape) if 'influence' in config.records else None,
     )
 
@@ -178,11 +196,15 @@ def begin(
 def completion_of(
     carry: Carry, eos_id: int, config: SamplingConfig, generated: Array | None = None
 ) -> Completion:
-    """The completions of rows that have ended; `generated` as in `Decoder`."""
+    """The drafts of rows that have ended; `generated` as in `Decoder`.
+
+    They are the completions, unless the sampler edits finished drafts (`finish`).
+    """
+    names = (*config.records, *(editing.NAMES if config.edits_in_blocks else ()))
     completion = Completion(
         tokens=carry.tokens[:, -config.length :],
         commit_step=carry.commit_step,
-        extras={name: carry.extras[name] for name in config.records},
+        extras={name: carry.extras[name] for name in names},
     )
     if not config.stop_early:
         return completion
@@ -202,8 +224,13 @@ def _end_at_eos(
     first = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, axis=-1), config.length)  # [B]
     block_of_position = jnp.arange(config.length) // config.block_length  # [C]
     after = block_of_position[None, :] > (first // config.block_length)[:, None]  # [B, C]
+    empty = editing.EMPTY | {'draft': eos_id}
     extras = {
-        name: jnp.where(after.reshape(after.shape + (1,) * (x.ndim - 2)), jnp.zeros_like(x), x)
+        name: jnp.where(
+            after.reshape(after.shape + (1,) * (x.ndim - 2)),
+            jnp.full_like(x, empty.get(name, 0)),
+            x,
+        )
         for name, x in completion.extras.items()
     }
     if 'influence' in extras:

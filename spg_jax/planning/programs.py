@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from spg_jax import sharding
 from spg_jax.assembly import Parts, assemble, fit_to_model, model_of
-from spg_jax.data.demonstrations import Demonstrations
+from spg_jax.data.demonstrations import Corrections, Demonstrations
 from spg_jax.data.tokenizers import word_tokenizer
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.attention import resolve
@@ -76,8 +76,10 @@ class Plan:
 
     @property
     def draws(self) -> int:
-        """The maskings of each row that an update learns from."""
-        return 1 if self.rollout is None else self.parts.objective.draws
+        """The maskings of each row that an update learns from; a correction counts as one."""
+        if self.rollout is None:
+            return 2 if self.base.edit_weight else 1
+        return self.parts.objective.draws
 
     @property
     def rows_of_update(self) -> int:
@@ -238,17 +240,27 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
     if name == FINE_TUNING:
         base, by_rows = plan.base, sharding.batch_sharding(plan.mesh)
         step = make_step(
-            policy, _fine_tuner(base, parts), base.seed, base.ema, shardings_of(plan.state)
+            policy,
+            _fine_tuner(base, parts),
+            base.seed,
+            base.ema,
+            shardings_of(plan.state),
+            base.edit_weight,
+            base.random_rate,
+            base.keep_weight,
         )
-        rows, prompt = plan.rows_of_update, plan.prompt_length
-        shapes = Demonstrations(
-            prompt=((rows, prompt), jnp.int32),
-            prompt_mask=((rows, prompt), bool),
-            completion=((rows, parts.sampling.length), jnp.int32),
-            index=((rows,), jnp.uint32),
+        prompt = plan.rows_of_update, plan.prompt_length
+        completion = jax.ShapeDtypeStruct(
+            (plan.rows_of_update, parts.sampling.length), jnp.int32, sharding=by_rows
         )
-        batch = [jax.ShapeDtypeStruct(*each, sharding=by_rows) for each in shapes]
-        return step, (plan.state, Demonstrations(*batch))
+        batch = Demonstrations(
+            prompt=jax.ShapeDtypeStruct(prompt, jnp.int32, sharding=by_rows),
+            prompt_mask=jax.ShapeDtypeStruct(prompt, bool, sharding=by_rows),
+            completion=completion,
+            index=jax.ShapeDtypeStruct(prompt[:1], jnp.uint32, sharding=by_rows),
+            corrections=Corrections(completion, completion) if base.edit_weight else None,
+        )
+        return step, (plan.state, batch)
     if name == 'arrival':
         lengths = plan.prompt_length, parts.sampling.length
         by_rows = sharding.batch_sharding(plan.mesh)

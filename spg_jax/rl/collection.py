@@ -18,12 +18,13 @@ from spg_jax.data.tokenizers import Tokenizer
 from spg_jax.diffusion import sampling
 from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.diffusion.prompt_grid import generate_on_prompt_grid
+from spg_jax.diffusion.samplers.editing import DRAFT
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.random import Purpose, example_ids, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
-from spg_jax.rl.rollout import Rollout
+from spg_jax.rl.rollout import DRAFT_REWARD, DRAFT_SCORED, Rollout
 from spg_jax.rl.slots import Part, can_refill, can_stream, functions_of, make_stream
 from spg_jax.sharding import constrain, own_rows, own_values, put_batch
 from spg_jax.tasks import reading
@@ -177,15 +178,22 @@ def make_collect(
         completion = jax.tree.map(lambda x: own_values(x)[: len(examples)], completion)
         tokens = completion.tokens
         texts = decode(tokenizer, tokens)
-        rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
-        check_rewards(task, rewards, texts)
+        extras = dict(completion.extras)
+        if DRAFT in extras:
+            extras[DRAFT_REWARD] = rewards_of(decode(tokenizer, extras[DRAFT]), examples)
+            extras[DRAFT_SCORED] = np.asarray(scored_positions(extras[DRAFT], policy.eos_id))
         rows = {
             'completion': tokens,
             'commit_step': completion.commit_step,
-            'reward': np.asarray(rewards, np.float32),
-            'extras': completion.extras,
+            'reward': rewards_of(texts, examples),
+            'extras': extras,
         }
         return rows, texts
+
+    def rewards_of(texts: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
+        rewards = [task.reward(text, each) for text, each in zip(texts, examples, strict=True)]
+        check_rewards(task, rewards, texts)
+        return np.asarray(rewards, np.float32)
 
     def collect(variables: Variables, prompts: PromptBatch, step: int) -> tuple[Rollout, list[str]]:
         rows = {

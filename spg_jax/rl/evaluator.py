@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from spg_jax.data.batches import left_pad, padded_length
 from spg_jax.data.prompts import prompt_tokens
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.diffusion.samplers.editing import DRAFT
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
@@ -61,6 +62,7 @@ class _Completions(NamedTuple):
     rows: np.ndarray  # [n] row numbers, ascending
     tokens: np.ndarray  # [n, C] int32
     commit_step: np.ndarray  # [n, C] int32
+    draft: np.ndarray | None  # [n, C] int32, the tokens before a sampler edited them
 
     def of_all_processes(self, values: np.ndarray) -> np.ndarray:
         """Merges the values [n, ...] that each process has for its rows -> [total, ...]."""
@@ -139,9 +141,21 @@ class Evaluator:
             for row, text in zip(completions.rows, texts, strict=True)
         ]
         check_rewards(self._task, rewards, texts)
-        figures = self._task.figures(self._scores(completions, examples, samples=1))
+        scores = self._scores(completions, examples, samples=1)
+        figures = self._task.figures(scores)
         mean_reward = completions.of_all_processes(np.array(rewards)).mean()
-        return figures | {'reward': float(mean_reward)}
+        figures |= {'reward': float(mean_reward)}
+        if completions.draft is None:
+            return figures
+        drafts = completions._replace(tokens=completions.draft)
+        scores_of_drafts = self._scores(drafts, examples, samples=1)
+        changed = np.mean(completions.tokens != drafts.tokens, axis=-1)
+        return figures | {
+            'draft_accuracy': self._task.figures(scores_of_drafts)['accuracy'],
+            'draft_solved': sum(score.solved for score in scores_of_drafts),
+            **edit_figures(scores_of_drafts, scores),
+            'edited': float(completions.of_all_processes(changed).mean()),
+        }
 
     def pass_at(
         self,
@@ -228,7 +242,7 @@ class Evaluator:
         # The last batch is filled up with its last row, so that one program serves every batch.
         batches = np.minimum(first_rows[:, None] + local_rows[None, :], total - 1)
         prompts = self._prompts(examples, np.unique(batches // samples))
-        tokens, commit_steps = [], []
+        tokens, commit_steps, drafts = [], [], []
         for rows in batches:
             encoded = [prompts[row // samples] for row in rows]
             index = [examples[row // samples]['index'] for row in rows]
@@ -245,9 +259,15 @@ class Evaluator:
             completion = program(variables, placed['prompt'], placed['prompt_mask'], keys)
             tokens.append(completion.tokens)
             commit_steps.append(completion.commit_step)
+            if DRAFT in completion.extras:
+                drafts.append(completion.extras[DRAFT])
         rows, first = np.unique(batches, return_index=True)  # Drops the rows of the filling.
         return _Completions(
-            total, rows, np.concatenate(tokens)[first], np.concatenate(commit_steps)[first]
+            total,
+            rows,
+            np.concatenate(tokens)[first],
+            np.concatenate(commit_steps)[first],
+            np.concatenate(drafts)[first] if drafts else None,
         )
 
     def _program(self, decoding: SamplingConfig) -> Callable[..., Completion]:
@@ -284,6 +304,15 @@ class Evaluator:
         length = padded_length(longest, self._evaluation.prompt_lengths)
         encoded = left_pad(rows, length, self._tokenizer.pad_id)
         return dict(zip(places.tolist(), zip(*encoded, strict=True), strict=True))
+
+
+def edit_figures(before: Sequence[Score], after: Sequence[Score]) -> Figures:
+    """How many problems editing solved, and how many it spoiled."""
+    pairs = list(zip(before, after, strict=True))
+    return {
+        'wrong_to_right': sum(not old.solved and new.solved for old, new in pairs),
+        'right_to_wrong': sum(old.solved and not new.solved for old, new in pairs),
+    }
 
 
 def check_scores(task: Task, scores: Sequence[Any]) -> None:

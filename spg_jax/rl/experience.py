@@ -17,7 +17,7 @@ from spg_jax.diffusion.sampling import SamplingConfig, record_shapes
 from spg_jax.random import Purpose, step_key
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import Objective, Ring
-from spg_jax.rl.rollout import Rollout, rollout_shapes
+from spg_jax.rl.rollout import Rollout, draft_shapes, rollout_shapes
 from spg_jax.rl.scores import BIRTH
 from spg_jax.sharding import constrain
 from spg_jax.training.train_state import TrainState
@@ -88,7 +88,10 @@ def experience_shapes(
       sharding: of every field.
     """
     shapes = rollout_shapes(batching.rows, prompt_length, decoding.length, sharding)
-    shapes = shapes.replace(extras=record_shapes(decoding, batching.rows, vocab_size))
+    extras = record_shapes(decoding, batching.rows, vocab_size)
+    if decoding.edits:
+        extras |= draft_shapes(batching.rows, decoding.length)
+    shapes = shapes.replace(extras=extras)
     if arrival:
         shapes = jax.eval_shape(arrival, state, shapes)
     ring = objective.experience

@@ -33,7 +33,8 @@ def make_gap(
 
     The metric is the mean of |recorded - scored| in nats, over the tokens of one step of each row.
     The step is that of a random scored token, so that one pass over the rollout is enough. Without
-    noise every token has the log-probability 0, and nothing is compared.
+    noise every token has the log-probability 0, and nothing is compared. Nor is it where tokens are
+    edited, as states are not replayed here.
 
     Args:
       policy: the model.
@@ -41,7 +42,7 @@ def make_gap(
       batching: its microbatch is the number of rows that are read at once.
       seed: the root of the run's random numbers.
     """
-    if 'log_prob' not in decoding.records or decoding.temperature == 0.0:
+    if 'log_prob' not in decoding.records or decoding.temperature == 0.0 or decoding.edits:
         return None
 
     @jax.jit

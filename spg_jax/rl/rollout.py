@@ -13,6 +13,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from spg_jax.diffusion.samplers.editing import DRAFT, EDITS
 from spg_jax.rl.advantages import groups_with_signal
 from spg_jax.sharding import batch_sharding, own_rows, put_batch
 
@@ -66,6 +67,19 @@ def rollout_shapes(rows: int, prompt_length: int, length: int, sharding: Any = N
     )
 
 
+# What is known of a draft that was edited: its reward [B], and its tokens through its first EOS
+# [B, C]. They are extras beside what the sampler recorded (`samplers.editing`).
+DRAFT_REWARD, DRAFT_SCORED = 'draft_reward', 'draft_scored'
+
+
+def draft_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The extras that a rollout has of edited drafts, for B = `rows` and C = `length`."""
+    return {
+        DRAFT_REWARD: jax.ShapeDtypeStruct((rows,), jnp.float32),
+        DRAFT_SCORED: jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+    }
+
+
 def zeros_like(shapes: Any, mesh: Mesh) -> Any:
     """A pytree of rows that are all zero, such as a saved rollout is restored into.
 
@@ -106,7 +120,8 @@ def rollout_metrics(
     is_distinct = ~jnp.any(jnp.tril(same, k=-1), axis=-1)  # [B/G, G]
     signal = groups_with_signal(rollout.reward, group_size)
     ended = jnp.any((rollout.completion == eos_id) & rollout.scored, axis=1)
-    return {
+    of_edits = edit_metrics(rollout) if EDITS in rollout.extras else {}
+    return of_edits | {
         'reward': (rollout.reward.sum(), rows),
         'reward_max_of_group': (
             rollout.reward.reshape(-1, group_size).max(1).sum(),
@@ -118,6 +133,26 @@ def rollout_metrics(
         'eos_rate': (_float(ended.sum()), rows),
         'commonest_token': (_float(counts.max()), _float(scored.sum())),
         'repeats': (_float(repeats.sum()), _float(scored[:, 1:].sum())),
+    }
+
+
+def edit_metrics(rollout: Rollout) -> dict[str, tuple[Array, Array]]:
+    """Figures of edited drafts, each as (sum, weight).
+
+    `draft_reward` is the reward before editing, `improved` and `worsened` the shares of rows whose
+    reward editing raised and lowered, `edited` the share of the tokens through the first EOS, of
+    draft or answer, that are not those of the draft, and `writes` the tokens written in a row.
+    """
+    extras, rows = rollout.extras, jnp.float32(len(rollout.reward))
+    before = extras[DRAFT_REWARD]
+    counted = rollout.scored | extras[DRAFT_SCORED]
+    changed = counted & (rollout.completion != extras[DRAFT])
+    return {
+        DRAFT_REWARD: (before.sum(), rows),
+        'improved': (_float((rollout.reward > before).sum()), rows),
+        'worsened': (_float((rollout.reward < before).sum()), rows),
+        'edited': (_float(changed.sum()), _float(counted.sum())),
+        'writes': (_float((extras[EDITS] >= 0).sum()), rows),
     }
 
 

@@ -106,8 +106,12 @@ class Reader:
                 self._logits((others or {})[self.teacher], rows, draws, None)
             )
         logits = self._logits(variables, rows, draws, dropout)
-        axes = View(row=0, draws=0, teacher=0, step=None)
-        view = View(row=rows, draws=draws, teacher=teacher, step=step)
+        allowed = None
+        if isinstance(self.policy, Policy):
+            ids = jnp.arange(len(self.policy.allowed))
+            allowed = jnp.asarray(self.policy.allowed) & (ids != self.policy.mask_id)
+        axes = View(row=0, draws=0, teacher=0, step=None, allowed=None)
+        view = View(row=rows, draws=draws, teacher=teacher, step=step, allowed=allowed)
         return jax.vmap(self.readout, (0, axes))(logits, view)
 
     def _logits(

@@ -99,10 +99,9 @@ def make_stream(
         )
         return _by_rows(Slots(prompt_mask, keys, carry))
 
-    @jax.jit
-    def advance(variables: Variables, slots: Slots) -> tuple[Slots, Array]:
+    def decoder_of(variables: Variables, slots: Slots) -> sampling.Decoder:
         hidden, unembed, cached = functions_of(policy, variables)
-        decoder = sampling.decoder_of(
+        return sampling.decoder_of(
             hidden,
             unembed,
             slots.prompt_mask,
@@ -113,6 +112,10 @@ def make_stream(
             policy.allowed,
             cached,
         )
+
+    @jax.jit
+    def advance(variables: Variables, slots: Slots) -> tuple[Slots, Array]:
+        decoder = decoder_of(variables, slots)
         carry = decoder.advance(slots.carry)
         return _by_rows(slots.replace(carry=carry)), decoder.ended(carry)
 
@@ -121,8 +124,9 @@ def make_stream(
         return jax.tree.map(lambda x: x[index] if x.ndim else x, slots)
 
     @jax.jit
-    def completion(slots: Slots, index: Array) -> sampling.Completion:
-        return sampling.completion_of(take(slots, index).carry, policy.eos_id, config)
+    def completion(variables: Variables, slots: Slots, index: Array) -> sampling.Completion:
+        ended = take(slots, index)
+        return sampling.finish(decoder_of(variables, ended), ended.carry)
 
     @jax.jit
     def refill(slots: Slots, fresh: Slots, is_fresh: Array) -> Slots:
@@ -152,7 +156,7 @@ def make_stream(
             if not len(done):
                 continue
             index = _filled(done, sizes)
-            ready = [(rows[done], completion(state, index))]
+            ready = [(rows[done], completion(variables, state, index))]
             rows[done] = -1
             fresh = [row for _, row in zip(done, waiting, strict=False)]
             if fresh:

@@ -58,6 +58,7 @@ def lessons_of(
         local_rows=local_rows,
         prompt_length=config.sampling.prompt_length,
         length=config.sampling.length,
+        wrong_share=config.base.wrong_share if config.base.edit_weight else None,
     )
     if records is not None:
         lessons.encode(records)  # so that one that is too long shows before training

@@ -78,6 +78,10 @@ def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> di
             'base_grid_accuracy': base['grid_accuracy'],
             'grid_accuracy': final['grid_accuracy'],
         }
+    if 'draft_accuracy' in final:  # before editing
+        names = 'draft_accuracy', 'wrong_to_right', 'right_to_wrong'
+        result |= {f'base_{name}': base[name] for name in names}
+        result |= {name: final[name] for name in names}
     return result
 
 
@@ -88,7 +92,7 @@ def quality(figures: Figures) -> tuple[float, float]:
 
 def validation_row(figures: Figures) -> dict[str, float]:
     """The figures of a validation under the names that they have in metrics.jsonl."""
-    names = ('accuracy', 'grid_accuracy', 'reward')
+    names = ('accuracy', 'grid_accuracy', 'reward', 'draft_accuracy')
     return {f'validation_{name}': figures[name] for name in names if name in figures}
 
 

@@ -96,7 +96,9 @@ class FormattedTask(Task):
 
     def demonstration(self, example: Example, rng: np.random.Generator, right_share: float) -> str:
         """Returns a completion to imitate in the format's words, chosen as every task does."""
-        answer = super().demonstration(example, rng, right_share)
+        return self.in_words(super().demonstration(example, rng, right_share))
+
+    def in_words(self, answer: str) -> str:
         return fill(self.formats[self.format].completion, self.answer_fields(answer))
 
     def source(self, split: str, data_dir: str | Path) -> Sequence[Example]:

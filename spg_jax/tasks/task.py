@@ -198,6 +198,44 @@ class Task(abc.ABC):
         """Returns the answer of a model that avoids the work."""
         raise self._lacks_demonstrations('shortcut_answer')
 
+    def correction(
+        self, example: Example, rng: np.random.Generator, wrong_share: float
+    ) -> tuple[str, str]:
+        """Returns a completion to correct, and the right one.
+
+        The first is the task's wrong answer with probability `wrong_share`, and else right as well,
+        so that a model learns what to keep.
+        """
+        right = self.demonstration(example, rng, 1.0)
+        if rng.random() >= wrong_share:
+            return right, right
+        return self.in_words(self.wrong_answer(example, rng)), right
+
+    def check_corrections(self, wrong_share: float) -> None:
+        """Fails early if the task has no wrong answers, and this share of them is asked for.
+
+        Raises:
+          ValueError: one line that says what to do.
+        """
+        self.check_demonstrations([1.0])
+        if wrong_share and not self._has('wrong_answer'):
+            raise ValueError(
+                f'base.wrong_share is {wrong_share}, but task {self.name} has no wrong_answer; '
+                'define it, or use 0, which leaves random tokens to correct'
+            )
+
+    def wrong_answer(self, example: Example, rng: np.random.Generator) -> str:
+        """Returns an answer with a mistake, in as many words as the right one has.
+
+        A policy that edits learns from it (`base.edit_weight`). A few kinds of mistakes, such as it
+        makes itself, teach more than random ones.
+        """
+        raise ValueError(f'task {self.name} has no wrong_answer; define it')
+
+    def in_words(self, answer: str) -> str:
+        """Returns the completion that gives an answer; in most own tasks an answer is one."""
+        return answer
+
     def read_published(self, path: str | Path) -> list[Example]:
         """Returns the problems of a test file, by default JSON lines like those of `problems`.
 

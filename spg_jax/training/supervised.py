@@ -8,7 +8,14 @@ import optax
 from jax import Array
 
 from spg_jax.data.demonstrations import Demonstrations
-from spg_jax.diffusion.denoising import denoising_loss, next_token_loss, stratified_masks
+from spg_jax.diffusion.denoising import (
+    correction_loss,
+    denoising_loss,
+    keeping_loss,
+    next_token_loss,
+    random_tokens,
+    stratified_masks,
+)
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.random import Purpose, example_keys, step_key
 from spg_jax.training.train_state import Metrics, TrainState, apply_gradient
@@ -20,6 +27,9 @@ def make_step(
     seed: int,
     ema: float,
     shardings: TrainState,
+    edit_weight: float = 0.0,
+    random_rate: float = 0.0,
+    keep_weight: float = 0.0,
 ) -> Callable[[TrainState, Demonstrations], tuple[TrainState, Metrics]]:
     """A compiled (state, demonstrations) -> (state, metrics); the old state is given up.
 
@@ -29,6 +39,9 @@ def make_step(
       seed: of the masks, and of the adapters' dropout.
       ema: decay of the averaged parameters.
       shardings: of the state, which the new state keeps.
+      edit_weight: of the loss on answers to correct, which the demonstrations then have; 0: none.
+      random_rate: the largest share of random tokens among those of an answer to correct.
+      keep_weight: of the loss on tokens that are not masked; 0: none.
     """
 
     lora = policy.config.lora
@@ -45,29 +58,45 @@ def make_step(
 
     def autoregressive_loss(
         trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
-    ) -> Array:
+    ) -> tuple[Array, Metrics]:
         logits = logits_of(frozen | trained, batch, batch.completion, step)
-        return next_token_loss(logits, batch.completion)
+        return next_token_loss(logits, batch.completion), {}
 
     def diffusion_loss(
         trained: Variables, frozen: Variables, batch: Demonstrations, step: Array
-    ) -> Array:
+    ) -> tuple[Array, Metrics]:
         row_keys = example_keys(seed, Purpose.CORRUPT, step, batch.index)
         masked = stratified_masks(
             step_key(seed, Purpose.CORRUPT, step), row_keys, batch.completion.shape[1]
         )
         noisy = jnp.where(masked, policy.mask_id, batch.completion)
         logits = logits_of(frozen | trained, batch, noisy, step)
-        return denoising_loss(logits, batch.completion, masked)
+        loss = of_masked = denoising_loss(logits, batch.completion, masked)
+        losses = {}
+        if keep_weight:
+            losses['keep_loss'] = keeping_loss(logits, batch.completion, masked)
+            loss += keep_weight * losses['keep_loss']
+        if edit_weight:
+            keys = example_keys(seed, Purpose.EDIT, step, batch.index)
+            wrong = random_tokens(keys, batch.corrections.wrong, policy.allowed, random_rate)
+            logits = logits_of(frozen | trained, batch, wrong, step)
+            losses['edit_loss'] = correction_loss(logits, batch.corrections.right)
+            loss += edit_weight * losses['edit_loss']
+        if losses:
+            losses['denoising_loss'] = of_masked
+        return loss, {name: (value, jnp.float32(1)) for name, value in losses.items()}
 
     loss_of = autoregressive_loss if policy.config.autoregressive else diffusion_loss
 
     def step(state: TrainState, batch: Demonstrations) -> tuple[TrainState, Metrics]:
-        loss, gradient = jax.value_and_grad(loss_of)(state.trained, state.frozen, batch, state.step)
+        (loss, losses), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.trained, state.frozen, batch, state.step
+        )
         state, metrics = apply_gradient(state, gradient, loss, optimizer)
         # A young average follows its parameters closely, or it would remember the initial ones.
         decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
         average = optax.incremental_update(state.average, state.trained, decay)
-        return state.replace(average=average), metrics | {'loss': (loss, jnp.float32(1))}
+        metrics |= losses | {'loss': (loss, jnp.float32(1))}
+        return state.replace(average=average), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

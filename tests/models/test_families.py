@@ -315,6 +315,60 @@ def test_completions_of_llada2(checkpoint, cases, threshold, steps_per_block):
 
 
 @pytest.mark.parametrize(
+    ('case', 'settings'),
+    [
+        ('v21_t0.95_e0.9', (0.95, 0.9, 16)),
+        ('v21_t0.3_e0.2', (0.3, 0.2, 16)),
+        ('v21_t0.5_e0_p3', (0.5, 0.0, 3)),
+        ('v21_eos_stop', (0.95, 0.9, 16)),
+    ],
+)
+def test_completions_and_edits_of_llada21(checkpoint, case, settings):
+    """Three prompts in one batch; every state between two rounds is rebuilt from the record."""
+    numbers = golden('tiny_llada2_moe', 'generate')
+    config, ids, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    if 'eos' in case:
+        ids = ids._replace(eos=int(numbers['eos_case_id_v21']))
+    length, size = int(numbers['gen_length']), int(numbers['block'])
+    whole = -(-length // size) * size
+    prompts, valid = left_padded([numbers[f'prompt{i}'] for i in range(3)], 14)
+    threshold, edit_threshold, post_steps = settings
+    decoding = SamplingConfig(
+        whole, whole, size, 0.0, sampler='llada21', threshold=threshold,
+        edit_threshold=edit_threshold, post_steps=post_steps,
+    )  # fmt: skip
+    completion = completions(policy_of(config, ids), params, prompts, valid, decoding)
+    rounds = 0
+    for row in range(3):
+        key, first = f'{case}/prompt{row}', len(numbers[f'prompt{row}'])
+        if f'{key}/completion' not in numbers:  # The cases with an EOS have one prompt only.
+            continue
+        expected = numbers[f'{key}/completion']
+        assert_array_equal(completion.tokens[row][: len(expected)], expected)
+        draft, edits = (np.asarray(completion.extras[name][row]) for name in ('draft', 'edits'))
+        turn_of = np.asarray(completion.commit_step[row]) % size
+        blocks, turn = numbers[f'{key}/round_block'], 0
+        place = first + np.arange(whole)  # of each position of the completion in the canvas
+        place = place[place < numbers[f'{key}/canvas_after'].shape[1]]
+        for number, block in enumerate(blocks):
+            turn = turn + 1 if number and blocks[number - 1] == block else 0
+            mine = place // size == block
+            within = place[mine] % size
+            i = np.flatnonzero(mine)
+            committed = numbers[f'{key}/committed'][number][within]
+            edited = numbers[f'{key}/edited'][number][within]
+            assert_array_equal(turn_of[i] == turn, committed)
+            assert_array_equal(edits[i, turn] >= 0, edited)
+            written = np.where(committed, draft[i], edits[i, turn])
+            after = numbers[f'{key}/canvas_after'][number][place[mine]]
+            changed = committed | edited
+            assert_array_equal(written[changed], after[changed])
+            rounds += changed.any()
+        assert (edits[:, turn + 1 :][place // size == block] < 0).all()
+    assert rounds > 10
+
+
+@pytest.mark.parametrize(
     ('algorithm', 'commit'),
     [('maskgit_plus', 'low_confidence'), ('topk_margin', 'margin'), ('entropy', 'entropy')],
 )

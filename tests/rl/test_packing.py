@@ -282,7 +282,7 @@ def with_extras(objective: Objective, rollout):
 
 
 CASES = [
-    *((name, {}) for name in sorted(REGISTRY) if name not in ('dtm', 'rspo', 'gdsd')),
+    *((name, {}) for name in sorted(REGISTRY) if name not in ('autoedit', 'dtm', 'rspo', 'gdsd')),
     ('spg', {'baseline': 'each'}),
     ('spg', {'negative': 'none'}),
     ('tracerl', {'kl': 0.1}),

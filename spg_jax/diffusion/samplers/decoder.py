@@ -7,7 +7,7 @@ place.
 
 A comment such as `# [B, b, V]` after an assignment is the shape of the value: `B` sequences, `L`
 tokens of prompt (`P`) and completion (`C`), `b` positions of a block, `V` vocabulary, `D` width;
-`[]` is a scalar.
+`R` rounds of editing; `[]` is a scalar.
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ class _Steps:
     turn: Array  # [] int32, the step of this block
     carry: Carry
     taken: Array | None  # [B] int32, tokens of this block that were taken back; or None
+    post: Array | None  # [B] int32, rounds without MASK that a row may still take; or None
     cache: Any  # keys and values, or None
 
 
@@ -104,15 +105,19 @@ class Decoder:
             turn=jnp.zeros((), jnp.int32),
             carry=carry,
             taken=jnp.zeros(rows, jnp.int32) if rule.takes_back else None,
+            post=jnp.full(rows, self.config.post_steps) if self.config.edits_in_blocks else None,
             cache=self.cached.empty(rows, self.valid.shape[1]) if self.cached else None,
         )
 
         def goes_on(steps: _Steps) -> Array:
-            step_left = steps.turn < self.config.steps_per_block
+            step_left = steps.turn < self.config.rounds_per_block
             if rule.even:  # so that the last step always has something to commit
                 return step_left
             is_masked = self._block_tokens(steps.carry) == self.mask_id  # [B, b]
-            return step_left & (is_masked.any(-1) & ~ended).any()
+            is_open = is_masked.any(-1)  # [B]
+            if steps.post is not None:
+                is_open |= steps.post > 0
+            return step_left & (is_open & ~ended).any()
 
         carry = jax.lax.while_loop(goes_on, self._denoise, steps).carry
         block = carry.block + 1
@@ -138,17 +143,23 @@ class Decoder:
         step = carry.block * config.steps_per_block + steps.turn  # [] or [B], over the completion
         tokens = self._block_tokens(carry)  # [B, b]
         is_masked = tokens == self.mask_id
+        in_block = None
         if carry.block.ndim:
-            is_masked &= (carry.block < config.blocks)[:, None]
+            in_block = (carry.block < config.blocks)[:, None]  # [B, 1]
+            is_masked &= in_block
         carry, logits, cache = self._look(steps, step, start)  # logits [B, b, V]
         names = config.records
         if rule.takes_back:
             names = tuple({*names, 'confidence'})
-        prediction, commit, records = _predict(
+        noise_step = step
+        if steps.post is not None:  # Rounds that only edit draw tokens as well.
+            names = tuple({*names, 'log_prob'})
+            noise_step = carry.block * config.rounds_per_block + steps.turn
+        prediction, commit, records, view = _predict(
             logits,
             is_masked,
             self.keys,
-            step,
+            noise_step,
             steps.turn,
             self.allowed,
             config,
@@ -167,6 +178,17 @@ class Decoder:
                 config,
             )
             taken = taken + is_back.sum(-1)
+        post, edit = steps.post, None
+        if post is not None:
+            edit = jax.vmap(rule.edit, (0, 0, None))(view, tokens, config)  # [B, b]
+            edit &= ~is_masked & (is_masked.any(-1) | (post > 0))[:, None]
+            edit &= tokens != self.mask_id  # Masks of a row that is past its last block stay.
+            if in_block is not None:
+                edit &= in_block
+            if self.generated is not None:
+                edit &= cut(self.generated, start, config.block_length)
+            # A round without MASK is the last one if it changes nothing.
+            post = jnp.where(is_masked.any(-1), post, jnp.where(edit.any(-1), post - 1, 0))
         tokens = jnp.where(commit, prediction, tokens)
         step_of_row = step if not step.ndim else step[:, None]
         commit_step = jnp.where(commit, step_of_row, commit_step)
@@ -174,6 +196,17 @@ class Decoder:
             tokens = jnp.where(is_back, self.mask_id, tokens)
             commit_step = jnp.where(is_back, -1, commit_step)
         extras = dict(carry.extras)
+        if edit is not None:
+            tokens = jnp.where(edit, prediction, tokens)
+            log_prob = records['log_prob']
+            records = {name: records[name] for name in config.records} | {'draft': prediction}
+            for name, value in {'edits': prediction, 'edit_log_prob': log_prob}.items():
+                before = cut(extras[name], start, config.block_length)  # [B, b, R]
+                is_turn = jnp.arange(before.shape[-1])[None, None, :] == steps.turn
+                is_now = edit[:, :, None] & is_turn
+                extras[name] = put(
+                    extras[name], jnp.where(is_now, value[:, :, None], before), start
+                )
         for name, value in records.items():
             before = cut(extras[name], start, config.block_length)
             chosen = commit.reshape(commit.shape + (1,) * (value.ndim - 2))
@@ -183,7 +216,7 @@ class Decoder:
             commit_step=put(carry.commit_step, commit_step, start),
             extras=extras,
         )
-        return _Steps(turn=steps.turn + 1, carry=carry, taken=taken, cache=cache)
+        return _Steps(turn=steps.turn + 1, carry=carry, taken=taken, post=post, cache=cache)
 
     def _look(self, steps: _Steps, step: Array, start: Array) -> tuple[Carry, Array, Any]:
         """The logits [B, b, V] of the block at `start`, after noting what changed around it.
@@ -243,21 +276,28 @@ class Decoder:
 
     def _logits(self, tokens: Array, start: Array, size: int) -> Array:
         """The logits, with guidance, of `size` completion positions from `start`, [B, size, V]."""
-        conditional = self._unguided(tokens, start, size)
+        return self.logits_of(self.hidden_of(tokens, start, size))
+
+    def hidden_of(self, tokens: Array, start: Array | int, size: int) -> tuple[Array, ...]:
+        """The hidden states [B, size, D] of completion positions from `start` on, and with guidance
+        those of sequences without prompts."""
+        window = Window(self.prompt_length + start, size)
+        conditional = self.hidden_fn(tokens, self.valid, window)
         if self.config.guidance == 0.0:
-            return conditional
+            return (conditional,)
         promptless = tokens.at[:, : self.prompt_length].set(self.mask_id)
         if self.generated is not None:
             completion = promptless[:, self.prompt_length :]
             completion = jnp.where(self.generated, completion, self.mask_id)
             promptless = promptless.at[:, self.prompt_length :].set(completion)
-        unconditional = self._unguided(promptless, start, size)
-        return unconditional + (1.0 + self.config.guidance) * (conditional - unconditional)
+        return conditional, self.hidden_fn(promptless, self.valid, window)
 
-    def _unguided(self, tokens: Array, start: Array, size: int) -> Array:
-        """The logits [B, size, V] of the model itself."""
-        window = Window(self.prompt_length + start, size)
-        return self.unembed_fn(self.hidden_fn(tokens, self.valid, window))
+    def logits_of(self, hidden: tuple[Array, ...]) -> Array:
+        """The logits [B, size, V], with guidance, of the states [B, size, D] of `hidden_of`."""
+        conditional, *others = map(self.unembed_fn, hidden)
+        if not others:
+            return conditional
+        return others[0] + (1.0 + self.config.guidance) * (conditional - others[0])
 
 
 def is_generated_eos(completion: Array, eos_id: int, generated: Array | None) -> Array:
@@ -281,7 +321,7 @@ def _predict(
     allowed: Array,
     config: SamplingConfig,
     names: tuple[str, ...],
-) -> tuple[Array, Array, dict[str, Array]]:
+) -> tuple[Array, Array, dict[str, Array], rules.View]:
     """Predicts a token for each position of the block, and chooses the positions to commit.
 
     Args:
@@ -295,7 +335,33 @@ def _predict(
       names: what is recorded.
 
     Returns:
-      token [B, b] int32, commit [B, b] bool, and records by name.
+      token [B, b] int32, commit [B, b] bool, records by name, and the view of each row.
+    """
+    view, drawable = draw(logits, is_masked, keys, step, allowed, config)
+    view = view.replace(
+        count=_due(is_masked.sum(-1), turn, config),
+        scheduled=jnp.broadcast_to(scheduled_commits(config)[turn], keys.shape),
+    )
+    commit = jax.vmap(lambda view: rules.commitment(config.rule, view, config))(view)
+    records = token_law.record(names, drawable, view.token, config.temperature)
+    if 'confidence' in names:
+        records['confidence'] = jnp.exp(jax.vmap(lambda view: view.log_confidence)(view))
+    return view.token, commit, records, view
+
+
+def draw(
+    logits: Array,
+    is_masked: Array,
+    keys: Array,
+    step: Array,
+    allowed: Array,
+    config: SamplingConfig,
+) -> tuple[rules.View, Array]:
+    """Draws a token for each position of a block; the arguments are those of `_predict`.
+
+    Returns:
+      the view of each row, with nothing due, and the logits [B, b, V] of the law drawn from, -inf
+      for ids that it leaves out.
     """
     step_axis = 0 if step.ndim else None
 
@@ -316,20 +382,17 @@ def _predict(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(key_of(0))
         noisy = drawable + config.temperature * noise
     token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)  # [B, b]
+    nothing = jnp.zeros(keys.shape, jnp.int32)
     view = rules.View(
         logits=logits,
         choosable=choosable,
         token=token,
         masked=is_masked,
-        count=_due(is_masked.sum(-1), turn, config),
-        scheduled=jnp.broadcast_to(scheduled_commits(config)[turn], keys.shape),
+        count=nothing,
+        scheduled=nothing,
         key=key_of(1),
     )
-    commit = jax.vmap(lambda view: rules.commitment(config.rule, view, config))(view)
-    records = token_law.record(names, drawable, token, config.temperature)
-    if 'confidence' in names:
-        records['confidence'] = jnp.exp(jax.vmap(lambda view: view.log_confidence)(view))
-    return token, commit, records
+    return view, drawable
 
 
 def _due(masked: Array, turn: Array, config: SamplingConfig) -> Array:
@@ -337,7 +400,10 @@ def _due(masked: Array, turn: Array, config: SamplingConfig) -> Array:
     if config.schedule == 'timesteps':
         return jnp.minimum(masked, scheduled_commits(config)[turn])
     # What is left is spread evenly, and the first steps of an uneven block commit one more.
-    return -(-masked // (config.steps_per_block - turn))
+    left = config.steps_per_block - turn
+    if config.edits_in_blocks:  # None of the rounds after the last step has a mask left.
+        left = jnp.maximum(left, 1)
+    return -(-masked // left)
 
 
 def scheduled_commits(config: SamplingConfig) -> Array:

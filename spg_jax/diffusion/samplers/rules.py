@@ -60,6 +60,8 @@ class View:
 
 # (View, SamplingConfig) -> score [b], or (score [b], sure [b] bool).
 Rule = Callable[[View, Any], Array | tuple[Array, Array]]
+# (View, tokens [b] that stand there, SamplingConfig) -> [b] bool, the positions to write anew.
+EditRule = Callable[[View, Array, Any], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +75,18 @@ class Sampler:
         the product of the recorded probabilities is the law of the completion.
       even: whether the rule is never sure, so that each step commits what the schedule says.
       takes_back: whether sure tokens stay and others may be masked again (`least_sure`).
+      edit: which positions that hold a token are written anew, with a token drawn there; None edits
+        nothing. The rule must not look at the tokens drawn, so that the law of an edit is exact.
+      edits_after: whether edits begin when the completion is there, in `edit_rounds` rounds over
+        all of it, or go along with the commitments in a block. Then `rule` is that of `commit`.
     """
 
     rule: Rule
     looks_at_tokens: bool = True
     even: bool = False
     takes_back: bool = False
+    edit: EditRule | None = None
+    edits_after: bool = False
 
 
 def low_confidence(view: View, config: Any) -> Array:
@@ -197,6 +205,23 @@ def least_sure(confidence: Array, committed: Array, left: Array, config: Any) ->
     return doubtful & (rank(-confidence, doubtful) == 0) & (left > 0)
 
 
+def surer_token(view: View, tokens: Array, config: Any) -> Array:
+    """Where another token is the likeliest, and more probable than `edit_threshold` (LLaDA2.1)."""
+    return (jnp.argmax(view.choosable, axis=-1) != tokens) & (view.largest > config.edit_threshold)
+
+
+def doubtful_token(view: View, tokens: Array, config: Any) -> Array:
+    """Where the token has a probability below `keep_threshold`, or another is `surer_token`.
+
+    Without noise a doubtful token that is still the likeliest stays, as writing it changes nothing.
+    """
+    present = jnp.take_along_axis(view.logits, tokens[:, None], axis=-1)[:, 0] - view.log_z
+    doubtful = jnp.exp(present) < config.keep_threshold
+    if config.temperature == 0.0:
+        doubtful &= jnp.argmax(view.choosable, axis=-1) != tokens
+    return doubtful | surer_token(view, tokens, config)
+
+
 REGISTRY: dict[str, Sampler] = {
     'low_confidence': Sampler(low_confidence, even=True),
     'random': Sampler(random, looks_at_tokens=False, even=True),
@@ -208,4 +233,6 @@ REGISTRY: dict[str, Sampler] = {
     'factor': Sampler(factor, looks_at_tokens=False),
     'entropy_bounded': Sampler(entropy_bounded, looks_at_tokens=False),
     'remask': Sampler(low_confidence, takes_back=True),
+    'llada21': Sampler(threshold, looks_at_tokens=False, edit=surer_token),
+    'autoedit': Sampler(low_confidence, edit=doubtful_token, edits_after=True),
 }

@@ -1,6 +1,7 @@
 """How completions are decoded: the settings of a sampler, and what is true of it.
 
-Letters: `C` positions of a completion, `b` positions of a block, `k` steps between two refreshes.
+Letters: `C` positions of a completion, `b` positions of a block, `k` steps between two refreshes,
+`R` rounds of editing.
 """
 
 import dataclasses
@@ -31,11 +32,16 @@ class SamplingConfig:
       schedule: how many tokens each step of a block commits at least. 'even' spreads them evenly;
         'timesteps' commits the share of the masked tokens that a linear noise schedule removes
         (Dream, arXiv 2508.15487).
-      threshold: the probability in (0, 1] from which a token is sure, for 'threshold' and 'llada2',
-        which commit sure tokens, and for 'remask', which does not take them back.
+      threshold: the probability in (0, 1] from which a token is sure, for 'threshold', 'llada2' and
+        'llada21', which commit sure tokens, and for 'remask', which does not take them back.
       factor: f of the sampler 'factor', above 0.
       entropy_bound: of the sampler 'entropy_bounded', in nats, 0 or more.
       remasks: how many tokens of a block 'remask' may take back.
+      edit_threshold: the probability in [0, 1] above which another token takes the place of one
+        that is there, for 'llada21' and 'autoedit'.
+      post_steps: rounds of a block that 'llada21' may take after its last mask has gone.
+      edit_rounds: rounds in which 'autoedit' writes the finished completion anew.
+      keep_threshold: the probability in [0, 1] below which 'autoedit' writes a token anew.
       cache: which positions are computed at every step. '' computes all of them; 'dual' those of
         the block; 'prefix' those of the block and after it. Keys and values of all others are those
         of the last refresh, so that results are approximate.
@@ -65,6 +71,10 @@ class SamplingConfig:
     factor: float = 1.0
     entropy_bound: float = 0.1
     remasks: int = 4
+    edit_threshold: float = 0.9
+    post_steps: int = 16
+    edit_rounds: int = 3
+    keep_threshold: float = 0.5
     cache: str = ''
     refresh: int = 32
     guidance: float = 0.0
@@ -127,6 +137,15 @@ class SamplingConfig:
             raise ValueError(f'sampling.entropy_bound is {self.entropy_bound}; use 0 or more nats')
         if self.remasks < 0:
             raise ValueError(f'sampling.remasks is {self.remasks}; use 0 or more tokens of a block')
+        for name in ('edit_threshold', 'keep_threshold'):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f'sampling.{name} is {getattr(self, name)}; use a probability within [0, 1]'
+                )
+        if self.post_steps < 0:
+            raise ValueError(f'sampling.post_steps is {self.post_steps}; use 0 or more rounds')
+        if self.edit_rounds < 1:
+            raise ValueError(f'sampling.edit_rounds is {self.edit_rounds}; use 1 or more rounds')
 
     def _check_cache(self) -> None:
         """Refuses a cache that does not exist, or that cannot compute what is asked for."""
@@ -143,6 +162,11 @@ class SamplingConfig:
                 f'sampling.cache {self.cache!r} leaves out positions whose influence is measured; '
                 "use sampling.cache '' or corruption.informed False"
             )
+        if self.cache and self.edits:
+            raise ValueError(
+                f'sampling.cache {self.cache!r} holds keys and values of tokens that '
+                f"sampling.{self.rule_setting} {self.rule_name!r} edits; use sampling.cache ''"
+            )
 
     @property
     def rule_setting(self) -> str:
@@ -155,8 +179,43 @@ class SamplingConfig:
 
     @property
     def rule(self) -> Sampler:
-        """The rule of commitment; raises ValueError if there is none of its name."""
-        return find(self.rule_name, f'sampling.{self.rule_setting}')
+        """The rule of commitment; raises ValueError if there is none of its name.
+
+        A sampler that edits a finished draft drafts by the rule of `commit`.
+        """
+        sampler = find(self.rule_name, f'sampling.{self.rule_setting}')
+        if not sampler.edits_after:
+            return sampler
+        drafts = find(self.commit, 'sampling.commit')
+        if drafts.edit is not None:
+            raise ValueError(
+                f'sampling.commit is {self.commit!r}, which edits, while a draft that is edited '
+                f'needs a rule that does not; use sampling.sampler {self.rule_name!r} and '
+                "sampling.commit 'low_confidence' or another"
+            )
+        return dataclasses.replace(drafts, edit=sampler.edit, edits_after=True)
+
+    @property
+    def edits(self) -> bool:
+        """Whether tokens that are there may be written anew."""
+        return self.rule.edit is not None
+
+    @property
+    def edits_in_blocks(self) -> bool:
+        """Whether edits go along with the commitments of a block."""
+        return self.edits and not self.rule.edits_after
+
+    @property
+    def rounds_per_block(self) -> int:
+        """The most passes that a block takes: its steps, and those that only edit."""
+        return self.steps_per_block + (self.post_steps if self.edits_in_blocks else 0)
+
+    @property
+    def edits_recorded(self) -> int:
+        """R, the rounds whose edits of a position are recorded; 0 without edits."""
+        if not self.edits:
+            return 0
+        return self.rounds_per_block if self.edits_in_blocks else self.edit_rounds
 
     @property
     def approximate(self) -> bool:
@@ -193,6 +252,9 @@ class SamplingConfig:
         probability .3 x .6, while .6 is recorded: the .3 depends on the policy too, and is recorded
         nowhere. 'remask' also forgets the tokens that it takes back. Without noise, or where a step
         commits all that is left, nothing is chosen.
+
+        Which tokens are edited never depends on those drawn. Where tokens are edited, the law is
+        that of the draft and its edits together, and the product that of all their probabilities.
         """
         chooses = self.temperature > 0.0 and self.steps_per_block > 1
         return not self.rule.looks_at_tokens or not chooses

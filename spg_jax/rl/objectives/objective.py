@@ -52,6 +52,7 @@ class View:
     draws: Draws
     teacher: Array | None  # [M, C, V] logits of the policy `Objective.teacher`
     step: Array  # [] int32, updates done
+    allowed: Array | None = None  # [V] bool, ids that are drawn; None where only logits are known
 
 
 @struct.dataclass
@@ -222,6 +223,8 @@ class Objective:
         count in the weight. Metrics that depend on readouts are then those of the other rows. Where
         a loss couples groups, only groups leave that are idle as a whole; where it couples the
         batch, it sees the readout 0 of idle rows. The readout must be one array [M, C].
+      edits: whether it reads the draft and the edits that a sampler recorded (`samplers.editing`).
+        Others that read what was recorded of the tokens drawn refuse a sampler that edits.
       needs_law: whether the product of the recorded probabilities, 'log_prob', must be the law of
         the completions. A sampler where it is not is refused.
       clips: whether the loss clips ratios with `ratios.token_losses` or `sequences.clipped_rows`,
@@ -248,6 +251,7 @@ class Objective:
     compares: bool = True
     records: tuple[str, ...] = ()
     idle: Idle | None = None
+    edits: bool = False
     needs_law: bool = False
     clips: bool = False
     refuses: Mapping[str, str] = dataclasses.field(default_factory=dict)

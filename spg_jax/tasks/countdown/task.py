@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS, evaluate, exact_value
 from spg_jax.tasks.countdown import problems, worked
@@ -138,6 +140,35 @@ class Countdown(FormattedTask):
         """Returns the numbers in the order of the prompt, added up."""
         return ' + '.join(map(str, self.listed(example)))
 
+    def wrong_answer(self, example: Example, rng: np.random.Generator) -> str:
+        """Returns the canonical expression with a mistake, in as many words.
+
+        The mistake is one of four kinds: two numbers are swapped, an operator is another one, a
+        number is off by one, or the answer is the shortcut. Where the kind drawn gives a right
+        answer, or another number of words, another one is taken.
+        """
+        right = self.right_answer(example)
+        words = right.split()
+        numbers = [i for i, word in enumerate(words) if word.isdigit()]
+        signs = [i for i, word in enumerate(words) if word in '+-*/']
+        i, j = (int(place) for place in rng.choice(numbers, 2, replace=False))
+        sign, number = int(rng.choice(signs)), int(rng.choice(numbers))
+        # The vocabulary of the compact format ends with 100.
+        off_by_one = int(words[number]) + (
+            -1 if words[number] == '100' else int(rng.choice((-1, 1)))
+        )
+        mistakes = [
+            _replaced(words, {i: words[j], j: words[i]}),
+            _replaced(words, {sign: str(rng.choice([x for x in '+-*/' if x != words[sign]]))}),
+            _replaced(words, {number: str(off_by_one)}),
+            self.shortcut_answer(example),
+        ]
+        for place in rng.permutation(len(mistakes)):
+            is_wrong = not is_right(mistakes[place], example)
+            if is_wrong and len(mistakes[place].split()) == len(words):
+                return mistakes[place]
+        return mistakes[2]
+
     def builder(self) -> type:
         # The import is lazy because TFDS takes half a second to import.
         from spg_jax.tasks.countdown.countdown_dataset_builder import Builder
@@ -175,6 +206,11 @@ class Countdown(FormattedTask):
     def to_record(self, example: Example) -> tuple[str, list[Any]]:
         numbers, target = example['numbers'], example['target']
         return f'Numbers: {numbers}\nTarget: {target}', [numbers, target]
+
+
+def _replaced(words: list[str], changes: dict[int, str]) -> str:
+    """Returns words, some of which are replaced, by their places, as text."""
+    return ' '.join(changes.get(place, word) for place, word in enumerate(words))
 
 
 def is_right(expression: str, example: Example) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spg_jax.tasks import extraction, mended, reading
 from spg_jax.tasks.arithmetic import MAX_CHARACTERS
 from spg_jax.tasks.formats import Format, FormattedTask
@@ -102,6 +104,36 @@ class Sudoku(FormattedTask):
         for row in (puzzle[start : start + 4] for start in range(0, CELLS, 4)):
             missing = iter(sorted(set('1234') - set(row)))
             cells += [next(missing) if cell == '0' else cell for cell in row]
+        return ' '.join(cells)
+
+    def wrong_answer(self, example: Example, rng: np.random.Generator) -> str:
+        """Returns the solution with a mistake in the empty cells of one row; the clues stay.
+
+        The mistake is one of four kinds: two cells are swapped, a cell gets the digit of another,
+        the cells are shifted by one, or they are filled in ascending order. Where that changes
+        nothing, because the row has one empty cell or none, a cell gets another digit.
+        """
+        puzzle, cells = example['puzzle'], list(example['solution'])
+        start = 4 * int(rng.integers(4))
+        places = [place for place in range(start, start + 4) if puzzle[place] == '0']
+        digits = [cells[place] for place in places]
+        mistake = ('swap', 'copy', 'shift', 'ascend')[int(rng.integers(4))]
+        if len(places) > 1:
+            i, j = rng.choice(len(places), 2, replace=False)
+            match mistake:
+                case 'swap':
+                    digits[i], digits[j] = digits[j], digits[i]
+                case 'copy':
+                    digits[i] = digits[j]
+                case 'shift':
+                    digits = [*digits[1:], digits[0]]
+                case _:
+                    digits = sorted(digits)
+        for place, digit in zip(places, digits, strict=True):
+            cells[place] = digit
+        if cells == list(example['solution']) and '0' in puzzle:
+            place = int(rng.choice([place for place, clue in enumerate(puzzle) if clue == '0']))
+            cells[place] = str(rng.choice(sorted(set('1234') - {cells[place]})))
         return ' '.join(cells)
 
     def builder(self) -> type:
