@@ -204,7 +204,7 @@ def test_a_row_alone_gets_what_it_gets_beside_others_and_given_tokens_stay(decod
     @jax.jit
     def generate_two(tokens, mask, keys):
         return generate(
-            toy.hidden, toy.unembed, tokens, mask, keys, config, MASK, EOS, ALLOWED,
+            toy.in_window, toy.unembed, tokens, mask, keys, config, MASK, EOS, ALLOWED,
             opening=jnp.asarray(opening),
         )  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_rows_may_be_in_different_blocks(decoded):
     @jax.jit
     def advance(carry):
         decoder = sampling.decoder_of(
-            toy.hidden, toy.unembed, mask, keys, config, MASK, EOS, ALLOWED
+            toy.in_window, toy.unembed, mask, keys, config, MASK, EOS, ALLOWED
         )
         return decoder.advance(carry)
 

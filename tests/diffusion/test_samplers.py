@@ -278,7 +278,11 @@ def exact():
 
 @pytest.mark.parametrize('cache', ['prefix', 'dual'])
 def test_a_cache_that_is_refreshed_at_every_step_is_exact(cache, exact):
-    jax.tree.map(assert_array_equal, decoded(policy_of(2), cache=cache, refresh=1), exact[2])
+    cached = decoded(policy_of(2), cache=cache, refresh=1)
+    assert_array_equal(cached.tokens, exact[2].tokens)
+    assert_array_equal(cached.commit_step, exact[2].commit_step)
+    # Without a cache the last layer computes the block alone, so that sums are rounded otherwise.
+    assert_allclose(cached.extras['log_prob'], exact[2].extras['log_prob'], atol=1e-5)
     assert not SamplingConfig(12, 12, 4, 1.0, cache=cache, refresh=1).approximate
 
 
