@@ -95,7 +95,7 @@ def find_report(
         shapes['without'] = without
     path = STORE / f'{machine.topology.replace(":", "-")}-{digest(shapes)}.json'
     if not path.exists():
-        report = make_report(config, machine, without)
+        report = make_report(config, machine, without=without)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(dataclasses.asdict(report), indent=1))
     saved = json.loads(path.read_text())

@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
     machine = find_machine(FLAGS.topology)
     if machine.devices is None:
         jax.config.update('jax_num_cpu_devices', machine.count)
-    report = make_report(config, machine, FLAGS.fine_tuning)
+    report = make_report(config, machine, fine_tuning=FLAGS.fine_tuning)
     if FLAGS.json:
         print(json.dumps(summary(report, config, machine, FLAGS.efficiency)))
     else:

@@ -98,6 +98,7 @@ class Report:
 def make_report(
     config: ml_collections.ConfigDict,
     machine: Machine,
+    *,
     without: Collection[str] = (),
     fine_tuning: bool = False,
 ) -> Report:
