@@ -23,9 +23,11 @@ def test_flops_are_those_counted_by_hand():
     queries, keys, values, output = 2 * 4 * 4, 2 * 4 * 2, 2 * 4 * 2, 2 * 4 * 4
     mlp = 2 * 4 * 8 + 2 * 4 * 8 + 2 * 8 * 4
     scores, mean = 2 * (2 * 2 * 5), 2 * (2 * 5 * 2)  # heads x product of one query with 5 keys
-    token = 3 * (queries + keys + values + output + mlp + scores + mean)
+    token = queries + keys + values + output + mlp + scores + mean  # of one layer
     logits = 2 * 4 * 10
-    assert forward_flops(MODEL, rows=7, length=5, scored=2) == 7 * (5 * token + 2 * logits)
+    # In the last layer three of five tokens give keys and values alone.
+    row = 5 * 2 * token + 2 * token + 3 * (keys + values) + 2 * logits
+    assert forward_flops(MODEL, rows=7, length=5, scored=2) == 7 * row
     assert backward_flops(MODEL, 7, 5, 2) == 2 * forward_flops(MODEL, 7, 5, 2)
 
 

@@ -18,15 +18,18 @@ def forward_flops(model: Any, rows: int, length: int, scored: int) -> int:
       model: has vocab_size, width, layers, heads, kv_heads and mlp_width.
       rows: sequences.
       length: L, tokens of each; every one attends to all.
-      scored: positions of each whose logits are computed.
+      scored: positions of each whose logits are computed. In the last layer all others give keys
+        and values, and nothing else.
     """
     width, head_dim = model.width, model.width // model.heads
     queries, keys = model.heads * head_dim, model.kv_heads * head_dim
-    # Of a token: queries and output, keys and values, the three products of the gated MLP.
-    products = 2 * width * (2 * queries + 2 * keys + 3 * model.mlp_width)
+    # Of a token: keys and values, queries and output, the three products of the gated MLP.
+    given = 2 * width * 2 * keys
+    products = 2 * width * (2 * queries + 3 * model.mlp_width)
     attention = 2 * 2 * length * queries  # scores, and the mean of the values
-    token = model.layers * (products + attention)
-    return rows * (length * token + scored * 2 * width * model.vocab_size)
+    token = model.layers * given + (model.layers - 1) * (products + attention)
+    last = products + attention + 2 * width * model.vocab_size
+    return rows * (length * token + scored * last)
 
 
 def backward_flops(model: Any, rows: int, length: int, scored: int) -> int:
