@@ -32,10 +32,15 @@ __all__ = ['TEST', 'Card', 'card_of', 'chosen_by', 'unlike', 'write_evaluation']
 # The settings of a decoding that change completions, and the rules that read them; () is any rule.
 _SETTINGS = {
     'schedule': (),
-    'threshold': ('threshold', 'llada2', 'remask'),
+    'commit': ('autoedit',),  # drafts by it; elsewhere it is the name of the rule
+    'threshold': ('threshold', 'llada2', 'llada21', 'remask'),
     'factor': ('factor',),
     'entropy_bound': ('entropy_bounded',),
     'remasks': ('remask',),
+    'edit_threshold': ('llada21', 'autoedit'),
+    'post_steps': ('llada21',),
+    'edit_rounds': ('autoedit',),
+    'keep_threshold': ('autoedit',),
     'cache': (),
     'refresh': (),  # read with a cache only
     'guidance': (),

@@ -3,6 +3,7 @@
 The model is left out: the completions are recorded ones, whose verdicts their files hold.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from configs import countdown, gsm8k, math500, sudoku
 from spg_jax import evaluate, score
 from spg_jax.assembly import assemble
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.rl.evaluator import Evaluator, _Completions
+from spg_jax.runs import evaluations
 from spg_jax.runs.evaluations import card_of, write_evaluation
 from spg_jax.tasks import card as cards
 
@@ -69,7 +72,7 @@ def evaluated(name, folder, **settings):
         places = np.repeat(np.arange(len(examples)), samples)
         places = (places + (decoding.length == 32)) % len(examples) + 1
         tokens = places[:, None].astype(np.int32)
-        return _Completions(len(places), np.arange(len(places)), tokens, tokens)
+        return _Completions(len(places), np.arange(len(places)), tokens, tokens, None)
 
     evaluator._generate = generate
     transcripts = []
@@ -191,7 +194,17 @@ def test_settings_that_change_completions_are_on_the_card():
     assert sampler() == sampler(sampling__threshold=0.5) == 'low_confidence'
     assert sampler(evaluation__sampler='threshold') == 'threshold, threshold 0.9'
     assert sampler(sampling__guidance=1.5) == 'low_confidence, guidance 1.5'
+    edited = sampler(evaluation__sampler='autoedit', sampling__edit_rounds=2)
+    assert edited == 'autoedit, commit low_confidence, edit_threshold 0.9, edit_rounds 2, ' + (
+        'keep_threshold 0.5'
+    )
     assert card_of(config, [problem], 'none').checkpoint == 'none'
+    # A setting of samplers is a field of cards, or on the list that `_sampler` reads, or does not
+    # change the text of a completion.
+    fields = {'length', 'steps', 'block_length', 'temperature', 'sampler'}
+    without_part = {'stop_early', 'records', 'influence_window'}
+    names = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert names == fields | without_part | set(evaluations._SETTINGS)
 
 
 def test_results_never_take_the_place_of_a_run(tmp_path):
