@@ -21,6 +21,7 @@ from spg_jax.rl import evaluator
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import plots, preparation
 from spg_jax.tasks.countdown import Countdown
+from tests import compiling
 from tests.published import save_checkpoint
 
 PROBLEMS = [{'numbers': [3, 44, 7 + i], 'target': 26, 'index': i} for i in range(8)]
@@ -126,6 +127,7 @@ def _later_is_better(*_: Any) -> dict[str, float]:
 
 
 if __name__ == '__main__':
+    compiling.use_older_emitters_where_optimizations_are_off()
     simplify(pytest.MonkeyPatch())
     evaluate_without_the_model(pytest.MonkeyPatch())
     runpy.run_module('spg_jax.train', run_name='__main__', alter_sys=True)

@@ -32,33 +32,13 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-try:  # JAX does not promise that this is there. Without it the tests take longer.
-    from jax._src import compiler
-except ImportError:
-    compiler = None
-
-from tests import processes  # noqa: E402
+from tests import compiling, processes  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if not ON_CPUS:  # Their products of float32 numbers would keep fewer bits.
     jax.config.update('jax_default_matmul_precision', 'highest')
 
-_OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
-_compile_options = getattr(compiler, 'get_compile_options', None)
-
-
-def _quick_options(*arguments, backend=None, **options):
-    """The options of a compilation. Without most optimizations, XLA's older emitters make the code
-    of fusions, because the newer ones would take two thirds of the time that is left."""
-    if jax.config.read(_OPTIMIZATIONS_OFF) and backend is not None and backend.platform == 'cpu':
-        overrides = options.get('env_options_overrides') or {}
-        options['env_options_overrides'] = {'xla_cpu_use_fusion_emitters': False} | overrides
-    return _compile_options(*arguments, backend=backend, **options)
-
-
-if _compile_options:
-    # JAX offers such options by program only, or in XLA_FLAGS, which all programs here would share.
-    compiler.get_compile_options = _quick_options
+compiling.use_older_emitters_where_optimizations_are_off()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,8 +46,8 @@ def pytest_runtest_protocol(item):
     """Compiles a test's programs, and those of the fixtures it is first to ask for, without most
     optimizations, which takes less time, unless the test is marked `compiled_as_users_do`."""
     off = item.get_closest_marker('compiled_as_users_do') is None
-    if jax.config.read(_OPTIMIZATIONS_OFF) != off:
-        jax.config.update(_OPTIMIZATIONS_OFF, off)
+    if jax.config.read(compiling.OPTIMIZATIONS_OFF) != off:
+        jax.config.update(compiling.OPTIMIZATIONS_OFF, off)
         jax.clear_caches()  # which do not tell programs compiled one way from the other
     return (yield)
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from spg_jax.process.interruption import Interruption
 from spg_jax.train import train
-from tests import adapted
+from tests import adapted, compiling
 from tests.meshes import mesh_of
 from tests.processes import finish_all, start_pair, wait_until
 
@@ -50,11 +50,16 @@ def config_of(root, steps):
     return config
 
 
+PROGRAMS = {}  # of starts in this process, by mesh and number of updates
+
+
 def start(config, workdir, mesh, interruption=Interruption):
     """A start in this process, whose programs for evaluation are not compiled."""
+    programs = PROGRAMS.setdefault((tuple(mesh.shape.values()), config.train.steps), {})
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         adapted.simplify(patch)
         adapted.skip_evaluation(patch)
+        adapted.share_programs(patch, programs)
         with interruption() as stop:
             return train(config, workdir, mesh, stop)
 
@@ -75,8 +80,8 @@ def cut_in_two_processes(root, tmp_path_factory):
     one gets a SIGTERM."""
     workdir = tmp_path_factory.mktemp('cut')
     mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
-    quickly = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # as this process compiles its programs
-    pair = start_pair(*adapted.command(workdir, settings_of(root, STEPS) | mesh), **quickly)
+    command = adapted.command(workdir, settings_of(root, STEPS) | mesh)
+    pair = start_pair(*command, **compiling.QUICKLY)  # as this process compiles
     wait_until((workdir / 'checkpoints' / '1').exists, *pair)
     pair[1].send_signal(signal.SIGTERM)
     return workdir, finish_all(pair)
