@@ -94,7 +94,9 @@ class Guard:
         if row.get(CALM) is not None:
             memory['calmest'] = _extreme(min, row[CALM], memory['calmest'])
         memory['skipped'] = row.get('skipped_in_a_row') or 0
-        memory['had_signal'] |= (row.get('groups_with_signal') or 0) > 0
+        # A method that does not compare completions can learn from equal rewards.
+        signals = [row.get('groups_with_signal') or 0, row.get('gradient_norm') or 0]
+        memory['had_signal'] |= max(signals) > 0
         reward = self._mean('reward')
         if reward is not None:
             memory['best_reward'] = _extreme(max, reward, memory['best_reward'])
@@ -254,7 +256,7 @@ def _new_memory() -> Memory:
         'sound': None,  # step of the last sound checkpoint
         'told': {},  # sign -> how often it appeared
         'first_sign': None,  # {'step', 'sign'} of the first sign but no_signal
-        'had_signal': False,  # whether any group ever had completions of different rewards
+        'had_signal': False,  # whether rewards of a group ever differed, or anything had a gradient
         'rollbacks': 0,
     }
 

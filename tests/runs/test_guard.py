@@ -221,15 +221,16 @@ def test_without_rollbacks_a_collapse_is_told_and_nothing_else(capsys):
     assert 'has collapsed: reward is ' in last and 'checkpoint 4' in last
 
 
-@pytest.mark.parametrize('share', [0.0, 0.5])
-def test_a_run_whose_rewards_were_all_equal_says_so_in_one_line(share):
+@pytest.mark.parametrize(('share', 'norm'), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1)])
+def test_a_run_whose_rewards_were_all_equal_says_so_in_one_line(share, norm):
+    """But not if a method that does not compare completions had a gradient."""
     run = guard()
-    feed(run, 8, groups_with_signal=0.0)
-    feed(run, 1, start=9, groups_with_signal=share)
+    feed(run, 8, groups_with_signal=0.0, gradient_norm=0.0)
+    feed(run, 1, start=9, groups_with_signal=share, gradient_norm=norm)
     result = {'base_accuracy': 0.0, 'accuracy': 0.0, 'seconds': 1.0, 'scorer': 'compact'}
     lines = closing_lines(result | {'guard': outcome(run.memory)}, Path('run')).splitlines()
     without = closing_lines(result, Path('run')).splitlines()
-    if share:
+    if share or norm:
         assert lines == without
     else:
         assert lines[1:] == without and 'no group of the whole run' in lines[0]
