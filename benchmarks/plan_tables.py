@@ -19,10 +19,12 @@ from absl import flags
 from rich.console import Console
 
 from configs import gsm8k
+from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.method import set_objective
-from spg_jax.planning import memory
+from spg_jax.planning import costs, memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
+from spg_jax.planning.programs import make_plan
 from spg_jax.planning.report import Program, Report, make_report, times
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.presets import HARDWARE
@@ -46,10 +48,9 @@ OBJECTIVES = f"""## Every objective on {DRAWS_ON}
 
 GSM8K with 96 completions a rollout and 4 updates on it, each objective with its own numbers of
 draws. Some keep a policy beside the trained one, which stays on the chips, and some read rollouts
-out when they arrive (`arrival`), or look at the reference or a teacher in every update. Rollouts
-are those of the first table, and these two programs are compiled like those. Peaks are the
-compiler's, in GiB a chip; FLOPs are of all chips together. `--topologies=` prints this table
-alone."""
+out when they arrive (`arrival`), or look at the reference or a teacher in every update. Peaks are
+in GiB a chip and by formula, which is off from the compiler by what the first table says; FLOPs
+are of all chips together. `--topologies=` prints this table alone."""
 INTRODUCTION = f"""# LLaDA-8B on machines that are not here
 
     python -m benchmarks.plan_tables
@@ -81,21 +82,16 @@ def preset_for(topology: str) -> str:
     return next(name for name, hardware in HARDWARE.items() if hardware.topology == topology)
 
 
-def find_report(
-    config: ml_collections.ConfigDict, machine: Machine, without: tuple[str, ...] = ()
-) -> Report:
+def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
     """A report, which is read from the store if it has one of the same programs."""
     shapes = {
         group: config[group].to_dict()
         for group in ('model', 'lora', 'sampling', 'corruption', 'rl', 'mesh')
     }
     shapes['evaluation'] = config.evaluation.batch, config.evaluation.lengths
-    if config.rl.objective != 'spg' or without:
-        shapes['objective'] = config[config.rl.objective].to_dict()
-        shapes['without'] = without
     path = STORE / f'{machine.topology.replace(":", "-")}-{digest(shapes)}.json'
     if not path.exists():
-        report = make_report(config, machine, without=without)
+        report = make_report(config, machine)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(dataclasses.asdict(report), indent=1))
     saved = json.loads(path.read_text())
@@ -175,29 +171,32 @@ def more_draws() -> str:
 
 
 def every_objective() -> str:
-    """A table of what each objective needs on one machine, with its own numbers."""
+    """A table of what each objective needs on one machine, with its own numbers, by formula."""
     machine = find_machine(DRAWS_ON)
-    columns = ('objective', 'M', 'stays', 'arrival', 'PFLOP', 'update', 'PFLOP', 'formula off')
+    mesh = sharding.make_mesh(
+        gsm8k.get_config(preset_for(DRAWS_ON)).mesh, jax.devices('cpu')[: machine.count]
+    )
+    columns = ('objective', 'M', 'stays', 'arrival', 'PFLOP', 'update', 'PFLOP')
     lines = [f'| {" | ".join(columns)} |', f'|{"---|" * len(columns)}']
     for name in REGISTRY:
         config = gsm8k.get_config(preset_for(DRAWS_ON))
         set_objective(config, name)
         for key, value in NEEDS.get(name, {}).items():
             config.sampling[key] = value
-        report = find_report(config, machine, without=('rollout', 'evaluation'))
-        if not report.fits(machine.chip):
-            raise RuntimeError(f'{name}: {verdict(report, config, machine, EFFICIENCY)}')
-        cells = [name, f'{assemble(config).objective.draws}', f'{report.resident.total / GIB:.2f}']
+        plan = make_plan(config, mesh, machine.chip.platform)
+        stays = memory.resident(plan.state).total
+        peaks = {
+            program: (stays + sum(memory.estimate(plan, program).values())) / GIB
+            for program in plan.programs
+        }
+        cells = [name, f'{plan.parts.objective.draws}', f'{stays / GIB:.2f}']
         for program in ('arrival', 'update'):
-            if program not in report.programs:
+            if program not in peaks:
                 cells += ['–', '–']
                 continue
-            flops = report.programs[program].flops * machine.count
-            cells += [f'{report.peak(program) / GIB:.2f}', f'{flops / 1e15:.2f}']
-        deviations = [report.deviation(program) for program in report.programs]
-        cells.append(f'{min(deviations):+.0%} … {max(deviations):+.0%}')
+            work = costs.work(plan, program)
+            cells += [f'{peaks[program]:.2f}', f'{work.flops / 1e15:.2f}']
         lines.append(f'| {" | ".join(cells)} |')
-        print(lines[-1], flush=True)
     return '\n'.join(lines)
 
 

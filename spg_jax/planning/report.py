@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -96,18 +95,13 @@ class Report:
 
 
 def make_report(
-    config: ml_collections.ConfigDict,
-    machine: Machine,
-    *,
-    without: Collection[str] = (),
-    fine_tuning: bool = False,
+    config: ml_collections.ConfigDict, machine: Machine, fine_tuning: bool = False
 ) -> Report:
-    """Compiles (TPU) or lowers (CUDA) the programs of a run, and reads what they need.
+    """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
 
     Args:
       config: the configuration of the run.
       machine: the machine, which does not have to be there.
-      without: names of programs, as in `Plan.programs`, that are of no interest.
       fine_tuning: whether the programs are those of `spg_jax.pretrain` from the checkpoint.
 
     Raises:
@@ -124,7 +118,7 @@ def make_report(
         mesh=dict(mesh.shape),
         attention=plan.attention,
         resident=memory.resident(plan.state),
-        programs={name: measure(plan, name) for name in plan.programs if name not in without},
+        programs={name: measure(plan, name) for name in plan.programs},
     )
 
 
