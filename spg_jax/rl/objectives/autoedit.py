@@ -51,16 +51,10 @@ RECIPE = {'sampling.sampler': 'autoedit', 'sampling.edit_rounds': 3}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Who gets credit for the edited answer, and SPG's numbers for the draft."""
+class Settings(spg.Settings):
+    """SPG's numbers for the draft, and who gets credit for the edited answer."""
 
     credit: str = setting('both', 'what the reward of the answer teaches: both or draft')
-    negative: str = setting('mixture', 'bound for worse drafts: mixture, eubo, elbo or none')
-    estimator: str = setting('released', 'how draws become bounds: released, paper or block')
-    bound: str = setting('plain', 'which upper bound (EUBO) is used: plain, strict or loose')
-    beta: float = setting(1.5, 'the Renyi order of the EUBO, at least 1')
-    omega: float = setting(0.5, 'the share of the EUBO in the mixture; the ELBO has the rest')
-    baseline: str = setting('advantage', 'what is centred: the advantage, or each functional')
 
 
 def build(settings: Settings, protocol: Protocol) -> Objective:
@@ -84,17 +78,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             'itself: use a temperature above 0 and guidance 0'
         )
     try:
-        of_draft = spg.build(
-            spg.Settings(
-                negative=settings.negative,
-                estimator=settings.estimator,
-                bound=settings.bound,
-                beta=settings.beta,
-                omega=settings.omega,
-                baseline=settings.baseline,
-            ),
-            protocol,
-        )
+        of_draft = spg.build(settings, protocol)
     except ValueError as error:
         raise ValueError(str(error).replace('spg.', 'autoedit.')) from None
     masked = of_draft.draws  # M: the draws of the draft come first
