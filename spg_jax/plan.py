@@ -8,6 +8,8 @@ For a TPU slice (v5e, v5p or v6e with its shape) the command compiles the real r
 and update, on any CPU, in minutes. For GPUs (h100:1, a100:8) it lowers them and estimates their
 memory by formula. If the run does not fit, it says what to change and exits with status 1. With
 --fine_tuning it plans `spg_jax.pretrain` from the checkpoint, in place of reinforcement learning.
+Times count every row to its end. --signal and --length take two metrics of an earlier run, and
+count what idle rows and completions that end early are then expected to save.
 """
 
 import json
@@ -23,6 +25,7 @@ from spg_jax.method import complete
 from spg_jax.planning.machines import LISTED, find_machine
 from spg_jax.planning.programs import published_copy
 from spg_jax.planning.report import make_report, summary
+from spg_jax.planning.savings import Expected
 from spg_jax.planning.tables import heading, table, verdict
 from spg_jax.process import cli
 from spg_jax.process.config_flag import define_config_flag
@@ -33,6 +36,7 @@ FLAGS = flags.FLAGS
 def main(_: list[str]) -> None:
     if not 0 < FLAGS.efficiency <= 1:
         raise ValueError(f'--efficiency is {FLAGS.efficiency}; use a share within (0, 1]')
+    expected = Expected(FLAGS.signal, FLAGS.length)
     config = FLAGS.config
     assemble(config)  # Settings that cannot work are refused before any long work.
     checkpoint = config.base.checkpoint
@@ -44,7 +48,7 @@ def main(_: list[str]) -> None:
     machine = find_machine(FLAGS.topology)
     if machine.devices is None:
         jax.config.update('jax_num_cpu_devices', machine.count)
-    report = make_report(config, machine, fine_tuning=FLAGS.fine_tuning)
+    report = make_report(config, machine, FLAGS.fine_tuning, expected)
     if FLAGS.json:
         print(json.dumps(summary(report, config, machine, FLAGS.efficiency)))
     else:
@@ -62,6 +66,8 @@ if __name__ == '__main__':
     flags.DEFINE_string('topology', None, f'The chips, such as {", ".join(LISTED)}.')
     flags.mark_flag_as_required('topology')
     flags.DEFINE_float('efficiency', 0.4, 'Share of the published rates that a run reaches.')
+    flags.DEFINE_float('signal', 1.0, 'Expected share of groups with unequal rewards.')
+    flags.DEFINE_float('length', 0.0, 'Expected tokens of a completion; 0 for all.')
     flags.DEFINE_bool('fine_tuning', False, 'Plan the fine-tuning on demonstrations, and not RL.')
     flags.DEFINE_bool('json', False, 'Print one JSON object instead of a table.')
     cli.run(main)

@@ -18,6 +18,7 @@ from spg_jax.planning.programs import (
     lower_for_cuda,
     make_plan,
 )
+from spg_jax.planning.savings import Expected, work_left
 from spg_jax.rl.experience import collections_due
 
 
@@ -70,6 +71,8 @@ class Report:
     attention: str  # the implementation that the chips use
     resident: memory.Resident
     programs: dict[str, Program]
+    # Program -> the expected share of its work that is left, 1 where there is none.
+    left: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def peak(self, name: str) -> float:
         """The bytes of a chip while a program runs: resident ones, all code, and the program's."""
@@ -95,7 +98,10 @@ class Report:
 
 
 def make_report(
-    config: ml_collections.ConfigDict, machine: Machine, fine_tuning: bool = False
+    config: ml_collections.ConfigDict,
+    machine: Machine,
+    fine_tuning: bool = False,
+    expected: Expected | None = None,
 ) -> Report:
     """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
 
@@ -103,6 +109,7 @@ def make_report(
       config: the configuration of the run.
       machine: the machine, which does not have to be there.
       fine_tuning: whether the programs are those of `spg_jax.pretrain` from the checkpoint.
+      expected: of the rollouts of the run; None expects that nothing can be saved.
 
     Raises:
       ValueError: if the mesh does not divide the machine, the model or the rows.
@@ -119,6 +126,7 @@ def make_report(
         attention=plan.attention,
         resident=memory.resident(plan.state),
         programs={name: measure(plan, name) for name in plan.programs},
+        left={} if fine_tuning else work_left(plan, expected or Expected()),
     )
 
 
@@ -229,7 +237,7 @@ class Times:
 def times(
     report: Report, config: ml_collections.ConfigDict, chip: Chip, efficiency: float
 ) -> Times:
-    """How long a recipe takes without evaluations, if no completion ends early.
+    """How long a recipe takes without evaluations, and with the savings that are expected.
 
     Args:
       report: the figures of its programs.
@@ -238,7 +246,7 @@ def times(
       efficiency: the share of the published rates that the programs reach.
     """
     seconds = {
-        name: max(program.limits(chip).values()) / efficiency
+        name: max(program.limits(chip).values()) / efficiency * report.left.get(name, 1.0)
         for name, program in report.programs.items()
     }
     steps = config.train.steps

@@ -90,11 +90,17 @@ def verdict(
             f'the published rates a step takes {time.update:.1f} s, all of base.stages '
             f'{time.hours:.1f} h; input comes on top.'
         )
+    saved = (
+        f'{report.left["rollout"]:.0%} of the work of rollouts and {report.left["update"]:.0%} of '
+        'that of updates are expected to be left, and counted'
+        if min(report.left.values(), default=1.0) < 1
+        else 'completions that end early and idle rows come off'
+    )
     return (
         f'fits{how}: {peak / GIB:.1f} of {chip.memory / GIB:.1f} GiB. At {efficiency:.0%} of the '
         f'published rates a rollout takes {time.rollout:.0f} s, an update {time.update:.1f} s, the '
         f'recipe of {config.train.steps} updates {time.hours:.0f} h; evaluations, rewards and '
-        'input come on top, early stops of decoding come off.'
+        f'input come on top, {saved}.'
     )
 
 
