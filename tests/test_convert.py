@@ -21,7 +21,7 @@ from spg_jax.models.transformer import Transformer
 from spg_jax.pretrain import _starting_point, pretrain
 from spg_jax.process.interruption import Interruption
 from spg_jax.random import Purpose, example_keys, step_key
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.runs import plots, policies, validation
 from spg_jax.runs.examples import lessons_of

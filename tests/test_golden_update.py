@@ -19,7 +19,7 @@ from spg_jax.assembly import assemble, model_of
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.diffusion.corruption import Draws, scored_positions
 from spg_jax.rl.advantages import group_advantages
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.rollout import Rollout
 from spg_jax.runs.policies import make_policy
 from spg_jax.training import optimizers

@@ -24,7 +24,7 @@ from spg_jax.models.lora import FUSED, SHARED
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.planning.programs import FINE_TUNING, Plan
 from spg_jax.planning.sequences import draws_at_arrival
-from spg_jax.rl.learner import rows_together
+from spg_jax.rl.gradient import rows_together
 
 # The cost of attention in the backward pass, in units of the forward pass, which is two products.
 # Fused kernels compute the scores again, once in cuDNN and twice in splash, which has two kernels.

@@ -31,7 +31,8 @@ from spg_jax.random import root_key
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_generate
 from spg_jax.rl.experience import experience_shapes
-from spg_jax.rl.learner import kept_policies, make_update, rows_at_once
+from spg_jax.rl.gradient import rows_at_once
+from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.objectives.objective import token_log_probs
 from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.rl.scores import logit_pieces

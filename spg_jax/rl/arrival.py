@@ -10,13 +10,9 @@ from jax import Array
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.policy import Policy
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.learner import (
-    BEHAVIOUR,
-    join_passes,
-    other_policies,
-    split_passes,
-)
+from spg_jax.rl.gradient import join_passes, other_policies, split_passes
 from spg_jax.rl.objectives import Objective
+from spg_jax.rl.objectives.objective import BEHAVIOUR
 from spg_jax.rl.packing import join_parts, split_parts
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import Reader, corrupt, moments

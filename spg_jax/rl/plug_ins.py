@@ -27,7 +27,9 @@ from spg_jax.rl.advantages import group_advantages, leave_one_out, raw, standard
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import group_of
 from spg_jax.rl.objectives.objective import (
+    BEHAVIOUR,
     PPO,
+    REFERENCE,
     UNCONDITIONAL,
     Batch,
     Configured,
@@ -43,7 +45,6 @@ from spg_jax.rl.objectives.ratios import k2, k3
 from spg_jax.rl.rollout import Rollout
 
 METHOD = 'method'  # the method's own
-BEHAVIOUR, REFERENCE = 'behaviour', 'reference'
 ADVANTAGES = {
     'centred': group_advantages,
     'leave_one_out': leave_one_out,

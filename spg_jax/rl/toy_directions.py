@@ -18,8 +18,9 @@ from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.windows import Window
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.batching import Batching
-from spg_jax.rl.learner import BEHAVIOUR, make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.objectives import Objective
+from spg_jax.rl.objectives.objective import BEHAVIOUR
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.rl.toys import (

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from spg_jax.assembly import assemble
 from spg_jax.models.lora import ADAPTER, COLLECTION, LoRA, merged_kernel
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.sharding import abstract_params
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import apply_gradient, initial_state

@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose
 from spg_jax import sharding
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.models.lora import LoRA
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.objectives import Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import configured, over_groups
 from spg_jax.rl.scores import Reader

@@ -15,7 +15,8 @@ from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.diffusion import bounds
 from spg_jax.models.transformer import Transformer
-from spg_jax.rl.learner import elbo_spread, make_gradient, make_update
+from spg_jax.rl.gradient import elbo_spread, make_gradient
+from spg_jax.rl.learner import make_update
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of

@@ -17,7 +17,7 @@ from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.models.lora import LoRA
 from spg_jax.rl.advantages import group_advantages
-from spg_jax.rl.learner import make_gradient, rows_at_once
+from spg_jax.rl.gradient import make_gradient, rows_at_once
 from spg_jax.rl.objectives import REGISTRY, Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import configured, over_groups, without_advantage
 from spg_jax.rl.packing import packed, rows_of_piece

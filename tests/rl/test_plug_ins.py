@@ -19,7 +19,8 @@ from benchmarks.adaptive_omega import best_omega
 from spg_jax.assembly import assemble
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.diffusion.sampling import SamplingConfig
-from spg_jax.rl.learner import kept_policies, make_gradient
+from spg_jax.rl.gradient import make_gradient
+from spg_jax.rl.learner import kept_policies
 from spg_jax.rl.objectives import REGISTRY, Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import configured
 from spg_jax.rl.objectives.ratios import clipped, k2, k3

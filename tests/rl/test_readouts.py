@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose
 
 from spg_jax.assembly import assemble
 from spg_jax.rl import scores
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.scores import corrupt, logit_pieces, moments
 from tests.meshes import mesh_of
 from tests.parameters import random_params

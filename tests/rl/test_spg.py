@@ -15,7 +15,7 @@ from spg_jax.diffusion.corruption import Draws, scored_positions
 from spg_jax.models.policy import Policy
 from spg_jax.models.weights import load_checkpoint
 from spg_jax.rl.advantages import group_advantages, groups_with_signal
-from spg_jax.rl.learner import make_gradient
+from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.rollout import Rollout
 
 pytestmark = pytest.mark.numerical

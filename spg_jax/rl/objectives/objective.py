@@ -25,6 +25,8 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.rollout import Rollout
 
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, weight)
+# Names of policies: the one that sampled a rollout, and the initial one.
+BEHAVIOUR, REFERENCE = 'behaviour', 'reference'
 PPO, UNCONDITIONAL = 'ppo', 'unconditional'  # how a ratio is clipped; see `ratios.clipped`
 
 
