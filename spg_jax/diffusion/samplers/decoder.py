@@ -137,16 +137,17 @@ class Decoder:
         return cut(carry.tokens, self.prompt_length + self._start(carry), self.config.block_length)
 
     def _denoise(self, steps: _Steps) -> _Steps:
-        """Predicts the masked positions of the current block and commits some of them."""
+        """Predicts the masked positions of the current block and commits some of them.
+
+        A rule may also take tokens back, or write others in their place.
+        """
         config, carry, rule = self.config, steps.carry, self.config.rule
         start = self._start(carry)  # [] or [B]
         step = carry.block * config.steps_per_block + steps.turn  # [] or [B], over the completion
         tokens = self._block_tokens(carry)  # [B, b]
         is_masked = tokens == self.mask_id
-        in_block = None
         if carry.block.ndim:
-            in_block = (carry.block < config.blocks)[:, None]  # [B, 1]
-            is_masked &= in_block
+            is_masked &= (carry.block < config.blocks)[:, None]
         carry, logits, cache = self._look(steps, step, start)  # logits [B, b, V]
         names = config.records
         if rule.takes_back:
@@ -166,47 +167,23 @@ class Decoder:
             names,
         )
         commit_step = cut(carry.commit_step, start, config.block_length)  # [B, b]
-        taken, is_back = steps.taken, None
+        taken, post = steps.taken, steps.post
         if taken is not None:
-            # A row whose block is finished waits, and does not begin to take tokens back.
-            committed = (commit_step >= 0) & is_masked.any(-1)[:, None]  # [B, b]
-            is_last = steps.turn + 1 == config.steps_per_block
-            is_back = jax.vmap(rules.least_sure, (0, 0, 0, None))(  # [B, b]
-                cut(carry.extras['confidence'], start, config.block_length),
-                committed,
-                jnp.where(is_last, 0, config.remasks - taken),
-                config,
-            )
-            taken = taken + is_back.sum(-1)
-        post, edit = steps.post, None
+            is_back, taken = self._take_back(steps, carry, commit_step, is_masked, start)
         if post is not None:
-            edit = jax.vmap(rule.edit, (0, 0, None))(view, tokens, config)  # [B, b]
-            edit &= ~is_masked & (is_masked.any(-1) | (post > 0))[:, None]
-            edit &= tokens != self.mask_id  # Masks of a row that is past its last block stay.
-            if in_block is not None:
-                edit &= in_block
-            if self.generated is not None:
-                edit &= cut(self.generated, start, config.block_length)
-            # A round without MASK is the last one if it changes nothing.
-            post = jnp.where(is_masked.any(-1), post, jnp.where(edit.any(-1), post - 1, 0))
+            edit, post = self._choose_edits(post, view, carry, tokens, is_masked, start)
         tokens = jnp.where(commit, prediction, tokens)
         step_of_row = step if not step.ndim else step[:, None]
         commit_step = jnp.where(commit, step_of_row, commit_step)
-        if is_back is not None:
+        if taken is not None:
             tokens = jnp.where(is_back, self.mask_id, tokens)
             commit_step = jnp.where(is_back, -1, commit_step)
         extras = dict(carry.extras)
-        if edit is not None:
+        if post is not None:
             tokens = jnp.where(edit, prediction, tokens)
-            log_prob = records['log_prob']
+            writes = {'edits': prediction, 'edit_log_prob': records['log_prob']}
             records = {name: records[name] for name in config.records} | {'draft': prediction}
-            for name, value in {'edits': prediction, 'edit_log_prob': log_prob}.items():
-                before = cut(extras[name], start, config.block_length)  # [B, b, R]
-                is_turn = jnp.arange(before.shape[-1])[None, None, :] == steps.turn
-                is_now = edit[:, :, None] & is_turn
-                extras[name] = put(
-                    extras[name], jnp.where(is_now, value[:, :, None], before), start
-                )
+            extras |= self._with_writes(extras, writes, edit, steps.turn, start)
         for name, value in records.items():
             before = cut(extras[name], start, config.block_length)
             chosen = commit.reshape(commit.shape + (1,) * (value.ndim - 2))
@@ -217,6 +194,60 @@ class Decoder:
             extras=extras,
         )
         return _Steps(turn=steps.turn + 1, carry=carry, taken=taken, post=post, cache=cache)
+
+    def _take_back(
+        self, steps: _Steps, carry: Carry, commit_step: Array, is_masked: Array, start: Array
+    ) -> tuple[Array, Array]:
+        """The tokens [B, b] that become MASK again, and how many each row has taken back, [B]."""
+        config = self.config
+        # A row whose block is finished waits, and does not begin to take tokens back.
+        committed = (commit_step >= 0) & is_masked.any(-1)[:, None]  # [B, b]
+        is_last = steps.turn + 1 == config.steps_per_block
+        is_back = jax.vmap(rules.least_sure, (0, 0, 0, None))(  # [B, b]
+            cut(carry.extras['confidence'], start, config.block_length),
+            committed,
+            jnp.where(is_last, 0, config.remasks - steps.taken),
+            config,
+        )
+        return is_back, steps.taken + is_back.sum(-1)
+
+    def _choose_edits(
+        self,
+        post: Array,
+        view: rules.View,
+        carry: Carry,
+        tokens: Array,
+        is_masked: Array,
+        start: Array,
+    ) -> tuple[Array, Array]:
+        """The tokens [B, b] that are rewritten, and the rounds without MASK that are left, [B]."""
+        edit = jax.vmap(self.config.rule.edit, (0, 0, None))(view, tokens, self.config)  # [B, b]
+        edit &= ~is_masked & (is_masked.any(-1) | (post > 0))[:, None]
+        edit &= tokens != self.mask_id  # Masks of a row that is past its last block stay.
+        if carry.block.ndim:
+            edit &= (carry.block < self.config.blocks)[:, None]
+        if self.generated is not None:
+            edit &= cut(self.generated, start, self.config.block_length)
+        # A round without MASK is the last one if it changes nothing.
+        return edit, jnp.where(is_masked.any(-1), post, jnp.where(edit.any(-1), post - 1, 0))
+
+    def _with_writes(
+        self,
+        extras: dict[str, Array],
+        writes: dict[str, Array],
+        edit: Array,
+        turn: Array,
+        start: Array,
+    ) -> dict[str, Array]:
+        """The records [B, C, R] of edits by name, with what was written in this round, [B, b]."""
+        written = {}
+        for name, value in writes.items():
+            before = cut(extras[name], start, self.config.block_length)  # [B, b, R]
+            is_turn = jnp.arange(before.shape[-1])[None, None, :] == turn
+            is_now = edit[:, :, None] & is_turn
+            after = jnp.where(is_now, value[:, :, None], before)
+            written[name] = put(extras[name], after, start)
+        return written
 
     def _look(self, steps: _Steps, step: Array, start: Array) -> tuple[Carry, Array, Any]:
         """The logits [B, b, V] of the block at `start`, after noting what changed around it.
