@@ -45,6 +45,9 @@ ARMS = {
     # Supervised fine-tuning on right completions of the base policy, which about a third of the
     # budget of the tasks below samples.
     'rejection': 'rl.objective=spg_jax.rl.rejection rejection.batches=36',
+    # A policy that edits its drafts, and the same with credit for the drafts alone.
+    'autoedit': 'rl.objective=autoedit sampling.sampler=autoedit',
+    'autoedit_draft': 'rl.objective=autoedit sampling.sampler=autoedit autoedit.credit=draft',
     # Ablations of SPG.
     'spg_uniform': 'corruption.kind=uniform',
     'spg_informed': 'corruption.informed=True',
@@ -62,6 +65,12 @@ CONFIGS = {
     # Half the batch of the main job, so that all runs fit into some hours.
     'sudoku': 'sudoku:small rl.prompts=8 rl.microbatch=64 train.steps=100',
     'countdown_tiny': 'countdown:tiny train.steps=6',
+    # Base policies that were trained to correct answers as well, half of them as long as in the
+    # main jobs. Every evaluation edits, and says how good the drafts were.
+    'sudoku_edited': 'sudoku:small base.edit_weight=1.0 base.stages=((500,1.0),(125,0.15)) '
+    'evaluation.sampler=autoedit rl.prompts=8 rl.microbatch=64 train.steps=60',
+    'countdown_edited': 'countdown:small base.edit_weight=1.0 base.stages=((650,1.0),(150,0.15)) '
+    'evaluation.sampler=autoedit train.steps=60',
 }
 
 # Settings of all runs: what only costs time here.
@@ -114,6 +123,15 @@ PRESETS = {
         tasks='sudoku countdown',
         rates=(3e-4, 1e-3),
         tuning_share=1.0,
+        own_bases=True,
+    ),
+    # What editing is worth before and after reinforcement learning of draft, answer or both.
+    'editing': dict(
+        methods='spg_mixture autoedit autoedit_draft',
+        tasks='sudoku_edited countdown_edited',
+        rates=(3e-4,),
+        budget='updates',
+        validations=4,
         own_bases=True,
     ),
     'negative': _ablation('spg_none', 'spg_elbo', 'spg_eubo'),

@@ -457,6 +457,29 @@ def test_the_table_and_the_curves_come_from_lines_alone(played, tmp_path):
 
 
 @fast
+@fast
+def test_editing_has_a_table_of_its_own(played, tmp_path):
+    """Of each policy the accuracy of drafts and answers over seeds, and what editing changed."""
+    compare.compare(comparison_of(), played)
+    lines = [line for line in lines_of(played) if line['role'] == 'seed']  # of seeds 0 and 1
+    methods = {line['method'] for line in lines}
+    assert 'draft' not in write_report(lines, tmp_path)
+    edited = [
+        line
+        | {'base_accuracy': 0.2, 'base_draft_accuracy': 0.1, 'draft_accuracy': 0.5}
+        | {'accuracy': 0.7 + 0.1 * line['seed'], 'base_wrong_to_right': 4}
+        | {'base_right_to_wrong': 0, 'wrong_to_right': 10 + line['seed'], 'right_to_wrong': 1}
+        for line in lines
+    ]
+    table = write_report(edited, tmp_path).partition('| test | draft |')[2].splitlines()
+    half = 12.706 * 0.1 / 2  # Student's t of one degree of freedom, times s / sqrt(2)
+    spread = f'± {100 * half:.1f}'
+    assert '| base policy | 10.0 ± 0.0 | 20.0 ± 0.0 | +10.0 ± 0.0 | 4.0 | 0.0 |' in table
+    for method in methods:
+        row = f'| {method} | 50.0 ± 0.0 | 75.0 {spread} | +25.0 {spread} | 10.5 | 1.0 |'
+        assert row in table
+
+
 def test_a_band_is_taken_where_all_curves_have_a_point():
     curves = [[(2, 0.5), (4, 1.0)], [(2, 0.25), (4, 0.5), (6, 1.0)]]
     assert band(curves) == ([2, 4], [0.25, 0.5], [0.375, 0.75], [0.5, 1.0])

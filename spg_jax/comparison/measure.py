@@ -9,7 +9,7 @@ from spg_jax.comparison.plan import TUNING, Job
 from spg_jax.process.json_files import read_json
 from spg_jax.runs.guard import Guard, Rules
 from spg_jax.runs.metrics import read_rows
-from spg_jax.runs.report import RESULT
+from spg_jax.runs.report import EDIT_FIGURES, RESULT
 
 POINTS = 60  # of a curve of rewards in a line of figures
 RARE = 0.05
@@ -45,6 +45,7 @@ def figures_of(workdir: Path, job: Job, due: Callable[[int], int]) -> dict[str, 
     if job.role == TUNING:
         return figures
     names = ('card', 'base_accuracy', 'base_grid_accuracy', 'accuracy', 'grid_accuracy', 'reward')
+    names += tuple(f'{when}{name}' for when in ('base_', '') for name in EDIT_FIGURES)
     return figures | {name: result[name] for name in names if name in result}
 
 

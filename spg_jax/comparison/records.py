@@ -58,6 +58,13 @@ class Line(TypedDict):
     accuracy: NotRequired[float]
     grid_accuracy: NotRequired[float]
     reward: NotRequired[float]
+    # Where evaluations edit: the accuracy of drafts, and how many rows editing solves and spoils.
+    base_draft_accuracy: NotRequired[float]
+    base_wrong_to_right: NotRequired[int]
+    base_right_to_wrong: NotRequired[int]
+    draft_accuracy: NotRequired[float]
+    wrong_to_right: NotRequired[int]
+    right_to_wrong: NotRequired[int]
 
 
 def job_of(line: Line) -> Job:

@@ -73,6 +73,8 @@ def _section(task: str, lines: Sequence[Line]) -> str:
     if measured:
         parts.append(_table(measured))
         parts.append(_base(next(iter(measured.values()))))
+        if all('draft_accuracy' in line for group in measured.values() for line in group):
+            parts.append(_edits_table(measured))
     if any(line['role'] == TUNING for line in lines):
         parts.append(_tuning_table([line for line in lines if line['role'] == TUNING]))
     failed = [line for line in lines if line['status'] == FAILED]
@@ -146,6 +148,27 @@ def _base(lines: Sequence[Line]) -> str:
     if 'base_grid_accuracy' in lines[0]:
         words = f'{words} of cells, {percent(_estimate_of(lines, "base_grid_accuracy"))} of grids'
     return f'base policy on test: {words}; budget of all methods: the same {lines[0]["budget"]}'
+
+
+def _edits_table(groups: dict[str, list[Line]]) -> str:
+    """Accuracy of drafts and of edited answers on test, and how many problems editing changes."""
+    head = ['test', 'draft', 'answer', 'gain', 'problems: wrong to right', 'right to wrong']
+    rows = [head, ['---'] * len(head)]
+    policies = {'base policy': ('base_', [line for lines in groups.values() for line in lines])}
+    policies |= {method: ('', lines) for method, lines in groups.items()}
+    for policy, (when, lines) in policies.items():
+        # Runs of one seed have one base policy.
+        edited = list({line['seed']: line for line in lines}.values())
+        drafts = [line[f'{when}draft_accuracy'] for line in edited]
+        answers = [line[f'{when}accuracy'] for line in edited]
+        gains = [after - before for before, after in zip(drafts, answers, strict=True)]
+        changes = (
+            f'{sum(line[f"{when}{name}"] for line in edited) / len(edited):.1f}'
+            for name in ('wrong_to_right', 'right_to_wrong')
+        )
+        accuracies = percent(estimate(drafts)), percent(estimate(answers))
+        rows.append([policy, *accuracies, percent(estimate(gains), signed=True), *changes])
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def _estimate_of(lines: Sequence[Line], name: str) -> Estimate:

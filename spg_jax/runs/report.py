@@ -13,6 +13,8 @@ from spg_jax.runs.identity import Settings
 from spg_jax.runs.run import Run
 
 RESULT = 'result.json'
+# What editing is worth, where it edits: accuracy before it, and how many problems it changes.
+EDIT_FIGURES = ('draft_accuracy', 'wrong_to_right', 'right_to_wrong')
 
 
 class _Figures(TypedDict):
@@ -79,9 +81,8 @@ def summary(config: Settings, run: Run, final: Figures, base_policy: Path) -> di
             'grid_accuracy': final['grid_accuracy'],
         }
     if 'draft_accuracy' in final:  # before editing
-        names = 'draft_accuracy', 'wrong_to_right', 'right_to_wrong'
-        result |= {f'base_{name}': base[name] for name in names}
-        result |= {name: final[name] for name in names}
+        result |= {f'base_{name}': base[name] for name in EDIT_FIGURES}
+        result |= {name: final[name] for name in EDIT_FIGURES}
     return result
 
 
