@@ -225,42 +225,60 @@ def make_sample(decoding: SamplingConfig, batching: Batching) -> Callable[..., R
 
     Completions come from the real sampler. Its records are those of `decoding`.
     """
-    decoding = dataclasses.replace(decoding, stop_early=False)
-    group = batching.group_size
-    prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), group)[:, None]  # [B, 1]
 
     def sample(table: Array, reward: Array, key: Array) -> Rollout:
         def hidden(tokens: Array, valid: Array, window: Window) -> Array:
             logits = lookup(table, tokens[:, :1], tokens[:, 1:])
             return window.cut(jnp.pad(logits, ((0, 0), (1, 0), (0, 0))))
 
-        completion = sampling.generate(
-            hidden,
-            lambda hidden: hidden,
-            jnp.asarray(prompt),
-            jnp.ones(prompt.shape, bool),
-            jax.random.split(key, len(prompt)),
-            decoding,
-            MASK,
-            EOS,
-            jnp.arange(VOCABULARY) < SYMBOLS,
-        )
-        powers = SYMBOLS ** np.arange(LENGTH)
-        index = (completion.tokens * powers[None, :]).sum(-1)  # [B]
-        rows = len(prompt)
-        return Rollout(
-            prompt=jnp.asarray(prompt),
-            prompt_mask=jnp.ones(prompt.shape, bool),
-            completion=completion.tokens,
-            scored=jnp.ones((rows, LENGTH), bool),
-            commit_step=completion.commit_step,
-            reward=reward[prompt[:, 0], index],
-            advantage=jnp.zeros(rows),
-            example_id=jnp.arange(rows, dtype=jnp.uint32),
-            extras=completion.extras,
-        )
+        return rollout_of(hidden, lambda hidden: hidden, reward, key, decoding, batching.group_size)
 
     return jax.vmap(sample, (None, None, 0))
+
+
+def rollout_of(
+    hidden: Callable[[Array, Array, Window], Array],
+    unembed: Callable[[Array], Array],
+    reward: Array,
+    key: Array,
+    decoding: SamplingConfig,
+    group_size: int,
+) -> Rollout:
+    """A rollout [B, ...] of a toy, a group of each prompt, without advantages.
+
+    Args:
+      hidden, unembed: the model, as `sampling.generate` takes it.
+      reward: [Q - 1, X] of each prompt and completion.
+      key: [] of the random numbers.
+      decoding: the decoder; a toy has no EOS.
+      group_size: G.
+    """
+    prompt = np.repeat(np.arange(PROMPTS, dtype=np.int32), group_size)[:, None]  # [B, 1]
+    completion = sampling.generate(
+        hidden,
+        unembed,
+        jnp.asarray(prompt),
+        jnp.ones(prompt.shape, bool),
+        jax.random.split(key, len(prompt)),
+        dataclasses.replace(decoding, stop_early=False),
+        MASK,
+        EOS,
+        jnp.arange(VOCABULARY) < SYMBOLS,
+    )
+    powers = SYMBOLS ** np.arange(LENGTH)
+    index = (completion.tokens * powers[None, :]).sum(-1)  # [B]
+    rows = len(prompt)
+    return Rollout(
+        prompt=jnp.asarray(prompt),
+        prompt_mask=jnp.ones(prompt.shape, bool),
+        completion=completion.tokens,
+        scored=jnp.ones((rows, LENGTH), bool),
+        commit_step=completion.commit_step,
+        reward=reward[prompt[:, 0], index],
+        advantage=jnp.zeros(rows),
+        example_id=jnp.arange(rows, dtype=jnp.uint32),
+        extras=completion.extras,
+    )
 
 
 def make_directions(

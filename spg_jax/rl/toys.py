@@ -48,6 +48,16 @@ class Toy(NamedTuple):
     reward: Array  # [Q - 1, X] of each prompt and completion
 
 
+class ToyPolicy(Policy):
+    """A transformer that gives no probability to EOS and MASK."""
+
+    def unembed(self, variables: Variables, hidden: Array) -> Array:
+        """As in `Policy`."""
+        special = np.where(self.allowed, 0.0, NEVER).astype(np.float32)
+        logits = super().unembed(variables, hidden)
+        return logits + special.reshape((1,) * (logits.ndim - 1) + special.shape)
+
+
 class TablePolicy(Policy):
     """A policy whose parameters are its logits in every state, [Q, N, C, V]."""
 
@@ -73,12 +83,12 @@ def lookup(table: Array, prompt: Array, completion: Array) -> Array:
     return table[which, state]
 
 
-def network() -> Policy:
+def network() -> ToyPolicy:
     """The transformer of a toy."""
     config = TransformerConfig(
         VOCABULARY, width=8, layers=1, heads=2, kv_heads=2, mlp_width=16, rope_theta=100.0
     )
-    return Policy(config, MASK, EOS, np.arange(VOCABULARY) < SYMBOLS)
+    return ToyPolicy(config, MASK, EOS, np.arange(VOCABULARY) < SYMBOLS)
 
 
 def as_table(policy: Policy) -> TablePolicy:
@@ -95,22 +105,33 @@ def make_toys(seeds: range, reward: str, steps: int = TRAINING_STEPS) -> list[To
       steps: of the training of each transformer.
     """
     policy = network()
-    start = _initial_parameters(policy)
-    weights = np.stack([training_weights(language(seed)) for seed in seeds])
 
-    def know(weight: Array) -> tuple[Array, Array]:
-        flat, unravel = ravel_pytree(_learn(policy, start, weight, steps))
+    def know(params: Any) -> tuple[Array, Array]:
+        flat, unravel = ravel_pytree(params)
         table, push = jax.linearize(lambda flat: table_of_network(policy, unravel(flat)), flat)
         columns = jax.lax.map(lambda x: push(x).reshape(-1), jnp.eye(len(flat)), batch_size=64)
         return table, columns.T
 
-    # Only a long training is worth an optimised program.
-    compiled = jax.jit if steps == TRAINING_STEPS else lambda function: quick(function, weights)
-    tables, jacobians = compiled(lambda weights: jax.lax.map(know, weights))(weights)
+    params = learn(seeds, steps)
+    tables, jacobians = quick(lambda params: jax.lax.map(know, params), params)(params)
     return [
         Toy(table, jacobian, jnp.asarray(rewards(reward, seed)))
         for seed, table, jacobian in zip(seeds, tables, jacobians, strict=True)
     ]
+
+
+def learn(seeds: range, steps: int = TRAINING_STEPS) -> Any:
+    """The parameters of transformers that have learned random languages, each leaf [seeds, ...]."""
+    policy = network()
+    start = _initial_parameters(policy)
+    weights = np.stack([training_weights(language(seed)) for seed in seeds])
+
+    def learn_all(weights: Array) -> Any:
+        return jax.lax.map(lambda weight: _learn(policy, start, weight, steps), weights)
+
+    # Only a long training is worth an optimised program.
+    compiled = jax.jit(learn_all) if steps == TRAINING_STEPS else quick(learn_all, weights)
+    return compiled(weights)
 
 
 def _initial_parameters(policy: Policy) -> Any:
@@ -126,7 +147,7 @@ def _initial_parameters(policy: Policy) -> Any:
 
 
 def table_of_network(policy: Policy, params: Any) -> Array:
-    """The logits [Q, N, C, V] of a transformer in every state; EOS and MASK get none."""
+    """The logits [Q, N, C, V] of a transformer in every state."""
     states = exact.every_state(LENGTH, SYMBOLS, MASK)  # [N, C]
     prompts = np.array([*range(PROMPTS), MASK], np.int32)
     count = len(states) * len(prompts)
@@ -136,8 +157,7 @@ def table_of_network(policy: Policy, params: Any) -> Array:
         jnp.ones((count, 1), bool),
         jnp.asarray(np.tile(states, (len(prompts), 1))),
     )
-    special = np.where(policy.allowed, 0.0, NEVER).astype(np.float32)
-    return logits.reshape(len(prompts), len(states), LENGTH, VOCABULARY) + special[None, None, None]
+    return logits.reshape(len(prompts), len(states), LENGTH, VOCABULARY)
 
 
 def language(seed: int) -> np.ndarray:

@@ -1,0 +1,188 @@
+"""Where each treatment of worse completions pays: SPG's signs on toys, one axis at a time.
+
+    python -m benchmarks.regime [--out=runs/regime] [--updates=500]
+
+Toys (spg_jax/rl/toys.py) are trained by the real sampler, masks, losses and learner, from a centre:
+15 % of completions right, groups of 8, block masks, M = 2, temperature 1, one token a step by
+confidence in blocks of two, 2 updates a rollout. One setting at a time is moved away from it. At
+every point each arm has the best of the same learning rates, by the mean value at the end on toys
+that are not measured. A value is the exact expected reward of the decoder, so that intervals are
+those of languages and samples alone. DIR gets regime.jsonl, a line for each point and arm, and
+regime.png; the command goes on where it was cut. docs/regime.md holds what was expected before.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from spg_jax import microscope
+from spg_jax.comparison.statistics import estimate, percent
+from spg_jax.microscope import Decoder, Subject
+from spg_jax.process import cli
+from spg_jax.rl import toys
+from spg_jax.rl.toy_training import make_training, rewards_of_mass
+
+FLAGS = flags.FLAGS
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    'none': {'spg.negative': 'none'},
+    'ELBO': {'spg.negative': 'elbo'},
+    'EUBO': {'spg.negative': 'eubo'},
+    'mixture': {},
+    'mixture, centred': {'spg.baseline': 'each'},
+}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+TUNED, MEASURED = range(100, 108), range(16)  # seeds of toys
+LOOKS = 10
+
+
+class Point(NamedTuple):
+    """A place on an axis; what it does not name is that of the centre."""
+
+    axis: str
+    level: str
+    settings: Mapping[str, Any] = {}
+    decoder: Decoder = microscope.CONFIDENCE
+    reward: str = ''  # '' gives 1 for random completions whose probability is `right`
+    right: float = 0.15
+    longer: int = 1  # times as many updates
+
+
+CENTRE = Point('centre', '')
+POINTS = (
+    CENTRE,
+    Point('right at the start', '2 %', right=0.02),
+    Point('right at the start', '5 %', right=0.05),
+    Point('right at the start', '40 %', right=0.4),
+    Point('reward', 'graded', reward='cells'),
+    Point('updates a rollout', '1', {'rl.inner_updates': 1}),
+    Point('updates a rollout', '10', {'rl.inner_updates': 10}),
+    Point('completions of a group', '3', {'rl.group_size': 3, 'rl.microbatch': 6}),
+    Point('temperature', '0.5', decoder=Decoder('T = 0.5', temperature=0.5)),
+    Point('temperature', '0.25', decoder=Decoder('T = 0.25', temperature=0.25)),
+    Point('tokens a step', '2', decoder=Decoder('two a step', steps=2)),
+    Point('masks', 'uniform', {'corruption.kind': 'uniform'}),
+    Point('order', 'random', decoder=Decoder('random', commit='random', block_length=4)),
+    Point('updates', 'x 6', longer=6),
+)
+
+
+def main(_: Sequence[str]) -> None:
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / 'regime.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    done = {(record['axis'], record['level'], record['arm']) for record in records}
+    params = toys.learn(range(TUNED.stop))  # A toy depends on its seed alone.
+    for point in POINTS:
+        for arm in ARMS:
+            if (point.axis, point.level, arm) in done:
+                continue
+            records.append(measure(point, arm, params))
+            with path.open('a') as file:
+                file.write(json.dumps(records[-1]) + '\n')
+            print(*records[-1].values(), flush=True)
+    print(table(records))
+    draw(records, out / 'regime.png')
+
+
+def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
+    """The values of an arm at a point, with the learning rate that is best on other toys."""
+    started = time.process_time()
+    settings = {**point.settings, **ARMS[arm]}
+    parts = microscope.parts_of(Subject(point.axis, arm, 'spg', settings, point.decoder))
+    law_of = jax.jit(
+        lambda params: toys.laws(toys.table_of_network(toys.network(), params), parts.sampling)
+    )
+    updates = point.longer * FLAGS.updates
+    train = jax.jit(jax.vmap(make_training(parts, updates, LOOKS), (0, 0, 0, None)))
+
+    def values(seeds: range, rate: float) -> np.ndarray:
+        """[seeds, K + 1]."""
+        chosen = [jax.tree.map(itemgetter(seed), params) for seed in seeds]
+        rewards = [
+            toys.rewards(point.reward, seed)
+            if point.reward
+            else rewards_of_mass(np.asarray(law_of(each)), point.right, seed)
+            for seed, each in zip(seeds, chosen, strict=True)
+        ]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chosen)
+        return np.asarray(train(stacked, np.stack(rewards), np.asarray(seeds, np.uint32), rate))
+
+    tuned = {rate: float(values(TUNED, rate)[:, -1].mean()) for rate in RATES}
+    best = max(tuned, key=tuned.get)
+    measured = values(MEASURED, best)
+    return {
+        'axis': point.axis,
+        'level': point.level,
+        'arm': arm,
+        'rate': best,
+        'updates': updates,
+        'tuned': tuned,
+        'curve': measured.mean(0).round(4).tolist(),
+        'end': measured[:, -1].round(5).tolist(),
+        'best': measured.max(-1).round(5).tolist(),
+        'cpu_seconds': round(time.process_time() - started),
+    }
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Values at the end in per cent, and the differences to learning from better ones alone."""
+    lines = ['| axis | level | start | ' + ' | '.join(ARMS) + ' | ELBO - none | mixture - none |']
+    lines.append('|---' * (len(ARMS) + 5) + '|')
+    for axis, level in dict.fromkeys((record['axis'], record['level']) for record in records):
+        at = {r['arm']: r for r in records if (r['axis'], r['level']) == (axis, level)}
+        cells = [axis, level, f'{100 * next(iter(at.values()))["curve"][0]:.0f}']
+        cells += [percent(estimate(at[arm]['end'])) if arm in at else '' for arm in ARMS]
+        for arm in ('ELBO', 'mixture'):
+            pairs = zip(at[arm]['end'], at['none']['end'], strict=True) if arm in at else ()
+            differences = [one - other for one, other in pairs]
+            cells.append(percent(estimate(differences), signed=True) if differences else '')
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Values at the end of every point, with 95 % intervals, and the long training's curves."""
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys((record['axis'], record['level']) for record in records))
+    figure = Figure(figsize=(12, 5), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for number, arm in enumerate(ARMS):
+        own = {(r['axis'], r['level']): r for r in records if r['arm'] == arm}
+        shown = [place for place in places if place in own]
+        estimates = [estimate(own[place]['end']) for place in shown]
+        left.errorbar(
+            [places.index(place) + 0.14 * (number - 2) for place in shown],
+            [100 * each.mean for each in estimates],
+            [100 * each.half for each in estimates],
+            fmt='o',
+            markersize=4,
+            label=arm,
+        )
+        for (axis, _), record in own.items():
+            if axis == POINTS[-1].axis:
+                x = np.linspace(0, record['updates'], len(record['curve']))
+                right.plot(x, 100 * np.asarray(record['curve']), label=arm)
+    left.set_xticks(range(len(places)), [f'{a} {b}' for a, b in places], rotation=60, ha='right')
+    left.set(ylabel='expected reward at the end, %', title='one setting away from the centre')
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3, axis='y')
+    right.set(xlabel='updates', title='longer, at the centre')
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == '__main__':
+    flags.DEFINE_integer('updates', 500, 'Updates of a training.', lower_bound=100)
+    cli.define_path_flag('out', 'runs/regime', 'The folder of records and picture.', saves=True)
+    cli.run(main)
