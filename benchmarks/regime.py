@@ -103,7 +103,10 @@ def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
         lambda params: toys.laws(toys.table_of_network(toys.network(), params), parts.sampling)
     )
     updates = point.longer * FLAGS.updates
-    train = jax.jit(jax.vmap(make_training(parts, updates, LOOKS), (0, 0, 0, None)))
+    train = make_training(
+        parts.objective, parts.sampling, parts.batching, parts.optimizer, updates, LOOKS
+    )
+    train = jax.jit(jax.vmap(train, (0, 0, 0, None)))
 
     def values(seeds: range, rate: float) -> np.ndarray:
         """[seeds, K + 1]."""

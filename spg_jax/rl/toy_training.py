@@ -17,31 +17,41 @@ import numpy as np
 import optax
 from jax import Array
 
-from spg_jax.assembly import Parts
+from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.rl.batching import Batching
 from spg_jax.rl.gradient import make_gradient
+from spg_jax.rl.objectives import Objective
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.rl.slots import functions_of
 from spg_jax.rl.toy_directions import rollout_of
 from spg_jax.rl.toys import PROMPTS, laws, network, table_of_network
+from spg_jax.training.optimizers import AdamW
 
 
 def make_training(
-    parts: Parts, updates: int, looks: int
+    objective: Objective,
+    decoding: SamplingConfig,
+    batching: Batching,
+    optimizer: AdamW,
+    updates: int,
+    looks: int,
 ) -> Callable[[Any, Array, Array, Array], Array]:
     """A function (parameters, reward [Q - 1, X], seed [], learning rate []) -> values [K + 1].
 
     The values are those before the first update and after each K-th part of the updates.
 
     Args:
-      parts: objective, decoder, batching and optimiser, as `spg_jax.train` has them. The objective
-        looks at no other policy.
+      objective: which looks at no policy but the trained one.
+      decoding: of rollouts, and of the values.
+      batching: the rows of a rollout, and the updates on it.
+      optimizer: its moments and its largest gradient; the learning rate is that of the call.
       updates: of a training.
       looks: K, which divides `updates`.
     """
-    policy, decoding, batching = network(), parts.sampling, parts.batching
+    policy = network()
     # A loop that ends early would have to wait for the slowest of many toys.
-    objective = dataclasses.replace(parts.objective, idle=None)
+    objective = dataclasses.replace(objective, idle=None)
     gradient_of = make_gradient(
         policy,
         objective,
@@ -49,10 +59,9 @@ def make_training(
         draws_per_pass=0,
         group_size=batching.group_size,
     )
-    settings = parts.optimizer
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(settings.grad_clip),
-        optax.scale_by_adam(settings.b1, settings.b2),
+    direction = optax.chain(
+        optax.clip_by_global_norm(optimizer.grad_clip),
+        optax.scale_by_adam(optimizer.b1, optimizer.b2),
     )
 
     def sampled(params: Any, reward: Array, key: Array) -> Rollout:
@@ -72,7 +81,7 @@ def make_training(
             draws = corrupt(objective.corruption, rollout, moments(seed, rollout, step, turn))
             trained = {'params': params}
             _, gradient, _ = gradient_of(trained, {}, rollout, draws, step=step)
-            change, state = optimizer.update(gradient['params'], state)
+            change, state = direction.update(gradient['params'], state)
             return jax.tree.map(lambda x, change: x - rate * change, params, change), state
 
         def learn(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], None]:
@@ -88,7 +97,7 @@ def make_training(
             carry, _ = jax.lax.scan(learn, carry, indices)
             return carry, value(carry[0], reward)
 
-        start = params, optimizer.init(params)
+        start = params, direction.init(params)
         indices = jnp.arange(len(keys), dtype=jnp.int32).reshape(looks, -1)
         _, values = jax.lax.scan(look, start, indices)
         return jnp.concatenate([value(params, reward)[None], values])
