@@ -1,6 +1,6 @@
 """The plans of all LLaDA-8B presets: four tasks on six machines, none of which has to be here.
 
-    python -m benchmarks.plan_tables [--topologies=v5e:4x4,h100:1]
+    python -m benchmarks.plan_tables [--topologies=v5e:4x4,h100:1] [--objectives=spg,d1]
 
 The command writes docs/plan.md. Tasks with the same shapes share their compiled programs. A program
 takes minutes to compile, and an update for v6e takes half an hour. Reports are therefore kept in
@@ -21,6 +21,7 @@ from rich.console import Console
 from configs import gsm8k
 from spg_jax import sharding
 from spg_jax.assembly import assemble
+from spg_jax.errors import check_one_of
 from spg_jax.method import set_objective
 from spg_jax.planning import costs, memory
 from spg_jax.planning.machines import GIB, LISTED, Machine, find_machine
@@ -82,16 +83,22 @@ def preset_for(topology: str) -> str:
     return next(name for name, hardware in HARDWARE.items() if hardware.topology == topology)
 
 
-def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
-    """A report, which is read from the store if it has one of the same programs."""
+def find_report(
+    config: ml_collections.ConfigDict, machine: Machine, programs: tuple[str, ...] = ()
+) -> Report:
+    """A report on some programs or all, read from the store if it has one of the same programs."""
     shapes = {
         group: config[group].to_dict()
         for group in ('model', 'lora', 'sampling', 'corruption', 'rl', 'mesh')
     }
     shapes['evaluation'] = config.evaluation.batch, config.evaluation.lengths
+    if programs:
+        shapes['programs'] = programs
+        if config.rl.objective in config:
+            shapes['objective'] = config[config.rl.objective].to_dict()
     path = STORE / f'{machine.topology.replace(":", "-")}-{digest(shapes)}.json'
     if not path.exists():
-        report = make_report(config, machine)
+        report = make_report(config, machine, programs=programs)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(dataclasses.asdict(report), indent=1))
     saved = json.loads(path.read_text())
@@ -105,6 +112,8 @@ def find_report(config: ml_collections.ConfigDict, machine: Machine) -> Report:
 
 
 def main(_: list[str]) -> None:
+    for name in FLAGS.objectives:
+        check_one_of('--objectives', name, REGISTRY)
     jax.config.update('jax_platforms', 'cpu')
     # CPU devices take the place of GPUs, for which nothing is compiled.
     jax.config.update('jax_num_cpu_devices', 16)
@@ -171,12 +180,25 @@ def more_draws() -> str:
 
 
 def every_objective() -> str:
-    """A table of what each objective needs on one machine, with its own numbers, by formula."""
+    """A table of what each objective needs on one machine, with its own numbers, by formula.
+
+    The updates of `--objectives` are compiled too.
+    """
     machine = find_machine(DRAWS_ON)
     mesh = sharding.make_mesh(
         gsm8k.get_config(preset_for(DRAWS_ON)).mesh, jax.devices('cpu')[: machine.count]
     )
-    columns = ('objective', 'M', 'stays', 'arrival', 'PFLOP', 'update', 'PFLOP')
+    columns = (
+        'objective',
+        'M',
+        'stays',
+        'arrival',
+        'PFLOP',
+        'update',
+        'PFLOP',
+        'compiled',
+        'formula off',
+    )
     lines = [f'| {" | ".join(columns)} |', f'|{"---|" * len(columns)}']
     for name in REGISTRY:
         config = gsm8k.get_config(preset_for(DRAWS_ON))
@@ -196,6 +218,11 @@ def every_objective() -> str:
                 continue
             work = costs.work(plan, program)
             cells += [f'{peaks[program]:.2f}', f'{work.flops / 1e15:.2f}']
+        if name in FLAGS.objectives:
+            report = find_report(config, machine, programs=('update',))
+            cells += [f'{report.peak("update") / GIB:.2f}', f'{report.deviation("update"):+.0%}']
+        else:
+            cells += ['–', '–']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -204,4 +231,5 @@ if __name__ == '__main__':
     flags.DEFINE_list(
         'topologies', list(LISTED), 'The machines; docs/plan.md is written only for all of them.'
     )
+    flags.DEFINE_list('objectives', [], 'The objectives whose updates are compiled.')
     cli.run(main)

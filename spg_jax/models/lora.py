@@ -130,13 +130,23 @@ class Adapter(nn.Module):
         ).value
 
     def _drop(self, x: Array, keys: Array) -> Array:
-        """x [B, L, in] with random entries dropped by the keys [B, L] and the others scaled up."""
-        keep_rate = 1.0 - self.lora.dropout
+        """x [B, L, in] with random entries dropped by the keys [B, L] and the others scaled up.
+
+        An entry is dropped by 16 random bits, so that the rate is a multiple of 2^-16.
+        """
+        dropped = min(round(self.lora.dropout * 2**16), 2**16 - 1)  # of 2^16 values
+        keep_rate = 1.0 - dropped / 2**16
+        fan_in = x.shape[-1]
 
         def keep_mask(token_key: Array) -> Array:
             """[in] bool, independent for each target."""
             key = jax.random.fold_in(token_key, TARGETS.index(targets_of(self.target)[0]))
-            return jax.random.bernoulli(key, keep_rate, x.shape[2:])
+            # Two entries share 32 bits. That halves the draws, and the compiler for TPUs does not
+            # move a concatenation into the product that follows. With the draws in it, the code of
+            # the product is so long that an update takes many minutes to compile.
+            bits = jax.random.bits(key, (-(-fan_in // 2),))
+            halves = jnp.concatenate([bits >> 16, bits & 0xFFFF])[:fan_in]
+            return halves.astype(jnp.int32) >= dropped
 
         keep = jax.vmap(jax.vmap(keep_mask))(keys)  # [B, L, in]
         return jnp.where(keep, x / keep_rate, 0).astype(x.dtype)

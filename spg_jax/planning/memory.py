@@ -15,6 +15,7 @@ from spg_jax import sharding
 from spg_jax.models.lora import COLLECTION
 from spg_jax.models.splash import padded_length
 from spg_jax.planning.programs import FINE_TUNING, Plan
+from spg_jax.rl.gradient import rows_together
 from spg_jax.training.train_state import TrainState
 
 
@@ -71,7 +72,8 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
     - experts: each of the k visits of a token has its own row, r L k (2 D + 3 F) elements for
       experts of width F, and the kernels of one layer's experts are gathered along 'embed';
     - saved (update): the inputs of all layers, r L D each, which are kept for the backward pass;
-    - gradients (update): the sum so far and the next term, for all trained parameters.
+    - gradients (update): the sum so far and the next term, for all trained parameters. Where the
+      draws of a microbatch are summed apart, that is a third sum.
 
     Fine-tuning is an update whose rows are all differentiated at once, and whose logits have a
     gradient as large as they are.
@@ -118,8 +120,21 @@ def _updating(plan: Plan) -> dict[str, float]:
         'layer': layer,
         **experts,
         'saved': model.layers * kept,
-        'gradients': 2 * local_bytes(plan.state.trained),
+        'gradients': (3 if _sums_draws_apart(plan) else 2) * local_bytes(plan.state.trained),
     }
+
+
+def _sums_draws_apart(plan: Plan) -> bool:
+    """Whether an update sums the gradients of draws within a microbatch before those of microbatches.
+
+    It does where it takes both in turn, and a microbatch holds all that its loss couples.
+    """
+    if plan.rollout is None:
+        return False
+    batching, rows, at_once = plan.parts.batching, plan.rows_of_update, plan.rows_at_once
+    couples = plan.parts.objective.couples
+    whole = rows_together(couples, rows, at_once, batching.group_size) == at_once
+    return whole and rows > at_once and 0 < batching.draws_per_pass < plan.draws
 
 
 def _reading(plan: Plan) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -102,14 +103,16 @@ def make_report(
     machine: Machine,
     fine_tuning: bool = False,
     expected: Expected | None = None,
+    programs: Collection[str] = (),
 ) -> Report:
-    """Compiles (TPU) or lowers (CUDA) every program of a run, and reads what it needs.
+    """Compiles (TPU) or lowers (CUDA) the programs of a run, and reads what they need.
 
     Args:
       config: the configuration of the run.
       machine: the machine, which does not have to be there.
       fine_tuning: whether the programs are those of `spg_jax.pretrain` from the checkpoint.
       expected: of the rollouts of the run; None expects that nothing can be saved.
+      programs: names of the programs to compile, of `Plan.programs`; none stands for all.
 
     Raises:
       ValueError: if the mesh does not divide the machine, the model or the rows.
@@ -125,7 +128,7 @@ def make_report(
         mesh=dict(mesh.shape),
         attention=plan.attention,
         resident=memory.resident(plan.state),
-        programs={name: measure(plan, name) for name in plan.programs},
+        programs={name: measure(plan, name) for name in programs or plan.programs},
         left={} if fine_tuning else work_left(plan, expected or Expected()),
     )
 
