@@ -76,7 +76,7 @@ def estimate(plan: Plan, name: str) -> dict[str, float]:
       draws of a microbatch are summed apart, that is a third sum.
 
     Fine-tuning is an update whose rows are all differentiated at once, and whose logits have a
-    gradient as large as they are.
+    gradient as large as they are. The logits of a teacher are beside those of the policy.
 
     Decoding needs most either in a layer or while unembedding; an update has all parts at once. The
     factors are those that the compiler for TPUs was observed to need.
@@ -115,7 +115,7 @@ def _updating(plan: Plan) -> dict[str, float]:
     return {
         'casts': sizes.casts,
         'tables': sizes.tables,
-        'logits': sizes.logits * (2 if plan.rollout is None else 1),
+        'logits': sizes.logits * (2 if plan.rollout is None or plan.parts.objective.teacher else 1),
         'attention': attention,
         'layer': layer,
         **experts,
@@ -125,7 +125,7 @@ def _updating(plan: Plan) -> dict[str, float]:
 
 
 def _sums_draws_apart(plan: Plan) -> bool:
-    """Whether an update sums the gradients of draws within a microbatch before those of microbatches.
+    """Whether an update first sums over the draws of a microbatch, and then over microbatches.
 
     It does where it takes both in turn, and a microbatch holds all that its loss couples.
     """
