@@ -194,17 +194,9 @@ def every_objective() -> str:
     mesh = sharding.make_mesh(
         gsm8k.get_config(preset_for(DRAWS_ON)).mesh, jax.devices('cpu')[: machine.count]
     )
-    columns = (
-        'objective',
-        'M',
-        'stays',
-        'arrival',
-        'PFLOP',
-        'update',
-        'PFLOP',
-        'compiled',
-        'formula off',
-    )
+    columns = ['objective', 'M', 'stays', 'arrival', 'PFLOP', 'update', 'PFLOP']
+    if FLAGS.objectives:
+        columns += ['compiled', 'formula off']
     lines = [f'| {" | ".join(columns)} |', f'|{"---|" * len(columns)}']
     for name in REGISTRY:
         config = gsm8k.get_config(preset_for(DRAWS_ON))
