@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -37,8 +38,10 @@ from spg_jax.runs.directory import digest
 FLAGS = flags.FLAGS
 TASKS = ('countdown', 'gsm8k', 'math500', 'sudoku')
 STORE = Path('build/plan')
+RECORDS = Path('docs/results/plans.jsonl')  # what the compiler for TPUs needed
 EFFICIENCY = 0.4  # share of the published rates that times assume
 TOLERANCE = 0.15  # largest error of the formula, as a share of the compiler's peak
+EXAMPLE = 'gsm8k', 'v5e:4x4'  # the plan that docs/plan.md shows in full
 DRAWS_ON = 'v5e:4x4'  # the machine for which more draws, and every objective, are planned
 # How rollouts must be decoded for an objective, beside the published settings of SPG.
 NEEDS = {
@@ -54,10 +57,11 @@ in GiB a chip and by formula; FLOPs are of all chips together. `--topologies=` p
 alone, and `--topologies= --objectives=spg,d1` compiles these updates too.
 
 No update here was compiled to its end. The compiler for TPUs places all buffers in 15 to 20
-CPU-seconds and then writes code for minutes, for however many layers, which are a loop: of spg
-without dropout it took 164 CPU-seconds in all. Three updates were compiled up to their buffers (the
-total of `*memory-usage-report.txt` in XLA's dump): spg needs 5.20 GiB, d1 4.88 and dtm 6.13. Code
-adds less than 0.1 GiB."""
+CPU-seconds and then writes code for minutes. With 4 layers and without dropout the update of spg
+took 164 CPU-seconds in all; layers are a loop, so that more of them should take no longer. Three
+updates were compiled up to their buffers (the total of `*memory-usage-report.txt` in XLA's dump):
+spg needs 5.20 GiB, d1 4.88 and dtm 6.13, without code, of which those 4 layers have less than
+0.1 GiB."""
 INTRODUCTION = f"""# LLaDA-8B on machines that are not here
 
     python -m benchmarks.plan_tables
@@ -67,8 +71,10 @@ draws, 4 updates a rollout. TPU programs are those that a run would execute, com
 compiler on a CPU; memory is that compiler's, and beside it stands how far the formula is off. For
 GPUs the same programs are lowered, not compiled, with einsum in place of cuDNN's attention, which
 JAX lowers only where it finds cuDNN; memory is by the formula alone, with it: an estimate.
-Times are of decoding every completion to its end, at {EFFICIENCY:.0%} of the published rates of the
-chip: an assumption, not a measurement. They leave out evaluations, rewards and input.
+Times are of decoding every completion to its end, at {EFFICIENCY:.0%} of the published rates of
+the chip: an assumption, not a measurement. They leave out evaluations, rewards and input. What idle
+rows and completions that end early save depends on policy and prompts: `spg_jax.plan --signal
+--length` takes the metrics `groups_with_signal` and `length` of an earlier run and counts it.
 
 Memory is in GiB a chip: what stays there (weights, adapters, optimiser), then the peak of each
 program."""
@@ -123,23 +129,41 @@ def main(_: list[str]) -> None:
     jax.config.update('jax_platforms', 'cpu')
     # CPU devices take the place of GPUs, for which nothing is compiled.
     jax.config.update('jax_num_cpu_devices', 16)
-    rows, details = [], []
+    rows, records, shown = [], [], ''
     for topology in FLAGS.topologies:
         for task in TASKS:
-            row, detail = planned(task, topology)
+            report, row, detail = planned(task, topology)
             rows.append(row)
-            details.append(detail)
+            records += compiled(task, report)
+            if (task, topology) == EXAMPLE:
+                shown = detail
             print(detail, flush=True)
     summary = '\n'.join([SUMMARY, *rows])
     objectives = every_objective()
     print(f'\n{summary}\n\n{objectives}')
     if tuple(FLAGS.topologies) == LISTED:
-        page = [INTRODUCTION, summary, more_draws(), OBJECTIVES, objectives, *details]
+        page = [INTRODUCTION, summary, more_draws(), OBJECTIVES, objectives, shown]
         write_whole(Path('docs/plan.md'), '\n\n'.join(page) + '\n')
+        write_whole(RECORDS, ''.join(json.dumps(record) + '\n' for record in records))
 
 
-def planned(task: str, topology: str) -> tuple[str, str]:
-    """(row of the summary, section of the page) for a task on a machine."""
+def compiled(task: str, report: Report) -> list[dict[str, Any]]:
+    """What the compiler needed for each program, in GiB a chip."""
+    return [
+        {
+            'task': task,
+            'topology': report.topology,
+            'program': name,
+            'activations_gib': round(program.compiled / GIB, 2),
+            'peak_gib': round(report.peak(name) / GIB, 2),
+        }
+        for name, program in report.programs.items()
+        if program.compiled is not None
+    ]
+
+
+def planned(task: str, topology: str) -> tuple[Report, str, str]:
+    """(report, row of the summary, section of the page) for a task on a machine."""
     machine, preset = find_machine(topology), preset_for(topology)
     config = importlib.import_module(f'configs.{task}').get_config(preset)
     assemble(config)
@@ -168,7 +192,7 @@ def planned(task: str, topology: str) -> tuple[str, str]:
         '\n'.join(line.rstrip() for line in console.file.getvalue().strip().splitlines()),
         verdict(report, config, machine, EFFICIENCY),
     ]
-    return row, '\n\n'.join(detail)
+    return report, row, '\n\n'.join(detail)
 
 
 def more_draws() -> str:
