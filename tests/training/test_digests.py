@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from spg_jax import sharding
+from spg_jax.training import digests
 from spg_jax.training.digests import digest_arrays, non_finite
 from tests.meshes import mesh_of
 
@@ -30,9 +31,14 @@ def placed(arrays, mesh=None):
     return {k: jax.device_put(x, rows if k in split else whole) for k, x in arrays.items()}
 
 
-def test_a_digest_does_not_depend_on_the_mesh():
+def test_a_digest_does_not_depend_on_the_mesh_nor_on_who_sums(monkeypatch):
+    """NumPy sums up these arrays, which are small; above its limit the devices do."""
     meshes = [mesh_of(), mesh_of(8, 1, 1), mesh_of(2, 2, 2)]
-    assert len({digest_arrays(placed(tree(), mesh)) for mesh in meshes}) == 1
+    codes = jnp.array([-8, -1, 7], jnp.int4)
+    on_host = {digest_arrays(placed(tree(), mesh) | {'codes': codes}) for mesh in meshes}
+    monkeypatch.setattr(digests, 'HOST_ELEMENTS', -1)
+    on_devices = {digest_arrays(placed(tree(), mesh) | {'codes': codes}) for mesh in meshes}
+    assert on_host == on_devices and len(on_host) == 1
 
 
 @pytest.mark.parametrize('name', ['kernel', 'half', 'step'])
@@ -70,8 +76,10 @@ def test_order_names_types_and_shapes_count():
     assert len(digests) == len(variants)
 
 
+@pytest.mark.parametrize('limit', [digests.HOST_ELEMENTS, -1])
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_the_first_array_that_is_not_finite_is_named(value):
+def test_the_first_array_that_is_not_finite_is_named(monkeypatch, value, limit):
+    monkeypatch.setattr(digests, 'HOST_ELEMENTS', limit)
     assert non_finite(placed(tree())) == ''
     arrays = tree()
     arrays['half'][3, 1] = value
