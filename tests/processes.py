@@ -79,16 +79,16 @@ def share_with_runs_in(directory: Path) -> None:
         (directory / name).symlink_to(SHARED / name)
 
 
-def start_pair(*command: str, **variables: str) -> list[subprocess.Popen[str]]:
-    """Two processes of 4 devices each that find each other as those of a job do, and run a module
-    that calls `distributed.start`, with more environment variables."""
+def start_pair(*command: str, devices: int = 4, **variables: str) -> list[subprocess.Popen[str]]:
+    """Two processes of some devices each that find each other as those of a job do, and run a
+    module that calls `distributed.start`, with more environment variables."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     return [
         start_module(
             *command,
-            devices=4,
+            devices=devices,
             JAX_COORDINATOR_ADDRESS=f'127.0.0.1:{port}',
             JAX_NUM_PROCESSES='2',
             JAX_PROCESS_ID=str(number),

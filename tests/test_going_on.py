@@ -10,18 +10,12 @@ from safetensors.numpy import load_file
 
 from spg_jax.process.interruption import Interruption
 from spg_jax.train import train
+from spg_jax.training import optimizers
 from tests import adapted, compiling
 from tests.meshes import mesh_of
 from tests.processes import finish_all, start_pair, wait_until
 
 STEPS = 6
-
-
-class Cut(Interruption):
-    """Asks to stop after one update."""
-
-    def requested(self):
-        return True
 
 
 @pytest.fixture(scope='module')
@@ -50,17 +44,17 @@ def config_of(root, steps):
     return config
 
 
-PROGRAMS = {}  # of starts in this process, by mesh and number of updates
+PROGRAMS = {}  # of the starts in this process, which all make the same updates on one device
 
 
-def start(config, workdir, mesh, interruption=Interruption):
+def start(config, workdir):
     """A start in this process, whose programs for evaluation are not compiled."""
-    programs = PROGRAMS.setdefault((tuple(mesh.shape.values()), config.train.steps), {})
+    mesh = mesh_of()
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         adapted.simplify(patch)
         adapted.skip_evaluation(patch)
-        adapted.share_programs(patch, programs)
-        with interruption() as stop:
+        adapted.share_programs(patch, PROGRAMS)
+        with Interruption() as stop:
             return train(config, workdir, mesh, stop)
 
 
@@ -70,18 +64,18 @@ def adapters_of(workdir):
 
 @pytest.fixture(scope='module')
 def whole(root):
-    assert start(config_of(root, STEPS), root[0] / 'whole', mesh_of())
+    assert start(config_of(root, STEPS), root[0] / 'whole')
     return adapters_of(root[0] / 'whole')
 
 
 @pytest.fixture(scope='module')
 def cut_in_two_processes(root, tmp_path_factory):
-    """A run on eight devices of two processes, which split all three axes of the mesh, and of which
-    one gets a SIGTERM."""
+    """A run on four devices of two processes, of which each holds one half of what is split over
+    `fsdp`, and of which one gets a SIGTERM."""
     workdir = tmp_path_factory.mktemp('cut')
-    mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
+    mesh = {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 2}
     command = adapted.command(workdir, settings_of(root, STEPS) | mesh)
-    pair = start_pair(*command, **compiling.QUICKLY)  # as this process compiles
+    pair = start_pair(*command, devices=2, **compiling.QUICKLY)  # as this process compiles
     wait_until((workdir / 'checkpoints' / '1').exists, *pair)
     pair[1].send_signal(signal.SIGTERM)
     return workdir, finish_all(pair)
@@ -94,12 +88,10 @@ def test_a_signal_to_one_of_two_processes_saves_and_stops_both(cut_in_two_proces
     assert not (workdir / 'result.json').exists(), 'the signal came too late'
 
 
-def test_a_run_goes_on_on_other_meshes(root, whole, cut_in_two_processes):
-    """Eight devices over which parameters are split, then one, then eight that only split rows."""
+def test_a_run_goes_on_on_one_device(root, whole, cut_in_two_processes):
+    """tests/runs/test_checkpoints.py goes from one device to several."""
     workdir, _ = cut_in_two_processes
-    config = config_of(root, STEPS)
-    assert not start(config, workdir, mesh_of(), Cut)
-    assert start(config, workdir, mesh_of(8, 1, 1))
+    assert start(config_of(root, STEPS), workdir)
     texts, expected = (x / 'completions.jsonl' for x in (workdir, root[0] / 'whole'))
     assert texts.read_text() == expected.read_text()
     moved = adapters_of(workdir)
@@ -108,12 +100,22 @@ def test_a_run_goes_on_on_other_meshes(root, whole, cut_in_two_processes):
         assert_allclose(moved[name], values, atol=1e-5, err_msg=name)
 
 
-def test_a_finished_run_that_is_made_longer_keeps_its_warm_up(root, whole, tmp_path):
+def test_a_finished_run_that_is_made_longer_keeps_its_warm_up(root, whole, tmp_path, monkeypatch):
+    """Every start makes its schedule for the updates that were planned first; the updates
+    themselves are those of `whole`, which also warms up in its first."""
+    for_rl, planned = optimizers.for_rl, []
+
+    def noted(settings, total_steps, *more):
+        planned.append(total_steps)
+        return for_rl(settings, total_steps, *more)
+
+    monkeypatch.setattr(optimizers, 'for_rl', noted)
     config = config_of(root, STEPS - 1)
-    assert start(config, tmp_path, mesh_of())
+    assert start(config, tmp_path)
     short = adapters_of(tmp_path)
     config.train.steps = STEPS
-    assert start(config, tmp_path, mesh_of())
+    assert start(config, tmp_path)
+    assert set(planned) == {STEPS - 1}
     longer = adapters_of(tmp_path)
     assert any(np.any(longer[name] != short[name]) for name in short)
     for name, values in whole.items():
