@@ -4,6 +4,7 @@ an odd number of characters earns a reward.
     python -m tests.adapted --config=tests/adapted.py [flags of spg_jax.train]
 """
 
+import os
 import runpy
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from configs import countdown
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
+from spg_jax.process import cli
 from spg_jax.rl import evaluator
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import plots, preparation
@@ -128,6 +130,9 @@ def _later_is_better(*_: Any) -> dict[str, float]:
 
 if __name__ == '__main__':
     compiling.use_older_emitters_where_optimizations_are_off()
+    if compiling.QUICKLY.items() <= os.environ.items():
+        # A run would ignore this variable, since runs of users are to have the same numbers.
+        del cli.NUMBERS[compiling.OPTIMIZATIONS_OFF]
     simplify(pytest.MonkeyPatch())
     evaluate_without_the_model(pytest.MonkeyPatch())
     runpy.run_module('spg_jax.train', run_name='__main__', alter_sys=True)
