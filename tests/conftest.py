@@ -80,5 +80,5 @@ def no_process_outlives_its_test():
 
 def pytest_collection_modifyitems(items):
     """Whole runs first: they take longest, and last they would leave a worker idle."""
-    long = ('test_train.py', 'test_going_on.py', 'test_readme.py')
+    long = ('test_train.py', 'test_going_on.py')
     items.sort(key=lambda item: item.path.name not in long)

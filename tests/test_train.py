@@ -1,10 +1,15 @@
-"""The whole pipeline at its tiny preset, as processes: it finishes, it resumes, it says what is
-wrong."""
+"""The whole pipeline at its tiny preset, as processes: the commands of the README work in their
+order, the main job among them resumes, and it says what is wrong.
+
+`.ci/run` runs the two commands that install, as they stand.
+"""
 
 import gzip
 import json
+import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,19 +18,64 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax import score
+from tests import processes
 from tests.processes import finish, start_module, tiny_run, wait_until
 
 pytestmark = pytest.mark.compiled_as_users_do
 WALL_CLOCK = ('seconds', 'base_seconds')
+# It starts as in a notebook whose plots need a package that is not installed here (fault G19).
+NOTEBOOK = {'MPLBACKEND': 'module://not_installed.backend'}
+REPOSITORY = Path(__file__).parent.parent
+# The beginnings of commands that need hours, a download, or a machine, and what runs them small.
+ELSEWHERE = {
+    'pytest': '.ci/run',
+    'spg_jax.compare': 'tests/test_compare.py',
+    'spg_jax.plan --config=configs/gsm8k.py:llada_8b': 'tests/planning/test_report.py',
+    'spg_jax.train --config=configs/gsm8k.py:llada_8b': 'tests/test_adapted_run.py',
+    'spg_jax.evaluate --config=configs/gsm8k.py:llada_8b': 'tests/test_published.py',
+    'spg_jax.export': 'tests/test_adapted_run.py',
+}
+PROBLEMS = [{'input': '30,100,93', 'output': '23'}, {'input': '1,2,3', 'output': '6'}]
+GENERATION = {
+    'question': '',
+    'ground_truth': [[30, 100, 93], 23],
+    'completion': r'\boxed{93 + 30 - 100}',
+}
+
+
+def commands() -> list[str]:
+    """What follows `python -m` in the README's blocks of commands, without comments."""
+    blocks = re.findall(r'```bash\n(.*?)```', (REPOSITORY / 'README.md').read_text(), re.DOTALL)
+    lines = [line.split('  #')[0] for block in blocks for line in block.splitlines()]
+    return [
+        part.strip().removeprefix('python -m ')
+        for line in lines
+        for part in line.split('&&')
+        if part.strip().startswith('python -m ')
+    ]
+
+
+def runs_here(command: str) -> bool:
+    return not any(command.startswith(beginning) for beginning in ELSEWHERE)
+
+
+def run(command: str, workdir: str, directory: Path) -> str:
+    """Runs the small form of a command in a directory; returns what it printed."""
+    command = re.sub(r'(configs/\w+\.py)(?!:)', r'\1:tiny', command).replace('DIR', workdir)
+    # Splits at spaces outside of quotes, as a shell would.
+    words = [re.sub(r"'", '', word) for word in re.findall(r"(?:'[^']*'|\S)+", command)]
+    done = processes.run(
+        [sys.executable, '-m', *words],
+        cwd=directory,
+        env=processes.environment(**NOTEBOOK),
+    )
+    assert done.returncode == 0, (command, done.stderr)
+    return done.stdout
 
 
 def training(workdir: Path, *arguments: str) -> subprocess.Popen:
-    """A run whose checkpoint after update 5 lies between two updates on one rollout.
-
-    It starts as in a notebook whose plots need a package that is not installed here (fault G19).
-    """
-    command = tiny_run(workdir, *arguments)
-    return start_module(*command, MPLBACKEND='module://not_installed.backend')
+    """A run whose checkpoint after update 5 lies between two updates on one rollout."""
+    return start_module(*tiny_run(workdir, *arguments), **NOTEBOOK)
 
 
 def rows_of(workdir: Path) -> list[dict]:
@@ -45,12 +95,64 @@ def newest_parameters(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+class Page:
+    """The README's commands in a directory of their own, of which each runs once."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.printed, self.workdir = directory, {}, None
+
+    def run(self, command: str) -> str:
+        self.printed[command] = out = run(command, str(self.workdir), self.directory)
+        return out
+
+
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('uninterrupted')
-    code, out, error = finish(training(workdir, '--config.train.profile=2'))
-    assert code == 0, error
-    return workdir, out
+def page(tmp_path_factory):
+    """The main job has run, which the other commands look at."""
+    page = Page(tmp_path_factory.mktemp('page'))
+    (page.directory / 'configs').symlink_to(REPOSITORY / 'configs')
+    processes.share_with_runs_in(page.directory)
+    out = page.run(next(filter(runs_here, commands())))
+    page.workdir = page.directory / re.search('^workdir (.*)$', out, re.MULTILINE)[1]
+    return page
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(page):
+    return page.workdir, next(iter(page.printed.values()))
+
+
+def test_every_command_is_run_here_or_elsewhere():
+    for beginning, place in ELSEWHERE.items():
+        assert any(command.startswith(beginning) for command in commands()), beginning
+        assert (REPOSITORY / place).is_file()
+
+
+def test_the_commands_work_in_the_order_of_the_page(page):
+    (page.directory / 'countdown_test.jsonl').write_text('\n'.join(map(json.dumps, PROBLEMS)))
+    (page.directory / 'generations.jsonl').write_text(json.dumps(GENERATION) + '\n')
+    for command in filter(runs_here, commands()):
+        if command not in page.printed:
+            page.run(command)
+    printed = page.printed
+    modules = [command.split()[0] for command in printed]
+    assert modules.count('spg_jax.train') == 2 and modules.count('spg_jax.evaluate') == 2
+    for command, out in printed.items():
+        last = out.splitlines()[-1]
+        if command.startswith(('spg_jax.evaluate', 'spg_jax.score')):
+            figures = json.loads(last)
+            assert 0 <= figures['accuracy'] <= 1
+        if '--data=countdown_test.jsonl' in command:
+            stated = {'task': 'countdown', 'total': len(PROBLEMS), 'scorer': 'compact'}
+            stated['files'] = ['countdown_test.jsonl']
+            assert figures | stated == figures
+            assert figures['accuracy'] == figures['correct'] / 2 and 0 <= figures['pass_at_2'] <= 1
+        if command.startswith('spg_jax.train'):
+            assert 'finished: test ' in out and 'spg_jax.evaluate' in last
+        if command.startswith('spg_jax.generate'):
+            assert 'step' in out
+    scored = next(out for command, out in printed.items() if command.startswith('spg_jax.score'))
+    assert json.loads(scored.splitlines()[-1])['accuracy'] == 1.0
 
 
 def test_a_run_leaves_everything_it_promises(uninterrupted):
@@ -72,10 +174,49 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert result['card']['checkpoint'] == 'validation'
 
 
-def test_a_trace_names_the_phases_of_one_rollout_and_one_update(uninterrupted):
+def test_run_again_says_it_is_finished(page):
+    before = (page.workdir / 'metrics.jsonl').read_text()
+    assert 'finished' in run(next(iter(page.printed)), '', page.directory)
+    assert (page.workdir / 'metrics.jsonl').read_text() == before
+
+
+@pytest.fixture(scope='module')
+def cut(uninterrupted, tmp_path_factory):
+    """A run that is cut after update 5, later than it was to write a trace, and has gone on."""
+    workdir = tmp_path_factory.mktemp('cut')
+    process = training(workdir, '--config.train.profile=2')
+    wait_until((workdir / 'checkpoints' / '5').exists, process)
+    process.send_signal(signal.SIGTERM)
+    code, out, error = finish(process)
+    assert not (workdir / 'result.json').exists(), 'the signal came too late to test anything'
+    assert code == 0, error
+    assert 'run the same command to go on' in out
+
+    # A machine that dies may lose the end of a file, and a run that is killed has rows of updates
+    # after its newest checkpoint. The checkpoint has the last row, too.
+    rows = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    late = (uninterrupted[0] / 'metrics.jsonl').read_text().splitlines(keepends=True)[-1]
+    (workdir / 'metrics.jsonl').write_text(''.join([*rows[:-1], late]))
+    code, _, error = finish(training(workdir, '--config.train.profile=2'))
+    assert code == 0, error
+    return workdir, out
+
+
+def test_a_run_that_is_cut_goes_on_bit_for_bit(uninterrupted, cut):
+    """Everything but the clock equals the uninterrupted run. Kills are in benchmarks/faults.py."""
+    (whole, _), (workdir, _) = uninterrupted, cut
+    assert not (whole / 'profile').exists()  # Nobody asked for a trace, which changes nothing.
+    assert rows_of(workdir) == rows_of(whole)
+    expected, parameters = newest_parameters(whole), newest_parameters(workdir)
+    assert expected.keys() == parameters.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, parameters[name]), name
+
+
+def test_a_trace_names_the_phases_of_one_rollout_and_one_update(cut):
     """Updates 3 and 4 share the first rollout that is collected from update 2 on. It is generated
     block by block."""
-    workdir, out = uninterrupted
+    workdir, out = cut
     (trace,) = (workdir / 'profile').rglob('perfetto_trace.json.gz')
     assert f'{trace}: open it at' in out
     events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
@@ -87,39 +228,6 @@ def test_a_trace_names_the_phases_of_one_rollout_and_one_update(uninterrupted):
     assert len(phases['rollout']) == len(phases['update']) == 1
     assert int(phases['update'][0]['args']['step_num']) == 2  # updates done before it
     assert phases['rollout'][0]['ts'] < phases['update'][0]['ts']
-
-
-def test_run_again_says_it_is_finished(uninterrupted):
-    workdir, _ = uninterrupted
-    before = (workdir / 'metrics.jsonl').read_text()
-    code, out, _ = finish(training(workdir))
-    assert code == 0 and 'finished' in out
-    assert (workdir / 'metrics.jsonl').read_text() == before
-
-
-def test_a_run_that_is_cut_goes_on_bit_for_bit(uninterrupted, tmp_path):
-    """Everything but the clock equals the uninterrupted run. Kills are in benchmarks/faults.py."""
-    process = training(tmp_path)
-    wait_until((tmp_path / 'checkpoints' / '5').exists, process)
-    process.send_signal(signal.SIGTERM)
-    code, out, error = finish(process)
-    assert not (tmp_path / 'result.json').exists(), 'the signal came too late to test anything'
-    assert code == 0, error
-    assert 'run the same command to go on' in out
-
-    # A machine that dies may lose the end of a file, and a run that is killed has rows of updates
-    # after its newest checkpoint. The checkpoint has the last row, too.
-    rows = (tmp_path / 'metrics.jsonl').read_text().splitlines(keepends=True)
-    late = (uninterrupted[0] / 'metrics.jsonl').read_text().splitlines(keepends=True)[-1]
-    (tmp_path / 'metrics.jsonl').write_text(''.join([*rows[:-1], late]))
-    code, _, error = finish(training(tmp_path))
-    assert code == 0, error
-    assert not (tmp_path / 'profile').exists()  # Nobody asked for a trace, which changes nothing.
-    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
-    expected, parameters = newest_parameters(uninterrupted[0]), newest_parameters(tmp_path)
-    assert expected.keys() == parameters.keys()
-    for name, value in expected.items():
-        assert np.array_equal(value, parameters[name]), name
 
 
 def test_help_names_the_command():
