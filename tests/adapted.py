@@ -7,6 +7,7 @@ an odd number of characters earns a reward.
 import os
 import runpy
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import pytest
 
 from configs import countdown
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
+from spg_jax.models.policy import Variables
+from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process import cli
 from spg_jax.rl import evaluator
 from spg_jax.rl.evaluator import Evaluator
-from spg_jax.runs import plots, preparation
+from spg_jax.runs import plots, policies, preparation
 from spg_jax.tasks.countdown import Countdown
 from tests import compiling
+from tests.meshes import mesh_of
 from tests.published import save_checkpoint
 
 PROBLEMS = [{'numbers': [3, 44, 7 + i], 'target': 26, 'index': i} for i in range(8)]
@@ -122,6 +126,22 @@ def share_programs(patch: pytest.MonkeyPatch, programs: dict[str, Any]) -> None:
 
     for name in ('make_update', 'make_arrival', 'make_diagnosis', '_make_collect'):
         patch.setattr(preparation, name, once(name, getattr(preparation, name)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(config: TransformerConfig, variables: Variables, tokens: jax.Array) -> jax.Array:
+    return Transformer(config).apply(variables, tokens, tokens >= 0)
+
+
+def logits(directory: Path, adapter: Path | None = None) -> np.ndarray:
+    """What a policy on disk says about four rows of tokens, [4, 12, V].
+
+    Policies with adapters share one program, and those without share another.
+    """
+    with jax.set_mesh(mesh_of()):
+        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
+        tokens = np.random.default_rng(0).integers(5, 200, (4, 12)).astype(np.int32)
+        return np.asarray(_apply(policy.config, variables, tokens))
 
 
 def _later_is_better(*_: Any) -> dict[str, float]:

@@ -5,7 +5,6 @@ import itertools
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -98,14 +97,6 @@ def test_what_is_reported_is_the_policy_that_validated_best(run, programs, tmp_p
     jax.tree.map(assert_array_equal, best, base)
 
 
-def logits(directory, adapter=None):
-    with jax.set_mesh(mesh_of()):
-        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
-        tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (8, 12)), jnp.int32)
-        hidden = jax.jit(policy.hidden)(variables, tokens, jnp.ones((8, 12), bool))
-        return np.asarray(jax.jit(policy.unembed)(variables, hidden))
-
-
 def test_only_adapters_are_saved_and_all_of_them_learned(run):
     best = run / 'run' / 'best'
     weights = load_file(best / 'adapter' / 'adapter_model.safetensors')
@@ -118,12 +109,12 @@ def test_only_adapters_are_saved_and_all_of_them_learned(run):
 
 def test_what_is_exported_acts_as_what_was_trained(run):
     best, published = run / 'run' / 'best', run / 'published'
-    expected = logits(best)
+    expected = adapted.logits(best)
     export(best, published, run / 'peft', whole=False)
-    assert_array_equal(logits(published, run / 'peft'), expected)
+    assert_array_equal(adapted.logits(published, run / 'peft'), expected)
     export(best, published, run / 'merged', whole=True)
     assert (run / 'merged' / 'tokenizer.json').is_file()
-    assert_allclose(logits(run / 'merged'), expected, atol=1e-5)
+    assert_allclose(adapted.logits(run / 'merged'), expected, atol=1e-5)
     with pytest.raises(ValueError, match='peft exists; give a new directory'):
         export(best, published, run / 'peft', whole=False)
 

@@ -514,28 +514,30 @@ class CutAt(Interruption):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """Real runs on one device that are cheap: an evaluation compiles no sampler, and runs of one
-    arm share their programs."""
+    """Real runs of one arm on one device, which are cheap: an evaluation compiles no sampler, and
+    they share their programs. Those of the other arm, the reference, are played."""
     adapted.evaluate_without_the_model(monkeypatch)
     monkeypatch.setattr(plots, 'curves', lambda _: None)
     monkeypatch.setattr(compare, '_mesh_for', lambda *_: mesh_of())
     make_run, programs = compare.make_run, {}
 
     def with_shared_programs(config, workdir, mesh):
+        if config.rl.objective == 'spg':
+            return play(config, workdir, mesh)
         with monkeypatch.context() as patch:
-            adapted.share_programs(patch, programs.setdefault(config.rl.objective, {}))
+            adapted.share_programs(patch, programs)
             return make_run(config, workdir, mesh)
 
     monkeypatch.setattr(compare, 'make_run', with_shared_programs)
 
 
 def test_a_comparison_that_is_cut_writes_what_a_whole_one_writes(cheap, tmp_path, monkeypatch):
-    """The reference finishes, the second run is cut after two updates and goes on; without a cut,
+    """The reference is played, the second run is cut after two updates and goes on; without a cut,
     in another folder, it gives the same line."""
     overrides = f'task.data_dir={SHARED}/data base.cache={SHARED}/runs/base rl.prompts=2'
     comparison = comparison_of(seeds=1, rates=(1e-3,), overrides=overrides)
     monkeypatch.setattr(train, 'Interruption', CutAt)
-    monkeypatch.setattr(CutAt, 'left', 8)  # after six updates of the first run and two more
+    monkeypatch.setattr(CutAt, 'left', 2)  # updates
     cut, whole = tmp_path / 'cut', tmp_path / 'whole'
     assert compare.compare(comparison, cut) == (False, {})
     assert [line['method'] for line in lines_in(cut)] == ['spg_mixture']
@@ -552,4 +554,5 @@ def test_a_comparison_that_is_cut_writes_what_a_whole_one_writes(cheap, tmp_path
     assert len(digests) == 2 and all(digests)
     output = cut / 'runs' / 'countdown_tiny' / 'd1' / 'seed-0-0.001' / 'output.txt'
     assert 'stopped after update 2, saved' in output.read_text()
-    assert '| d1 |' in write_report(lines_of(cut), cut)
+    card = lines[1]['card']  # The line of the played run has none.
+    assert '| d1 |' in write_report([line | {'card': card} for line in lines_of(cut)], cut)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +14,6 @@ from spg_jax.assembly import assemble, fit_to_model
 from spg_jax.export import export
 from spg_jax.models import weights
 from spg_jax.models.families import read_config
-from spg_jax.models.transformer import Transformer
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policies
@@ -62,29 +60,17 @@ def config_in(root: Path, name: str):
     return config
 
 
-@partial(jax.jit, static_argnums=0)
-def apply(config, variables, tokens):
-    return Transformer(config).apply(variables, tokens, tokens >= 0)
-
-
-def logits(directory, adapter=None):
-    """Models with adapters share one program, and those without another."""
-    with jax.set_mesh(mesh_of()):
-        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
-        tokens = np.random.default_rng(0).integers(5, 200, (4, 12)).astype(np.int32)
-        return np.asarray(apply(policy.config, variables, tokens))
-
-
 @pytest.mark.parametrize(
-    ('name', 'sizes'), [('tiny_llada2_moe', (1, 2, 2)), ('tiny_dream', (1, 1, 1))]
+    ('name', 'sizes'), [('tiny_llada2_moe', (1, 1, 2)), ('tiny_dream', (1, 1, 1))]
 )
 def test_a_checkpoint_learns_and_comes_out_again(tmp_path, monkeypatch, name, sizes):
     """One update of SPG by the programs of a run: import, adapters, export, import.
 
     The mixture learns on a mesh that splits experts, from completions that it samples on the grid
-    of its blocks; Dream learns from a rollout that is made up, since its sampler is that of every
-    model and its shift is in tests/rl/test_prompt_grid.py. LLaDA-MoE has nothing that these two do
-    not have. The loop around the programs sees no family; tests/test_adapted_run.py has it.
+    of its blocks; tests/models/test_families.py also splits rows and widths. Dream learns from a
+    rollout that is made up, since its sampler is that of every model and its shift is in
+    tests/rl/test_prompt_grid.py. LLaDA-MoE has nothing that these two do not have. The loop around
+    the programs sees no family; tests/test_adapted_run.py has it.
     """
     adapted.simplify(monkeypatch)
     config, mesh = config_in(tmp_path, name), mesh_of(*sizes)
@@ -104,12 +90,12 @@ def test_a_checkpoint_learns_and_comes_out_again(tmp_path, monkeypatch, name, si
         )
     factors = load_file(best / 'adapter' / 'adapter_model.safetensors')
     assert factors and all(np.any(x != 0) for x in factors.values())
-    expected, before = logits(best), logits(published)
+    expected, before = adapted.logits(best), adapted.logits(published)
     assert np.abs(expected - before).max() > 1e-3
     export(best, published, tmp_path / 'peft', whole=False)
-    assert_array_equal(logits(published, tmp_path / 'peft'), expected)
+    assert_array_equal(adapted.logits(published, tmp_path / 'peft'), expected)
     export(best, published, tmp_path / 'merged', whole=True)
-    assert_allclose(logits(tmp_path / 'merged'), expected, atol=1e-4)
+    assert_allclose(adapted.logits(tmp_path / 'merged'), expected, atol=1e-4)
     old, new = (load_file(path / 'model.safetensors') for path in (published, tmp_path / 'merged'))
     assert old.keys() == new.keys()
     changed = {tensor for tensor in old if not np.array_equal(old[tensor], new[tensor])}

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from configs import countdown
 from spg_jax import tasks
 from spg_jax.export import export
 from spg_jax.process.interruption import Interruption
-from spg_jax.runs import plots, policies
+from spg_jax.runs import plots
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
@@ -94,15 +93,6 @@ def config_of(published: Path, wording: Path):
     return config
 
 
-def logits(directory, adapter=None):
-    with jax.set_mesh(mesh_of()):
-        policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
-        tokens = jnp.asarray(np.random.default_rng(0).integers(5, 200, (2, 6)), jnp.int32)
-        return np.asarray(
-            jax.jit(policy.completion_logits)(variables, tokens, jnp.ones((2, 6), bool), tokens)
-        )
-
-
 def merged_by_hand(published: Path, adapter: Path, out: Path) -> Path:
     """What PEFT's documentation says an adapter means: W + alpha / r B A, by published names."""
     weights, factors = {}, load_file(adapter / 'adapter_model.safetensors')
@@ -122,7 +112,7 @@ def merged_by_hand(published: Path, adapter: Path, out: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def untrained(published):
-    return logits(published)
+    return adapted.logits(published)
 
 
 def test_a_task_trains_on_the_published_names_and_exports(
@@ -143,8 +133,8 @@ def test_a_task_trains_on_the_published_names_and_exports(
         assert train(config, tmp_path / 'run', mesh_of(), interruption)
     export(tmp_path / 'run' / 'best', published, tmp_path / 'peft', whole=False)
 
-    trained = logits(tmp_path / 'run' / 'best')
+    trained = adapted.logits(tmp_path / 'run' / 'best')
     assert np.abs(trained - untrained).max() > 1e-2
-    assert_array_equal(logits(published, tmp_path / 'peft'), trained)
+    assert_array_equal(adapted.logits(published, tmp_path / 'peft'), trained)
     by_hand = merged_by_hand(published, tmp_path / 'peft', tmp_path / 'merged')
-    assert_allclose(logits(by_hand), trained, atol=1e-4)
+    assert_allclose(adapted.logits(by_hand), trained, atol=1e-4)
