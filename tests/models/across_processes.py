@@ -38,7 +38,7 @@ def adapters_on(mesh, config=None, lora=SIZES):
 def check_shards(arrays, expected):
     """Asserts that each device holds its part of the expected values and nothing else."""
     for array, whole in zip(jax.tree.leaves(arrays), jax.tree.leaves(expected), strict=True):
-        assert len(array.sharding.device_set) == 4
+        assert len(array.sharding.device_set) == 8
         for shard in array.addressable_shards:
             assert shard.data.shape == array.sharding.shard_shape(array.shape)
             assert_array_equal(shard.data, whole[shard.index])
@@ -47,7 +47,7 @@ def check_shards(arrays, expected):
 def main(root: Path) -> None:
     jax.config.update('jax_disable_most_optimizations', True)  # as in tests/conftest.py
     distributed.start()
-    mesh = make_mesh({'fsdp': 2, 'tensor': 2})
+    mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     _, _, params = load_checkpoint(TINY, mesh)
     check_shards(params, load_checkpoint(TINY)[2])
     out = root / str(jax.process_index())  # only the first process may write

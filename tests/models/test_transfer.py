@@ -116,7 +116,7 @@ def test_adapters_are_merged_one_layer_at_a_time(proportioned, tmp_path, monkeyp
 
 
 def test_two_processes_read_and_write_what_neither_holds_whole(tmp_path):
-    pair = start_pair('tests.models.across_processes', str(tmp_path), devices=2)
+    pair = start_pair('tests.models.across_processes', str(tmp_path))
     for code, _, errors in finish_all(pair):
         assert code == 0, errors
     assert {path.name for path in tmp_path.iterdir()} == {'0', 'merged', 'exported'}
