@@ -106,7 +106,9 @@ def make_gradient(
             batch = Batch(rollout, draws, rows.others, stages.step)
             rows = rows._replace(idle=whole_units(objective.idle(batch), group))
             pieces = packed(rows.idle, at_once, pieces.unit)
-            of_idle = loss_of_idle(stages.loss_of, batch, rows.idle, stages.coupled)
+            of_idle = loss_of_idle(
+                stages.loss_of, batch, rows.idle, stages.coupled, objective.looks_at
+            )
         if whole:
             gradient, loss = pieces.fold(stages.add, stages.zero(), pieces.split(rows), of_idle)
         else:

@@ -8,7 +8,7 @@ Letters of axes: `B` rows, `b` rows of a piece.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -177,7 +177,9 @@ def loss_of_live(loss: LossFunction, readouts: Array, batch: Batch, idle: Array,
     return jax.tree.map(lambda x: jnp.where(live, x, 0.0).sum(), losses)
 
 
-def loss_of_idle(loss: LossFunction, batch: Batch, idle: Array, unit: int) -> Loss:
+def loss_of_idle(
+    loss: LossFunction, batch: Batch, idle: Array, unit: int, looks_at: Iterable[str] = ()
+) -> Loss:
     """The part of the idle rows in weight and metrics, though nothing was read out for them.
 
     Their readouts are NaN. A metric of theirs that is then NaN depends on readouts; it is left out
@@ -189,8 +191,10 @@ def loss_of_idle(loss: LossFunction, batch: Batch, idle: Array, unit: int) -> Lo
       batch: all rows of an update.
       idle: [B] bool.
       unit: rows that a loss must see together.
+      looks_at: the other policies that the loss looks at, which were not read out either.
     """
     unread = jnp.full(batch.target.shape, jnp.nan, jnp.float32)
+    batch = batch.replace(others=batch.others | dict.fromkeys(looks_at, unread))
     losses = over_units(loss, unit)(unread, batch)
     units = idle.reshape(-1, unit).all(axis=1)
 

@@ -51,7 +51,10 @@ def loss_of_rows(logp, batch):
 
 
 def loss_of_group(logp, batch):
-    return (jax.nn.softmax(3 * scores(logp, batch)) * batch.advantage).sum(), {}
+    """It looks at the reference, which is not read out for idle rows either."""
+    change = scores(logp, batch) - scores(batch.others['reference'], batch)
+    metrics = {'change': (change.sum(), jnp.float32(len(change)))}
+    return (jax.nn.softmax(3 * change) * batch.advantage).sum(), metrics
 
 
 def loss_of_batch(logp, batch):
@@ -66,7 +69,10 @@ def objective_of(couples: str) -> Objective:
         'batch': loss_of_batch,
     }
     corruption = configured(Corruption('uniform', draws=2, block_length=4))  # not called here
-    return Objective(corruption, 2, losses[couples], couples, idle=without_advantage)
+    looks_at = ('reference',) if couples == 'group' else ()
+    return Objective(
+        corruption, 2, losses[couples], couples, idle=without_advantage, looks_at=looks_at
+    )
 
 
 def inputs(mesh, live: tuple[int, ...]):
@@ -94,12 +100,15 @@ def gradient_of(objective, mesh, live, microbatch, draws_per_pass, lora=None):
     with jax.set_mesh(mesh):
         frozen = parameters(bool(lora), mesh)
         trained = {policy.trained: frozen.pop(policy.trained)}
+        reference = jax.tree.map(lambda x: 0.5 * x, trained)
         run = jax.jit(gradient)
         results = []
         for groups in live:
             READ.clear()
             rollout, draws, others = inputs(mesh, groups)
-            loss, leaves, metrics = run(trained, frozen, rollout, draws, others=others)
+            loss, leaves, metrics = run(
+                trained, frozen, rollout, draws, others=others, kept={'reference': reference}
+            )
             jax.effects_barrier()
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(leaves)]
             results.append((float(loss), leaves, jax.device_get(metrics), sum(READ)))
@@ -162,12 +171,13 @@ def test_the_gradient_without_idle_rows_is_the_one_with_them(
     ('couples', 'microbatch', 'expected'),  # rows that are read, for each of LIVE
     [
         ('row', ROWS, [ROWS, 4, 8, 0]),
-        ('group', ROWS, [ROWS, 4, 8, 0]),
+        ('group', ROWS, [2 * ROWS, 2 * 4, 2 * 8, 0]),
         ('batch', 8, [2 * ROWS, 2 * 8, 2 * 8, 0]),
     ],
 )
 def test_idle_rows_are_not_read_out(couples, microbatch, expected):
-    """A batch-wide loss reads each piece twice. One row of group 2 is idle by itself."""
+    """A batch-wide loss reads each piece twice, and that of groups reads two policies. One row of
+    group 2 is idle by itself."""
     results = gradient_of(objective_of(couples), mesh_of(), LIVE, microbatch, 0)
     assert [read / 2 for *_, read in results] == expected  # two draws a row
 
