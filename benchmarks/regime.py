@@ -28,7 +28,12 @@ from spg_jax.comparison.statistics import estimate, percent
 from spg_jax.microscope import Decoder, Subject
 from spg_jax.process import cli
 from spg_jax.rl import toys
-from spg_jax.rl.toy_training import make_training, rewards_of_mass
+from spg_jax.rl.toy_training import (
+    exact_gradient,
+    gradient_of_objective,
+    make_training,
+    rewards_of_mass,
+)
 
 FLAGS = flags.FLAGS
 ARMS: Mapping[str, Mapping[str, Any]] = {
@@ -38,6 +43,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     'mixture': {},
     'mixture, centred': {'spg.baseline': 'each'},
 }
+# With the exact likelihood of the decoder, at the centre and where it is cheap to know why.
+EXACT = {'exact, none': True, 'exact, signed': False}
 RATES = (1e-3, 3e-3, 1e-2)
 TUNED, MEASURED = range(16, 22), range(16)  # seeds of toys
 LOOKS = 10
@@ -53,9 +60,10 @@ class Point(NamedTuple):
     reward: str = ''  # '' gives 1 for random completions whose probability is `right`
     right: float = 0.15
     longer: int = 1  # times as many updates
+    exact: bool = False  # whether the arms of EXACT run too
 
 
-CENTRE = Point('centre', '')
+CENTRE = Point('centre', '', exact=True)
 POINTS = (
     CENTRE,
     Point('right at the start', '2 %', right=0.02),
@@ -83,7 +91,7 @@ def main(_: Sequence[str]) -> None:
     done = {(record['axis'], record['level'], record['arm']) for record in records}
     params = toys.learn(range(TUNED.stop))  # A toy depends on its seed alone.
     for point in POINTS:
-        for arm in ARMS:
+        for arm in (*ARMS, *(EXACT if point.exact else ())):
             if (point.axis, point.level, arm) in done:
                 continue
             records.append(measure(point, arm, params))
@@ -97,15 +105,17 @@ def main(_: Sequence[str]) -> None:
 def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
     """The values of an arm at a point, with the learning rate that is best on other toys."""
     started = time.process_time()
-    settings = {**point.settings, **ARMS[arm]}
+    settings = {**point.settings, **ARMS.get(arm, {})}
     parts = microscope.parts_of(Subject(point.axis, arm, 'spg', settings, point.decoder))
     law_of = jax.jit(
         lambda params: toys.laws(toys.table_of_network(toys.network(), params), parts.sampling)
     )
     updates = point.longer * FLAGS.updates
-    train = make_training(
-        parts.objective, parts.sampling, parts.batching, parts.optimizer, updates, LOOKS
-    )
+    if arm in EXACT:
+        gradient = exact_gradient(parts.sampling, parts.batching, better_only=EXACT[arm])
+    else:
+        gradient = gradient_of_objective(parts.objective, parts.batching)
+    train = make_training(gradient, parts.sampling, parts.batching, parts.optimizer, updates, LOOKS)
     many = jax.vmap(train, (0, 0, 0, None))
     options = {'xla_cpu_use_fusion_emitters': False}  # which compiles in less time
     train = jax.jit(many, compiler_options=options)

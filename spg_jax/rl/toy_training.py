@@ -18,6 +18,7 @@ import optax
 from jax import Array
 
 from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.rl.advantages import group_advantages
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.objectives import Objective
@@ -25,24 +26,80 @@ from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.rl.slots import functions_of
 from spg_jax.rl.toy_directions import rollout_of
-from spg_jax.rl.toys import PROMPTS, laws, network, table_of_network
+from spg_jax.rl.toys import LENGTH, PROMPTS, SYMBOLS, laws, network, table_of_network
 from spg_jax.training.optimizers import AdamW
+
+Params = Any
+# (parameters, rollout, seed [], updates done [], updates since the rollout []) -> of a loss
+Gradient = Callable[[Params, Rollout, Array, Array, Array], Params]
+
+
+def gradient_of_objective(objective: Objective, batching: Batching) -> Gradient:
+    """The gradient that training takes.
+
+    Args:
+      objective: which looks at no policy but the trained one.
+      batching: the rows of a rollout.
+    """
+    # A loop that ends early would have to wait for the slowest of many toys.
+    objective = dataclasses.replace(objective, idle=None)
+    gradient_of = make_gradient(
+        network(),
+        objective,
+        microbatch=batching.rows,
+        draws_per_pass=0,
+        group_size=batching.group_size,
+    )
+
+    def gradient(params: Params, rollout: Rollout, seed: Array, step: Array, turn: Array) -> Params:
+        advantage = objective.advantage(rollout.reward, batching.group_size)
+        rollout = rollout.replace(advantage=advantage)
+        draws = corrupt(objective.corruption, rollout, moments(seed, rollout, step, turn))
+        return gradient_of({'params': params}, {}, rollout, draws, step=step)[1]['params']
+
+    return gradient
+
+
+def exact_gradient(decoding: SamplingConfig, batching: Batching, better_only: bool) -> Gradient:
+    """The gradient of -sum_j A_j log p(x_j) / sum_j n_j, with p the law of the decoder.
+
+    Args:
+      decoding: the decoder that sampled.
+      batching: the rows of a rollout.
+      better_only: whether rows with A_j < 0 are left out.
+    """
+    policy = network()
+
+    def loss(params: Params, rollout: Rollout) -> Array:
+        advantage = group_advantages(rollout.reward, batching.group_size)
+        if better_only:
+            advantage = jnp.maximum(advantage, 0.0)
+        law = laws(table_of_network(policy, params), decoding)  # [Q - 1, X]
+        powers = SYMBOLS ** np.arange(LENGTH)
+        index = (rollout.completion * powers[None, :]).sum(-1)  # [B]
+        log_prob = jnp.log(jnp.maximum(law[rollout.prompt[:, 0], index], 1e-30))
+        return -(advantage * log_prob).sum() / (batching.rows * LENGTH)
+
+    def gradient(params: Params, rollout: Rollout, *_: Array) -> Params:
+        return jax.grad(loss)(params, rollout)
+
+    return gradient
 
 
 def make_training(
-    objective: Objective,
+    gradient_of: Gradient,
     decoding: SamplingConfig,
     batching: Batching,
     optimizer: AdamW,
     updates: int,
     looks: int,
-) -> Callable[[Any, Array, Array, Array], Array]:
+) -> Callable[[Params, Array, Array, Array], Array]:
     """A function (parameters, reward [Q - 1, X], seed [], learning rate []) -> values [K + 1].
 
     The values are those before the first update and after each K-th part of the updates.
 
     Args:
-      objective: which looks at no policy but the trained one.
+      gradient_of: of the loss.
       decoding: of rollouts, and of the values.
       batching: the rows of a rollout, and the updates on it.
       optimizer: its moments and its largest gradient; the learning rate is that of the call.
@@ -50,50 +107,35 @@ def make_training(
       looks: K, which divides `updates`.
     """
     policy = network()
-    # A loop that ends early would have to wait for the slowest of many toys.
-    objective = dataclasses.replace(objective, idle=None)
-    gradient_of = make_gradient(
-        policy,
-        objective,
-        microbatch=batching.rows,
-        draws_per_pass=0,
-        group_size=batching.group_size,
-    )
     direction = optax.chain(
         optax.clip_by_global_norm(optimizer.grad_clip),
         optax.scale_by_adam(optimizer.b1, optimizer.b2),
     )
 
-    def sampled(params: Any, reward: Array, key: Array) -> Rollout:
-        hidden, unembed, _ = functions_of(policy, {'params': params})
-        rows = rollout_of(hidden, unembed, reward, key, decoding, batching.group_size)
-        return rows.replace(advantage=objective.advantage(rows.reward, batching.group_size))
-
-    def value(params: Any, reward: Array) -> Array:
+    def value(params: Params, reward: Array) -> Array:
         law = laws(table_of_network(policy, params), decoding)  # [Q - 1, X]
         return (law * reward).sum() / PROMPTS
 
-    def train(params: Any, reward: Array, seed: Array, rate: Array) -> Array:
-        keys = jax.random.split(jax.random.key(seed), updates // batching.inner_updates)
+    def train(params: Params, reward: Array, seed: Array, rate: Array) -> Array:
+        turns = batching.inner_updates
+        keys = jax.random.split(jax.random.key(seed), updates // turns)
 
-        def update(carry: tuple[Any, Any], turn: Array, rollout: Rollout, step: Array) -> Any:
-            params, state = carry
-            draws = corrupt(objective.corruption, rollout, moments(seed, rollout, step, turn))
-            trained = {'params': params}
-            _, gradient, _ = gradient_of(trained, {}, rollout, draws, step=step)
-            change, state = direction.update(gradient['params'], state)
-            return jax.tree.map(lambda x, change: x - rate * change, params, change), state
-
-        def learn(carry: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], None]:
+        def learn(carry: tuple[Params, Any], index: Array) -> tuple[tuple[Params, Any], None]:
             """The updates on one rollout."""
-            rollout, first = sampled(carry[0], reward, keys[index]), index * batching.inner_updates
+            hidden, unembed, _ = functions_of(policy, {'params': carry[0]})
+            rollout = rollout_of(
+                hidden, unembed, reward, keys[index], decoding, batching.group_size
+            )
 
-            def of_turn(turn: Array, carry: Any) -> Any:
-                return update(carry, turn, rollout, first + turn)
+            def update(turn: Array, carry: tuple[Params, Any]) -> tuple[Params, Any]:
+                params, state = carry
+                gradient = gradient_of(params, rollout, seed, index * turns + turn, turn)
+                change, state = direction.update(gradient, state)
+                return jax.tree.map(lambda x, change: x - rate * change, params, change), state
 
-            return jax.lax.fori_loop(0, batching.inner_updates, of_turn, carry), None
+            return jax.lax.fori_loop(0, turns, update, carry), None
 
-        def look(carry: tuple[Any, Any], indices: Array) -> tuple[tuple[Any, Any], Array]:
+        def look(carry: tuple[Params, Any], indices: Array) -> tuple[tuple[Params, Any], Array]:
             carry, _ = jax.lax.scan(learn, carry, indices)
             return carry, value(carry[0], reward)
 

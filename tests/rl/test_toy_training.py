@@ -7,7 +7,12 @@ from numpy.testing import assert_allclose
 
 from spg_jax import microscope
 from spg_jax.rl import toy_directions, toys
-from spg_jax.rl.toy_training import make_training, rewards_of_mass
+from spg_jax.rl.toy_training import (
+    exact_gradient,
+    gradient_of_objective,
+    make_training,
+    rewards_of_mass,
+)
 
 UPDATES, LOOKS = 40, 2
 
@@ -26,9 +31,8 @@ def parts():
 @pytest.fixture(scope='module')
 def training(params, parts):
     """(reward, rate) -> values; the program is compiled once."""
-    train = make_training(
-        parts.objective, parts.sampling, parts.batching, parts.optimizer, UPDATES, LOOKS
-    )
+    gradient = gradient_of_objective(parts.objective, parts.batching)
+    train = make_training(gradient, parts.sampling, parts.batching, parts.optimizer, UPDATES, LOOKS)
     reward = toys.rewards('answer', 0)
     compiled = toys.quick(train, params, reward, np.uint32(0), np.float32(0))
     return lambda reward, rate: np.asarray(compiled(params, reward, np.uint32(0), np.float32(rate)))
@@ -66,3 +70,25 @@ def test_random_rewards_are_earned_with_about_the_given_probability(share):
     earned = (law * reward).sum(-1)
     assert (earned >= share).all() and (earned <= 1.25 * share).all()
     assert not np.array_equal(reward, rewards_of_mass(law, share, seed=4))
+
+
+def test_the_exact_gradient_is_that_of_the_enumerated_law(params, parts):
+    """Of one rollout, against derivatives of every probability one by one and the chain rule."""
+    (toy,) = toys.make_toys(range(1), 'answer', steps=20)
+    decoding, batching = parts.sampling, parts.batching
+    key = jax.random.key(3)[None]
+    sample = toy_directions.make_sample(decoding, batching)
+    rollouts = toys.quick(sample, toy.table, toy.reward, key)(toy.table, toy.reward, key)
+    slopes = toys.quick(lambda table: toys.law_gradients(table, decoding), toy.table)
+    law, of_logits = slopes(toy.table)
+    of_law = np.asarray(toys.through_jacobian(of_logits, toy))  # [Q - 1, X, W]
+    law = np.asarray(law)[..., None]
+    of_log_law = np.where(law > 0, of_law / np.maximum(law, 1e-30), 0.0)
+    expected = -toy_directions.exact_updates(rollouts, of_log_law, batching.group_size)[0]
+    gradient = exact_gradient(decoding, batching, better_only=False)
+    rollout = jax.tree.map(lambda x: x[0], rollouts)
+    compiled = toys.quick(gradient, params, rollout)
+    flat, _ = jax.flatten_util.ravel_pytree(compiled(params, rollout))
+    expected /= batching.rows * toys.LENGTH
+    assert np.abs(expected).max() > 1e-3
+    assert_allclose(flat, expected, atol=1e-4 * np.abs(expected).max())
