@@ -243,6 +243,7 @@ def draw(task: str, lines: Sequence[Line], path: Path) -> None:
             axis.plot(x, mean, style, color=colour, lw=1.3, label=method)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axis.set(title=f'{task}: {title}', xlabel=unit)
+        axis.locator_params(axis='x', nbins=5)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     figure.savefig(path, dpi=110)
