@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from spg_jax import microscope
-from spg_jax.comparison.statistics import estimate, percent
+from spg_jax.comparison.statistics import Estimate, estimate, percent
 from spg_jax.microscope import Decoder, Subject
 from spg_jax.process import cli
 from spg_jax.rl import toys
@@ -94,7 +94,8 @@ def main(_: Sequence[str]) -> None:
         with path.open('a') as file:
             file.write(json.dumps(records[-1]) + '\n')
         print(*records[-1].values(), flush=True)
-    print(table(records))
+    for figure in ('mean', 'end'):
+        print(f'{figure}\n\n{table(records, figure)}\n')
     draw(records, out / 'regime.png')
 
 
@@ -146,50 +147,73 @@ def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
     }
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Values at the end in per cent, and the differences to learning from better ones alone."""
-    lines = ['| axis | level | start | ' + ' | '.join(ARMS) + ' | ELBO - none | mixture - none |']
-    lines.append('|---' * (len(ARMS) + 5) + '|')
-    for axis, level in dict.fromkeys((record['axis'], record['level']) for record in records):
-        at = {r['arm']: r for r in records if (r['axis'], r['level']) == (axis, level)}
-        cells = [axis, level, f'{100 * next(iter(at.values()))["curve"][0]:.0f}']
-        cells += [percent(estimate(at[arm]['end'])) if arm in at else '' for arm in ARMS]
-        for arm in ('ELBO', 'mixture'):
-            pairs = zip(at[arm]['end'], at['none']['end'], strict=True) if arm in at else ()
-            differences = [one - other for one, other in pairs]
-            cells.append(percent(estimate(differences), signed=True) if differences else '')
+def by_place(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Records by point, and there by arm."""
+    places: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        places.setdefault((record['axis'], record['level']), {})[record['arm']] = record
+    return places
+
+
+def over_none(at: Mapping[str, Any], arm: str, figure: str) -> Estimate:
+    """The mean difference of an arm to learning from better completions alone, toy by toy."""
+    pairs = zip(at[arm][figure], at['none'][figure], strict=True)
+    return estimate([one - other for one, other in pairs])
+
+
+def table(records: Sequence[dict[str, Any]], figure: str) -> str:
+    """Values of learning from better completions alone, and differences to them, in per cent.
+
+    Args:
+      records: of the measurements.
+      figure: 'end', or 'mean' for the mean over the looks at a training.
+    """
+    arms = [arm for arm in ARMS if arm != 'none']
+    head = ['axis', 'level', 'start', 'none', *(f'{arm} − none' for arm in arms)]
+    lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+    for (axis, level), at in by_place(records).items():
+        if 'none' not in at:
+            continue
+        cells = [axis, level, f'{100 * at["none"]["curve"][0]:.0f}']
+        cells.append(percent(estimate(at['none'][figure])))
+        cells += [
+            percent(over_none(at, arm, figure), signed=True) if arm in at else '–' for arm in arms
+        ]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Values at the end of every point, with 95 % intervals, and the long training's curves."""
+    """Differences to learning from better completions alone, and the curves of the centre."""
     from matplotlib.figure import Figure
 
-    places = list(dict.fromkeys((record['axis'], record['level']) for record in records))
-    figure = Figure(figsize=(12, 5), layout='constrained')
+    places = {place: at for place, at in by_place(records).items() if 'none' in at}
+    figure = Figure(figsize=(12, 4.5), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    for number, arm in enumerate(ARMS):
-        own = {(r['axis'], r['level']): r for r in records if r['arm'] == arm}
-        shown = [place for place in places if place in own]
-        estimates = [estimate(own[place]['end']) for place in shown]
+    arms = [arm for arm in ARMS if arm != 'none']
+    for number, arm in enumerate(arms):
+        shown = [(x, at) for x, at in enumerate(places.values()) if arm in at]
+        estimates = [over_none(at, arm, 'mean') for _, at in shown]
         left.errorbar(
-            [places.index(place) + 0.14 * (number - 2) for place in shown],
+            [x + 0.15 * (number - 1.5) for x, _ in shown],
             [100 * each.mean for each in estimates],
             [100 * each.half for each in estimates],
             fmt='o',
+            color=f'C{number + 1}',
             markersize=4,
             label=arm,
         )
-        for (axis, _), record in own.items():
-            if axis == POINTS[-1].axis:
-                x = np.linspace(0, record['updates'], len(record['curve']))
-                right.plot(x, 100 * np.asarray(record['curve']), label=arm)
-    left.set_xticks(range(len(places)), [f'{a} {b}' for a, b in places], rotation=60, ha='right')
-    left.set(ylabel='expected reward at the end, %', title='one setting away from the centre')
-    left.legend(fontsize=8)
+    left.axhline(0, color='C0', label='none')
+    left.set_xticks(range(len(places)), [f'{a} {b}'.strip() for a, b in places], rotation=30)
+    left.set(ylabel='expected reward over training, − none, points')
+    left.legend(fontsize=8, ncols=5, loc='lower center', bbox_to_anchor=(0.5, 1.0))
     left.grid(alpha=0.3, axis='y')
-    right.set(xlabel='updates', title='longer, at the centre')
+    for number, arm in enumerate(ARMS):
+        record = places[CENTRE.axis, CENTRE.level].get(arm)
+        if record:
+            x = np.linspace(0, record['updates'], len(record['curve']))
+            right.plot(x, 100 * np.asarray(record['curve']), color=f'C{number}', label=arm)
+    right.set(xlabel='updates', ylabel='expected reward, %', title='at the centre')
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
