@@ -32,6 +32,7 @@ from spg_jax.rl.toys import (
     VOCABULARY,
     TablePolicy,
     Toy,
+    completion_index,
     law_gradients,
     lookup,
     quick,
@@ -142,8 +143,7 @@ def exact_updates(rollouts: Rollout, of_log_law: np.ndarray, group_size: int) ->
     """
     reward = np.asarray(rollouts.reward).reshape(-1, PROMPTS, group_size)
     advantage = (reward - reward.mean(-1, keepdims=True)).reshape(len(reward), -1)
-    powers = SYMBOLS ** np.arange(LENGTH)
-    index = (np.asarray(rollouts.completion) * powers).sum(-1)  # [U, B]
+    index = completion_index(np.asarray(rollouts.completion))  # [U, B]
     prompt = np.asarray(rollouts.prompt)[..., 0]
     weight = np.zeros((len(reward), PROMPTS, SYMBOLS**LENGTH))
     np.add.at(weight, (np.arange(len(reward))[:, None], prompt, index), advantage)
@@ -265,8 +265,6 @@ def rollout_of(
         EOS,
         jnp.arange(VOCABULARY) < SYMBOLS,
     )
-    powers = SYMBOLS ** np.arange(LENGTH)
-    index = (completion.tokens * powers[None, :]).sum(-1)  # [B]
     rows = len(prompt)
     return Rollout(
         prompt=jnp.asarray(prompt),
@@ -274,7 +272,7 @@ def rollout_of(
         completion=completion.tokens,
         scored=jnp.ones((rows, LENGTH), bool),
         commit_step=completion.commit_step,
-        reward=reward[prompt[:, 0], index],
+        reward=reward[prompt[:, 0], completion_index(completion.tokens)],
         advantage=jnp.zeros(rows),
         example_id=jnp.arange(rows, dtype=jnp.uint32),
         extras=completion.extras,

@@ -26,7 +26,7 @@ from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from spg_jax.rl.slots import functions_of
 from spg_jax.rl.toy_directions import rollout_of
-from spg_jax.rl.toys import LENGTH, PROMPTS, SYMBOLS, laws, network, table_of_network
+from spg_jax.rl.toys import LENGTH, PROMPTS, completion_index, laws, network, table_of_network
 from spg_jax.training.optimizers import AdamW
 
 Params = Any
@@ -75,9 +75,8 @@ def exact_gradient(decoding: SamplingConfig, batching: Batching, better_only: bo
         if better_only:
             advantage = jnp.maximum(advantage, 0.0)
         law = laws(table_of_network(policy, params), decoding)  # [Q - 1, X]
-        powers = SYMBOLS ** np.arange(LENGTH)
-        index = (rollout.completion * powers[None, :]).sum(-1)  # [B]
-        log_prob = jnp.log(jnp.maximum(law[rollout.prompt[:, 0], index], 1e-30))
+        law = law[rollout.prompt[:, 0], completion_index(rollout.completion)]  # [B]
+        log_prob = jnp.log(jnp.maximum(law, 1e-30))
         return -(advantage * log_prob).sum() / (batching.rows * LENGTH)
 
     def gradient(params: Params, rollout: Rollout, *_: Array) -> Params:

@@ -83,6 +83,12 @@ def lookup(table: Array, prompt: Array, completion: Array) -> Array:
     return table[which, state]
 
 
+def completion_index(completion: Array | np.ndarray) -> Array | np.ndarray:
+    """The places [...] of completions [..., C] in the order of `exact.every_completion`."""
+    powers = SYMBOLS ** np.arange(LENGTH)
+    return (completion * powers.reshape((1,) * (completion.ndim - 1) + powers.shape)).sum(-1)
+
+
 def network() -> ToyPolicy:
     """The transformer of a toy."""
     config = TransformerConfig(
