@@ -231,7 +231,7 @@ class Model:
 
         def run() -> Metrics:
             nonlocal state
-            state, metrics = program(state, self.rollout)
+            state, metrics = program(update.seed, state, self.rollout)
             return metrics
 
         metrics = run()

@@ -7,9 +7,12 @@ Shapes: `B` rows, `G` rows of one group.
 """
 
 import enum
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -32,12 +35,39 @@ class Purpose(enum.IntEnum):
 SEEDS = 2**32  # seeds from 0 to this number give different keys
 
 
-def root_key(seed: int) -> Array:
+class Seeded:
+    """A compiled function whose first argument, a seed, is given already.
+
+    As a constant of the program the seed would make each seed of a comparison compile it anew.
+    """
+
+    def __init__(self, function: Callable[..., Any], seed: int | Array, **options: Any):
+        """Compiles nothing yet.
+
+        Args:
+          function: (seed, *arguments) -> anything; it and its arguments can be traced.
+          seed: of the random numbers, from 0 to SEEDS - 1.
+          options: of `jax.jit`, which count the seed among the arguments.
+        """
+        self.program = jax.jit(function, **options)
+        self.seed = np.uint32(seed) if isinstance(seed, int) else seed
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.program(self.seed, *arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """The program for such arguments, which takes the seed before them once it is compiled."""
+        return self.program.lower(self.seed, *arguments)
+
+
+def root_key(seed: int | Array) -> Array:
     """The key of a seed. It names its generator, which JAX_DEFAULT_PRNG_IMPL would change."""
     return jax.random.key(seed, impl='threefry2x32')
 
 
-def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Array) -> Array:
+def example_keys(
+    seed: int | Array, purpose: Purpose, step: Array | int, example_id: Array
+) -> Array:
     """One key for each row, [B], from (seed, purpose, step) and the identity of the row.
 
     Args:
@@ -49,7 +79,7 @@ def example_keys(seed: int, purpose: Purpose, step: Array | int, example_id: Arr
     return jax.vmap(jax.random.fold_in, (None, 0))(step_key(seed, purpose, step), example_id)
 
 
-def step_key(seed: int, purpose: Purpose, step: Array | int) -> Array:
+def step_key(seed: int | Array, purpose: Purpose, step: Array | int) -> Array:
     """The key that all rows of a step share, from (seed, purpose, step)."""
     root = jax.random.fold_in(root_key(seed), purpose)
     return jax.random.fold_in(root, step)

@@ -134,13 +134,13 @@ class Bench:
         state = initial_state(self.variables, optimizer, self.policy, self.mesh, average=False)
         state = jax.tree.map(jnp.copy, state)  # An update takes its state over.
         shardings = shardings_of(state)
-        update = make_update(self.policy, parts.objective, optimizer, parts.batching, 0, shardings)
+        program = make_update(self.policy, parts.objective, optimizer, parts.batching, 0, shardings)
         batch = self._rollout(live_share)
-        update = _compiled(update, (state, batch))
+        update = _compiled(program, (state, batch))
 
         def run() -> object:
             nonlocal state
-            state, metrics = update(state, batch)
+            state, metrics = update(program.seed, state, batch)
             return metrics
 
         seconds = times(run, budget, 7)

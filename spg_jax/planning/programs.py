@@ -310,7 +310,8 @@ def lower_for_cuda(plan: Plan, name: str) -> int:
     """Lowers a program for CUDA without a CUDA device; returns the bytes of the lowered module."""
     run, arguments = program(plan, name)
     with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
-        return len(jax.export.export(run, platforms=['cuda'])(*arguments).mlir_module_serialized)
+        exported = jax.export.export(jax.jit(run), platforms=['cuda'])(*arguments)
+        return len(exported.mlir_module_serialized)
 
 
 def _abstract_rollout(

@@ -9,6 +9,7 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.policy import Policy
+from spg_jax.random import Seeded
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.gradient import join_passes, other_policies, split_passes
 from spg_jax.rl.objectives import Objective
@@ -33,8 +34,7 @@ def make_arrival(
         return None
     reader = Reader(policy, objective.readout, objective.teacher)
 
-    @jax.jit
-    def arrival(state: TrainState, rollout: Rollout) -> Rollout:
+    def arrival(seed: Array, state: TrainState, rollout: Rollout) -> Rollout:
         policies = other_policies(state.frozen, state.kept) | {POLICY: state.variables}
 
         def read(name: str, draws: Draws) -> Any:
@@ -71,4 +71,4 @@ def make_arrival(
             extras |= objective.at_rollout(read, rollout, first)
         return rollout.replace(extras=extras)
 
-    return arrival
+    return Seeded(arrival, seed)

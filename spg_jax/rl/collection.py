@@ -21,7 +21,7 @@ from spg_jax.diffusion.prompt_grid import generate_on_prompt_grid
 from spg_jax.diffusion.samplers.editing import DRAFT
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import TransformerConfig
-from spg_jax.random import Purpose, example_ids, example_keys
+from spg_jax.random import Purpose, Seeded, example_ids, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
 from spg_jax.rl.rollout import DRAFT_REWARD, DRAFT_SCORED, Rollout
@@ -108,7 +108,9 @@ def make_keys(seed: int, purpose: Purpose) -> Callable[[int, Array], Array]:
     The keys lie where the prompts lie, whoever asks for them, so that rollouts and samples of an
     evaluation, whose programs are equal, are compiled once.
     """
-    return jax.jit(lambda step, ids: constrain(example_keys(seed, purpose, step, ids), 'rows'))
+    return Seeded(
+        lambda seed, step, ids: constrain(example_keys(seed, purpose, step, ids), 'rows'), seed
+    )
 
 
 def decode(tokenizer: Tokenizer, completion: np.ndarray, keep_specials: bool = False) -> list[str]:

@@ -27,7 +27,7 @@ from jax import Array
 
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.models.policy import Policy
-from spg_jax.random import Purpose, example_keys
+from spg_jax.random import Purpose, Seeded, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import View
 from spg_jax.rl.rollout import Rollout, rollout_shapes
@@ -75,11 +75,13 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
         'block', draws=1, block_length=block_length, prompt_rate=0.0, perturb_completion=False
     )
 
-    def masks(rows: Rollout) -> Draws:
+    def masks(seed: Array, rows: Rollout) -> Draws:
         keys = example_keys(seed, Purpose.DIAGNOSE, 0, rows.example_id)
         return jax.vmap(corruption)(keys, rows.prompt_mask, rows.scored)
 
-    def read(state: TrainState, rows: Rollout, readout: Callable[[Array, View], Any]) -> Any:
+    def read(
+        state: TrainState, rows: Rollout, draws: Draws, readout: Callable[[Array, View], Any]
+    ) -> Any:
         """The readout of all rows, a microbatch at a time."""
         reader = Reader(policy, readout)
         parts = len(rows.reward) // batching.microbatch
@@ -88,21 +90,20 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
             return reader(state.variables, *piece, state.step)
 
         pieces = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (rows, masks(rows))
+            lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (rows, draws)
         )
         return jax.tree.map(
             lambda x: _rows(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])),
             jax.lax.map(read_part, pieces),
         )
 
-    @jax.jit
-    def begin(state: TrainState, rollout: Rollout) -> Probe:
+    def begin(seed: Array, state: TrainState, rollout: Rollout) -> Probe:
         rows = rollout.replace(extras={})
-        base = read(state, rows, lambda logits, view: sketch(_log_probs(logits)))
+        draws = masks(seed, rows)
+        base = read(state, rows, draws, lambda logits, view: sketch(_log_probs(logits)))
         return Probe(rows=jax.tree.map(_rows, rows), base=base, before=base)
 
-    @jax.jit
-    def look(state: TrainState, probe: Probe) -> tuple[Probe, Metrics]:
+    def look(seed: Array, state: TrainState, probe: Probe) -> tuple[Probe, Metrics]:
         def readout(logits: Array, view: View) -> tuple[Sketch, dict[str, Array]]:
             log_probs = _log_probs(logits)
             earlier = view.row.extras
@@ -114,8 +115,9 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
             return sketch(log_probs), figures
 
         extras = {'base': probe.base, 'before': probe.before}
-        now, figures = read(state, probe.rows.replace(extras=extras), readout)
-        masked = masks(probe.rows).masked[:, 0, -probe.rows.completion.shape[1] :]
+        draws = masks(seed, probe.rows)
+        now, figures = read(state, probe.rows.replace(extras=extras), draws, readout)
+        masked = draws.masked[:, 0, -probe.rows.completion.shape[1] :]
         target = masked & probe.rows.scored  # [B, C]
         positions = target.sum().astype(jnp.float32)
         metrics = {
@@ -124,7 +126,7 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
         }
         return probe.replace(before=now), metrics
 
-    return Diagnosis(begin, look)
+    return Diagnosis(Seeded(begin, seed), Seeded(look, seed))
 
 
 def sketch(log_probs: Array) -> Sketch:

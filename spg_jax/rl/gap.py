@@ -17,7 +17,7 @@ from jax import Array
 from spg_jax.diffusion import token_law
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy, Variables
-from spg_jax.random import Purpose, example_keys
+from spg_jax.random import Purpose, Seeded, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.packing import split_parts
 from spg_jax.rl.rollout import Rollout
@@ -45,8 +45,7 @@ def make_gap(
     if 'log_prob' not in decoding.records or decoding.temperature == 0.0 or decoding.edits:
         return None
 
-    @jax.jit
-    def gap(variables: Variables, rollout: Rollout, step: Array) -> Metrics:
+    def gap(seed: Array, variables: Variables, rollout: Rollout, step: Array) -> Metrics:
         keys = example_keys(seed, Purpose.GAP, step, rollout.example_id)
         parts = len(rollout.reward) // batching.microbatch
 
@@ -62,7 +61,7 @@ def make_gap(
         total, count = jax.lax.map(of_part, pieces)
         return {GAP: (total.sum(), count.sum())}
 
-    return gap
+    return Seeded(gap, seed)
 
 
 def log_probs(logits: Array, token: Array, allowed: Array, decoding: SamplingConfig) -> Array:

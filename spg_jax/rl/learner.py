@@ -1,14 +1,12 @@
 """The learner: one gradient step of an objective on a rollout."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from spg_jax.models.policy import Policy
-from spg_jax.random import Purpose, example_keys
+from spg_jax.random import Purpose, Seeded, example_keys
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.experience import rows_of_update
 from spg_jax.rl.gradient import make_gradient
@@ -26,7 +24,7 @@ def make_update(
     batching: Batching,
     seed: int,
     shardings: TrainState,
-) -> Callable[[TrainState, Rollout], tuple[TrainState, Metrics]]:
+) -> Seeded:
     """A compiled (state, experience) -> (state, metrics), which reuses the memory of the old state.
 
     Every update corrupts the rows afresh, with keys made from seed, step and identity of the row.
@@ -48,13 +46,13 @@ def make_update(
     )
     lora = policy.config.lora
 
-    def dropout_keys(step: Array, rollout: Rollout) -> Array | None:
+    def dropout_keys(seed: Array, step: Array, rollout: Rollout) -> Array | None:
         if lora is None or not lora.dropout:
             return None
         keys = example_keys(seed, Purpose.DROPOUT, step, rollout.example_id)
         return jax.vmap(lambda key: jax.random.split(key, objective.draws))(keys)
 
-    def update(state: TrainState, experience: Rollout) -> tuple[TrainState, Metrics]:
+    def update(seed: Array, state: TrainState, experience: Rollout) -> tuple[TrainState, Metrics]:
         rollout = rows_of_update(objective.experience, seed, state.step, experience)
         turn = jnp.int32(0) if objective.experience else state.step % batching.inner_updates
         draws = corrupt(objective.corruption, rollout, moments(seed, rollout, state.step, turn))
@@ -66,7 +64,7 @@ def make_update(
             state.frozen,
             rollout,
             draws,
-            dropout_keys(state.step, rollout),
+            dropout_keys(seed, state.step, rollout),
             others=others,
             kept=state.kept,
             step=state.step,
@@ -79,7 +77,7 @@ def make_update(
         )
         return state, metrics | {'loss': (loss, jnp.float32(1))}
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    return Seeded(update, seed, donate_argnums=1, out_shardings=(shardings, None))
 
 
 def after_update(

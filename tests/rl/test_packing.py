@@ -28,6 +28,9 @@ from tests.rl.test_couplings import Config, Toy, parameters, scores
 
 pytestmark = pytest.mark.numerical
 GROUP, ROWS = 4, 16
+# Of the norm of a gradient, for sums in another order; GPUs choose it by the shapes of products.
+# It was 1.1e-6 on an H200, and a row that is lost or counted twice changes several per cent.
+ROUNDING = 3e-6
 READ = []  # the number of rows and draws of each forward pass that was computed
 
 
@@ -160,7 +163,7 @@ def test_the_gradient_without_idle_rows_is_the_one_with_them(
         packed_ones, whole_ones, strict=True
     ):
         assert_allclose(loss, expected_loss, rtol=1e-6, atol=1e-7)  # a sum of terms near 1
-        assert distance(leaves, expected) <= 1e-6 * norm(expected)
+        assert distance(leaves, expected) <= ROUNDING * norm(expected)
         if couples == 'row':
             assert metrics['better'] == whole['better']
     assert all((leaf == 0).all() for leaf in packed_ones[-1][1])
@@ -207,7 +210,7 @@ def test_adapters_learn_the_same_without_idle_rows():
         for each in (objective, dataclasses.replace(objective, idle=None))
     )
     assert norm(expected) > 1e-3
-    assert distance(leaves, expected) <= 1e-6 * norm(expected)
+    assert distance(leaves, expected) <= ROUNDING * norm(expected)
 
 
 @pytest.mark.parametrize('unit', [1, 4])
