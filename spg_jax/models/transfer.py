@@ -147,7 +147,9 @@ def _gather(
     lora: LoRA | None,
 ) -> np.ndarray:
     """One whole published tensor as a host array, in every process."""
-    tensor = jax.jit(_take, static_argnums=(3, 4))(leaf, factors, index, source, lora)
+    # Tensors of one shape share a program, whatever their names are.
+    take = jax.jit(_take, static_argnums=(3, 4))
+    tensor = take(leaf, factors, index, source.transposed, lora)
     return multihost_utils.process_allgather(tensor, tiled=True)
 
 
@@ -183,7 +185,7 @@ def _take(
     leaf: Array,
     factors: Mapping[str, Array] | None,
     index: tuple[Array, ...],
-    source: Source,
+    transposed: bool,
     lora: LoRA | None,
 ) -> Array:
     """The published tensor at a place of a parameter, with its adapter merged."""
@@ -194,4 +196,4 @@ def _take(
             (leaf, factors),
         )
     kernel = merged_kernel(leaf, factors, lora) if factors else leaf
-    return _transpose(kernel, source.transposed)
+    return _transpose(kernel, transposed)
