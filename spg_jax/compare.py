@@ -1,13 +1,15 @@
 """Compares methods: the same base policy, prompts and budget for all, and a table of the outcome.
 
     python -m spg_jax.compare --config=configs/compare.py[:PRESET] [--workdir=DIR]
+    python -m spg_jax.compare --config=configs/compare.py:full --jobs=2
     python -m spg_jax.compare --config=configs/compare.py:full --workdir=DIR --shard=0/4
     python -m spg_jax.compare --report=DIR [--workdir=OUT]
 
 Every run is an ordinary run of spg_jax.train below DIR/runs. The same command goes on after an
 interruption. A shard takes every n-th pair of a task and a method, with all of its runs, so that
---shard=0/4 to 3/4 share one DIR, one after the other or on four machines. DIR gets runs.jsonl, a
-line for each run, and from these lines alone table.md and TASK.png, which --report draws again.
+--shard=0/4 to 3/4 share one DIR, one after the other or on four machines. --jobs=2 makes a shard of
+each pair, and runs two at a time. DIR gets runs.jsonl, a line for each run, and from these lines
+alone table.md and TASK.png, which --report draws again.
 docs/compare.md says what is held equal and how to read the table.
 """
 
@@ -43,6 +45,7 @@ from spg_jax.comparison.records import (
     read_lines,
 )
 from spg_jax.comparison.report import TABLE, write_report
+from spg_jax.comparison.shards import Shards, command_of
 from spg_jax.comparison.tuning import Score, best_rate, next_rate
 from spg_jax.errors import one_line
 from spg_jax.pretrain import find_or_make_base
@@ -223,6 +226,37 @@ def _mesh_for(comparison: Comparison, task: str) -> Mesh:
     return mesh
 
 
+def beside_each_other(comparison: Comparison, folder: Path, jobs: int) -> Outcome:
+    """`compare` in processes, one for each task and arm, of which `jobs` run at a time.
+
+    Raises:
+      ValueError: the settings cannot work, or this process is told to run one shard.
+    """
+    if FLAGS['shard'].present:
+        raise ValueError('--jobs given with --shard, which is for one process; give one of the two')
+    comparison.check()
+    cells = comparison.cells()
+    shards = Shards(command_of(sys.argv[1:]), len(cells), folder / 'shards')
+    progress = Progress(comparison, cells)
+
+    def tell() -> None:
+        lines = newest(read_lines(folder / LINES))
+        left = len(progress.jobs_left(lines, ()))
+        print(f'{len(lines)} runs have ended, up to {left} are left', flush=True)
+
+    print(f'{len(cells)} shards, {jobs} at a time; {shards.output(0).parent} has their output')
+    try:
+        failed = shards.run(jobs, tell)
+    except KeyboardInterrupt:
+        return Outcome(False, {})
+    failures = {}
+    for index in failed:
+        task, method = cells[index]
+        job = comparison.jobs(task, method, comparison.rates[0])[0]
+        failures[job] = f'see the end of {shards.output(index)}'
+    return Outcome(True, failures)
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """(index, number) of a shard that is written as 0/4.
 
@@ -277,9 +311,12 @@ def main(_: list[str]) -> None:
         raise ValueError('--config not given; use --config=configs/compare.py:smoke, or --report')
     comparison, shard = read(FLAGS.config), shard_of(FLAGS.shard)
     folder = Path(FLAGS.workdir or default_folder(sources().file))
-    cli.compile_cache()
     print(f'workdir {folder}', flush=True)
-    outcome = compare(comparison, folder, shard)
+    if FLAGS.jobs > 1:
+        outcome = beside_each_other(comparison, folder, FLAGS.jobs)
+    else:
+        cli.compile_cache()
+        outcome = compare(comparison, folder, shard)
     lines = newest(read_lines(folder / LINES))
     print(write_report(lines.values(), folder))
     for job, message in outcome.failures.items():
@@ -304,4 +341,7 @@ if __name__ == '__main__':
         'report', '', 'Only draw the tables and curves of this folder or file of lines.'
     )
     flags.DEFINE_string('shard', '0/1', 'Which part to run, i/n with i from 0 to n - 1.')
+    flags.DEFINE_integer(
+        'jobs', 1, 'Processes at a time on this machine, such as one for each core.', lower_bound=1
+    )
     cli.run(main)

@@ -360,7 +360,7 @@ def test_failures_are_the_exit_status_of_the_command(played, monkeypatch, capsys
     monkeypatch.setattr(compare.cli, 'compile_cache', lambda: None)
     sources = type('Sources', (), {'file': 'configs/compare.py:smoke'})
     monkeypatch.setattr(compare, 'sources', lambda: sources)
-    flags = {'report': '', 'config': presets.get_config('smoke'), 'shard': '0/1'}
+    flags = {'report': '', 'config': presets.get_config('smoke'), 'shard': '0/1', 'jobs': 1}
     flags['workdir'] = str(played)
     monkeypatch.setattr(compare, 'FLAGS', type('Flags', (), flags))
     with pytest.raises(SystemExit) as status:
