@@ -1,8 +1,7 @@
 """Samplers that commit several tokens a step against plain loops, and caches against the model."""
 
-import dataclasses
 import sys
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,10 @@ from tests.diffusion.test_sampling import (
     EOS,
     MASK,
     VOCABULARY,
+    Counting,
     Toy,
     logits_in_numpy,
+    passes_of,
     prompts,
 )
 from tests.parameters import random_params
@@ -39,7 +40,7 @@ NEW = {
 
 def config_of(name, **options):
     options = {'length': 12, 'steps': 12, 'block_length': 4, 'temperature': 1.0} | options
-    return SamplingConfig(sampler=name, **NEW[name], **options)
+    return SamplingConfig(sampler=name, records=('confidence',), **NEW[name], **options)
 
 
 def plain_loop(toy, prompt, key, config):
@@ -114,10 +115,10 @@ def plain_loop(toy, prompt, key, config):
 )
 def test_each_rule_is_the_plain_loop(name, temperature, steps, bias):
     """Without noise, and with a schedule of two a step, where the order is by each confidence."""
-    toy = Toy(eos_bias=bias)
+    toy = Counting(eos_bias=bias)
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))
-    config = config_of(name, temperature=temperature, steps=steps, records=('confidence',))
+    config = config_of(name, temperature=temperature, steps=steps)
     completion = toy.generate(tokens, mask, keys, config)
     committed = np.asarray(completion.commit_step)
     for row in range(len(tokens)):
@@ -133,57 +134,61 @@ def test_each_rule_is_the_plain_loop(name, temperature, steps, bias):
 
 def test_a_row_alone_gets_what_it_gets_beside_slower_rows():
     """By the rule that keeps most of a row; the plain loop knows of one row by every rule."""
-    name = 'remask'
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(5), len(tokens))
-    toy, config = Toy(eos_bias=1.0), config_of(name)
+    toy, config = Counting(eos_bias=1.0), config_of('remask')
     batch = toy.generate(tokens, mask, keys, config)
     for row in (0, 4):
-        alone = toy.generate(
-            tokens[row : row + 1], mask[row : row + 1], keys[row : row + 1], config
-        )
+        copies = np.full(len(tokens), row)
+        alone = toy.generate(tokens[copies], mask[copies], keys[copies], config)
         assert_array_equal(alone.tokens[0], batch.tokens[row])
         assert_array_equal(alone.commit_step[0], batch.commit_step[row])
 
 
 def test_a_block_ends_with_its_last_token_and_not_with_its_last_step():
-    calls = []
-
-    class Counting(Toy):
-        def hidden(self, tokens, valid, xp=jnp):
-            jax.debug.callback(lambda: calls.append(1))
-            return super().hidden(tokens, valid)
-
-    tokens, mask = prompts()
-    keys = jax.random.split(jax.random.key(0), len(tokens))
-    for limit, passes in ((1e-9, 3), (1.0, 12)):  # every token is sure, or none
-        calls.clear()
-        config = dataclasses.replace(config_of('threshold'), threshold=limit)
-        Counting().generate(tokens, mask, keys, config)
-        jax.effects_barrier()
-        assert len(calls) == passes
+    sure, unsure = Counting(), Counting(hidden_bias=60.0)  # of every token, or of none
+    sure.bias[5] = 60.0
+    for toy, passes in ((sure, 3), (unsure, 12)):
+        assert passes_of(toy, config_of('threshold')) == passes
 
 
-@pytest.mark.parametrize('name', samplers.REGISTRY)
-def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(name):
-    """Whatever the logits are: NaN, infinite or equal."""
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(6, 7)).astype(np.float32)
+@pytest.fixture(scope='module')
+def commitments():
+    """What each rule commits where the schedule asks for 1, 3 or 5 positions, [3, 6].
+
+    The logits are NaN, infinite or equal in some positions.
+    """
+    logits = np.random.default_rng(1).normal(size=(6, 7)).astype(np.float32)
     logits[0], logits[1], logits[2, 3] = np.nan, -np.inf, 1e30
-    masked = np.array([True, True, True, False, True, True])
-    for count in (1, 3, 5):
+
+    @jax.jit
+    def commitments(count):
         view = View(
             logits=jnp.asarray(logits),
             choosable=jnp.maximum(jnp.asarray(logits), jnp.finfo(jnp.float32).min),
             token=jnp.zeros(6, jnp.int32),
-            masked=jnp.asarray(masked),
-            count=jnp.int32(count),
-            scheduled=jnp.int32(count),
+            masked=jnp.asarray(MASKED),
+            count=count,
+            scheduled=count,
             key=jax.random.key(0),
         )
-        config = SamplingConfig(6, 6, 6, 1.0, sampler=name)
-        commit = np.asarray(commitment(samplers.find(name), view, config))
-        assert commit.sum() >= count and not (commit & ~masked).any()
+        return {
+            name: commitment(sampler, view, SamplingConfig(6, 6, 6, 1.0, sampler=name))
+            for name, sampler in samplers.REGISTRY.items()
+        }
+
+    return jax.tree.map(lambda *x: np.stack(x), *map(commitments, map(np.int32, COUNTS)))
+
+
+COUNTS = (1, 3, 5)
+MASKED = np.array([True, True, True, False, True, True])
+
+
+@pytest.mark.parametrize('name', samplers.REGISTRY)
+def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(name, commitments):
+    """Whatever the logits are: NaN, infinite or equal."""
+    for count, commit in zip(COUNTS, commitments[name], strict=True):
+        assert commit.sum() >= count and not (commit & ~MASKED).any()
 
 
 def test_factor_commits_as_many_as_the_formula_says():
@@ -229,10 +234,14 @@ def test_a_rule_of_a_user_is_named_by_its_path(own):
     tokens, mask = prompts()
     keys = jax.random.split(jax.random.key(0), len(tokens))
     expected = [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8]
-    for name in ('claimed', 'Made'):  # The second calls a plain function.
-        config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.{name}')
-        assert Toy().generate(tokens, mask, keys, config).commit_step[0].tolist() == expected
-        assert config.exact_law == (name == 'claimed')
+    config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.claimed')
+    assert Toy().generate(tokens, mask, keys, config).commit_step[0].tolist() == expected
+    assert config.exact_law
+    config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.Made')  # It calls a plain function.
+    assert not config.exact_law
+    logits = jnp.zeros((4, 3))
+    view = View(logits, logits, jnp.zeros(4, jnp.int32), jnp.ones(4, bool), 1, 1, keys[0])
+    assert commitment(config.rule, view, config).tolist() == [False, False, False, True]
     config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.all_at_once')
     steps = Toy().generate(tokens, mask, keys, config).commit_step
     assert steps[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
@@ -247,64 +256,86 @@ def test_a_rule_of_a_user_is_named_by_its_path(own):
 # ---- Caches, with a real transformer.
 
 
-def policy_of(layers, attention='einsum'):
+LENGTH = 8
+
+
+def policy_of(attention):
     model = TransformerConfig(
-        vocab_size=24, width=32, layers=layers, heads=4, kv_heads=2, mlp_width=48,
+        vocab_size=24, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48,
         scale_logits=True, attention=attention,
     )  # fmt: skip
     return Policy(model, mask_id=0, eos_id=1, allowed=np.arange(24) != 0)
 
 
-def decoder_of(policy, **options):
-    """A function from numbers of rows to completions of eight prompts of different lengths."""
-    options = {'length': 12, 'steps': 12, 'block_length': 4, 'temperature': 1.0} | options
-    config = SamplingConfig(records=('log_prob', 'confidence'), **options)
+def params_of(layers):
+    """Parameters of two layers, the second of which adds nothing where there is one."""
+    params = random_params(policy_of('einsum').model)
+    if layers == 1:
+        for name in ('attention_out', 'down'):
+            kernel = params['layers'][name]['kernel']
+            params['layers'][name]['kernel'] = kernel.at[1].set(0.0)
+    return params
+
+
+@cache
+def decoder_of(attention='einsum', **options):
+    """A function from numbers of layers and of rows to completions of prompts of unlike lengths."""
+    config = SamplingConfig(
+        LENGTH, LENGTH, 4, 1.0, sampler='threshold', threshold=0.2,
+        records=('log_prob', 'confidence'), **options,
+    )  # fmt: skip
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 24, (8, 6)), jnp.int32)
-    mask = jnp.arange(6)[None, :] >= jnp.arange(8)[:, None] % 4
+    mask = np.arange(6)[None, :] >= np.arange(8)[:, None] % 4
     keys = jax.random.split(jax.random.key(3), 8)
-    variables = {'params': random_params(policy.model)}
-    generate = make_generate(policy, config)
-    return lambda rows: generate(variables, tokens[rows], mask[rows], keys[rows])
+    generate = make_generate(policy_of(attention), config)
+
+    def decode(layers, rows=np.arange(8)):  # noqa: B008
+        return generate({'params': params_of(layers)}, tokens[rows], mask[rows], keys[rows])
+
+    return decode
 
 
-def decoded(policy, **options):
-    return decoder_of(policy, **options)(np.arange(8))
+@cache
+def exact(layers):
+    """Completions without a cache."""
+    return decoder_of()(layers)
 
 
-@pytest.fixture(scope='module')
-def exact():
-    return {layers: decoded(policy_of(layers)) for layers in (1, 2)}
+# Each cache with the attention that its programs are compiled with.
+CACHES = [('prefix', 'einsum'), ('dual', 'folded')]
 
 
-@pytest.mark.parametrize('cache', ['prefix', 'dual'])
-def test_a_cache_that_is_refreshed_at_every_step_is_exact(cache, exact):
-    cached = decoded(policy_of(2), cache=cache, refresh=1)
-    assert_array_equal(cached.tokens, exact[2].tokens)
-    assert_array_equal(cached.commit_step, exact[2].commit_step)
+@pytest.mark.parametrize(('cache', 'attention'), CACHES)
+def test_a_cache_that_is_refreshed_at_every_step_is_exact(cache, attention):
+    cached = decoder_of(attention, cache=cache, refresh=1)(2)
+    assert_array_equal(cached.tokens, exact(2).tokens)
+    assert_array_equal(cached.commit_step, exact(2).commit_step)
     # Without a cache the last layer computes the block alone, so that sums are rounded otherwise.
-    assert_allclose(cached.extras['log_prob'], exact[2].extras['log_prob'], atol=1e-5)
+    assert_allclose(cached.extras['log_prob'], exact(2).extras['log_prob'], atol=1e-5)
     assert not SamplingConfig(12, 12, 4, 1.0, cache=cache, refresh=1).approximate
 
 
-@pytest.mark.parametrize(('cache', 'attention'), [('prefix', 'einsum'), ('dual', 'folded')])
-def test_a_cache_is_exact_where_keys_depend_on_no_other_position(cache, attention, exact):
-    """In the only layer, keys and values are those of the token at their own position."""
-    cached = decoded(policy_of(1, attention), cache=cache)
-    assert_array_equal(cached.tokens, exact[1].tokens)
-    assert_allclose(cached.extras['log_prob'], exact[1].extras['log_prob'], atol=1e-5)
+@pytest.mark.parametrize(('cache', 'attention'), CACHES)
+def test_a_cache_is_exact_where_keys_depend_on_no_other_position(cache, attention):
+    """In the only layer that adds something, keys and values are those of the token at their own
+    position."""
+    cached = decoder_of(attention, cache=cache, refresh=3)(1)
+    assert_array_equal(cached.tokens, exact(1).tokens)
+    assert_allclose(cached.extras['log_prob'], exact(1).extras['log_prob'], atol=1e-5)
     assert SamplingConfig(12, 12, 4, 1.0, cache=cache).approximate
 
 
-@pytest.mark.parametrize('cache', ['prefix', 'dual'])
-def test_a_cache_is_approximate_elsewhere_and_a_row_does_not_depend_on_its_neighbours(cache, exact):
-    options = {'cache': cache, 'refresh': 3, 'sampler': 'threshold', 'threshold': 0.2}
-    decode = decoder_of(policy_of(2), **options)
-    cached = decode(np.arange(8))
+@pytest.mark.parametrize(('cache', 'attention'), CACHES)
+def test_a_cache_is_approximate_elsewhere_and_a_row_does_not_depend_on_its_neighbours(
+    cache, attention
+):
+    decode = decoder_of(attention, cache=cache, refresh=3)
+    cached = decode(2)
     log_prob = np.asarray(cached.extras['log_prob'])
-    assert np.abs(log_prob - np.asarray(exact[2].extras['log_prob'])).max() > 1e-3
+    assert np.abs(log_prob - np.asarray(exact(2).extras['log_prob'])).max() > 1e-3
     first = np.asarray(cached.commit_step) % 4 == 0  # A block begins with a refresh.
     assert first.any() and not first.all()
-    alone = decode(np.full(8, 3))  # among copies of itself
+    alone = decode(2, np.full(8, 3))  # among copies of itself
     assert_array_equal(alone.tokens[0], cached.tokens[3])
     assert_allclose(alone.extras['log_prob'][0], log_prob[3], atol=1e-5)
 
@@ -320,28 +351,19 @@ def test_a_cache_needs_a_model_that_has_one():
 def test_a_dual_cache_reads_the_block_alone_between_refreshes():
     """Windows of 4 positions, and all 18 where a block begins or a refresh is due."""
     sizes = []
-    policy = policy_of(1)
-    variables = {'params': random_params(policy.model)}
 
     def read(tokens, valid, cache, start):
         jax.debug.callback(partial(sizes.append, tokens.shape[1]))
-        return policy.hidden_with_cache(variables, tokens, valid, cache, start)
+        return jax.nn.one_hot(tokens, 24), cache
 
     tokens = jnp.full((2, 6), 5, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
     config = SamplingConfig(12, 12, 4, 1.0, cache='dual', refresh=3, stop_early=False)
+    model = CachedModel(lambda rows, length: jnp.zeros(()), read)
+    allowed = np.arange(24) > 0
     jax.jit(
         lambda: generate(
-            None,
-            lambda hidden: policy.unembed(variables, hidden),
-            tokens,
-            tokens > 0,
-            keys,
-            config,
-            0,
-            1,
-            jnp.arange(24) > 0,
-            CachedModel(policy.empty_cache, read),
+            None, lambda hidden: hidden, tokens, tokens > 0, keys, config, 0, 1, allowed, model
         )
     )()
     jax.effects_barrier()
