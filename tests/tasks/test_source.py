@@ -59,8 +59,10 @@ from absl import app
 from spg_jax import tasks
 
 def main(argv):
-    task = tasks.get(argv[1], argv[2])
-    print(len(task.source('train', argv[3])), len(task.source('validation', argv[3])))
+    folder, *names = argv[1:]
+    for name, format in zip(names[::2], names[1::2]):
+        task = tasks.get(name, format)
+        print(len(task.source('train', folder)), len(task.source('validation', folder)))
 
 app.run(main)
 """
@@ -73,22 +75,19 @@ def screen_of(*arguments):
     return done.stdout, done.stderr
 
 
-def test_drawn_problems_are_announced_on_one_line_when_they_are_made(tmp_path):
-    line = f'problems of sudoku: making 20,512 (less than a minute), once, under {tmp_path}/sudoku'
-    assert screen_of('sudoku', 'compact', tmp_path) == ('20000 256\n', f'{line}\n')
-    assert screen_of('sudoku', 'compact', tmp_path) == ('20000 256\n', '')
-
-
-def test_published_problems_are_announced_on_one_line_when_they_are_made(tmp_path):
+def test_problems_are_announced_on_one_line_when_they_are_made(tmp_path):
+    """Of drawn problems, and of published ones. A second start announces nothing."""
     for split in ('train', 'test'):
         records = [{'question': f'Is it {split} {n}?', 'answer': f'#### {n}'} for n in range(20)]
         (tmp_path / f'gsm8k_{split}.jsonl').write_text('\n'.join(map(json.dumps, records)))
-    line = (
+    lines = (
+        f'problems of sudoku: making 20,512 (less than a minute), once, under {tmp_path}/sudoku\n'
         'problems of gsm8k: cutting the published files, which are downloaded if missing, once, '
-        f'under {tmp_path}/gsm8k'
+        f'under {tmp_path}/gsm8k\n'
     )
-    assert screen_of('gsm8k', 'published_train', tmp_path) == ('18 2\n', f'{line}\n')
-    assert screen_of('gsm8k', 'published_train', tmp_path) == ('18 2\n', '')
+    arguments = tmp_path, 'sudoku', 'compact', 'gsm8k', 'published_train'
+    assert screen_of(*arguments) == ('20000 256\n18 2\n', lines)
+    assert screen_of(*arguments) == ('20000 256\n18 2\n', '')
 
 
 def test_a_source_can_be_sent_to_another_process(data_dir):
