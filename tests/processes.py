@@ -19,7 +19,7 @@ SHARED = Path(os.environ['SPG_JAX_SHARED_BY_TESTS'])  # see tests/conftest.py
 # The slowest process of the tests needs about 40 s, compilation included.
 HANG_SECONDS = 600
 # Of a processor, for work whose time grows no faster than its input; it needs a tenth at most, and
-# quadratic time on the 100,000 characters of the tests would need minutes.
+# quadratic time on the 50,000 characters and more of the tests would need far more.
 LINEAR_SECONDS = 5
 
 _running: list[subprocess.Popen] = []

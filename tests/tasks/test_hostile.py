@@ -16,13 +16,13 @@ EXAMPLES = {
     'sudoku': {'puzzle': '0040423100030104', 'solution': '1342423124133124'},
 }
 RIGHT = {'countdown': 1, 'gsm8k': 2, 'math500': 2, 'sudoku': 1}  # least rewards of right answers
-LONG = 100_000
+LONG = 50_000
 CONTENTS = {
     'letters': 'a' * LONG,
     'digits': '9' * LONG,
     'digits and spaces': '9 ' * (LONG // 2),
     'deep parentheses': '(' * (LONG // 2) + ')' * (LONG // 2),
-    'numbers in deep parentheses': '(' * 40_000 + '9+9-9' + ')' * 40_000,
+    'numbers in deep parentheses': '(' * 20_000 + '9+9-9' + ')' * 20_000,
     'tower of powers': '9**9**9',
     'larger tower': '9**(9**9)',
     'long tower': '9**' * (LONG // 3) + '9',
