@@ -4,6 +4,7 @@
 sums over all orders and all masks in float64.
 """
 
+from functools import cache, partial
 from itertools import combinations, permutations
 from math import comb
 
@@ -39,6 +40,11 @@ def decoding(commit, length=3, block_length=3, steps=3, **options):
     )
 
 
+@partial(jax.jit, static_argnums=1)
+def law_of(logits, config):
+    return exact.completion_law(logits, config, SYMBOLS, MASK)
+
+
 def walked(table, config):
     """The law of completions by the walk over all paths, in the order of `every_completion`."""
     law = np.zeros(SYMBOLS**config.length)
@@ -59,7 +65,7 @@ def walked(table, config):
 )
 def test_the_law_of_completions_is_that_of_all_paths_and_sums_to_one(config):
     logits, by_tokens = tables(config.length)
-    law = np.asarray(exact.completion_law(logits, config, SYMBOLS, MASK))
+    law = np.asarray(law_of(logits, config))
     assert_allclose(law.sum(), 1.0, rtol=1e-5)
     assert_allclose(law, walked(by_tokens, config), atol=1e-6)
 
@@ -67,7 +73,7 @@ def test_the_law_of_completions_is_that_of_all_paths_and_sums_to_one(config):
 def test_blocks_are_decoded_one_after_the_other():
     """With blocks of one position the law is a product from left to right, whatever the rule."""
     logits, by_tokens = tables(3)
-    blocks = exact.completion_law(logits, decoding('low_confidence', block_length=1), SYMBOLS, MASK)
+    blocks = law_of(logits, decoding('low_confidence', block_length=1))
     in_order = walked(by_tokens, decoding('left_to_right'))
     assert_allclose(blocks, in_order, atol=1e-6)
 
@@ -79,9 +85,9 @@ def test_the_derivative_of_the_expected_reward_is_its_finite_difference():
     rng = np.random.default_rng(0)
     reward = rng.uniform(size=SYMBOLS**3)
     along = rng.normal(size=logits.shape).astype(np.float32)
-    derivative = jax.jvp(
-        lambda x: exact.completion_law(x, config, SYMBOLS, MASK) @ reward, (logits,), (along,)
-    )[1]
+    derivative = jax.jit(
+        lambda along: jax.jvp(lambda x: law_of(x, config) @ reward, (logits,), (along,))[1]
+    )(along)
     states = exact.every_state(3, SYMBOLS, MASK)
     rows = (states * VOCABULARY ** np.arange(3)).sum(-1)
     step = np.zeros(by_tokens.shape)
@@ -111,12 +117,17 @@ def over_orders(logp, positions, masked):
 
 def test_likelihoods_are_means_over_all_orders():
     logp = token_table()
-    assert_allclose(exact.any_order(logp, range(4)), over_orders(logp, range(4), ()), rtol=1e-5)
+
+    @jax.jit
+    def likelihoods(logp):
+        return exact.any_order(logp, range(4)), *(exact.block_wise(logp, b) for b in (2, 1))
+
+    any_order, blocks_of_two, blocks_of_one = likelihoods(logp)
+    assert_allclose(any_order, over_orders(logp, range(4), ()), rtol=1e-5)
     blocks = over_orders(logp, (0, 1), (2, 3)) + over_orders(logp, (2, 3), ())
-    assert_allclose(exact.block_wise(logp, 2), blocks, rtol=1e-5)
-    assert_allclose(
-        exact.block_wise(logp, 1), sum(logp[15 ^ ((1 << i) - 1), i] for i in range(4)), rtol=1e-5
-    )
+    assert_allclose(blocks_of_two, blocks, rtol=1e-5)
+    in_order = sum(logp[15 ^ ((1 << i) - 1), i] for i in range(4))
+    assert_allclose(blocks_of_one, in_order, rtol=1e-5)
 
 
 @pytest.mark.parametrize('block_length', [2, 4])
@@ -136,27 +147,43 @@ def test_bounds_are_sums_over_all_masks(block_length):
                     lower += weight * value
                     upper[i] += weight * np.exp(beta * value)
     elbo = bounds.estimator('block' if block_length == 2 else 'released', 2).elbo
-    assert_allclose(exact.expected_elbo(logp, masks, elbo), lower, rtol=1e-5)
     within = block_length if block_length == 2 else 0
-    eubo = exact.eubo_of_all_draws(logp, masks, beta, within)
+
+    @jax.jit
+    def both(logp):
+        eubo = exact.eubo_of_all_draws(logp, masks, beta, within)
+        return exact.expected_elbo(logp, masks, elbo), eubo
+
+    expected, eubo = both(logp)
+    assert_allclose(expected, lower, rtol=1e-5)
     assert_allclose(eubo, np.log(upper).sum() / beta, rtol=1e-5)
 
 
 INFLUENCE = np.array([0.3, 0.0, 1.0, 0.55], np.float32)
 
 
+@cache
+def informed_law(block_length):
+    """The compiled masks and their law as a function of the strength."""
+    return jax.jit(lambda strength: exact.informed_masks(INFLUENCE, block_length, strength))
+
+
+def informed_masks(block_length, strength):
+    return jax.tree.map(np.asarray, informed_law(block_length)(strength))
+
+
 @pytest.mark.parametrize('block_length', [2, 4])
 def test_informed_masks_without_strength_are_uniform_exactly(block_length):
     """d = 0: the same masks with the same probabilities, and so the same bounds."""
     plain = exact.uniform_masks(LENGTH, block_length)
-    masks = exact.informed_masks(INFLUENCE, block_length, 0.0)
+    masks = informed_masks(block_length, 0.0)
     np.testing.assert_array_equal(masks.masked, plain.masked)
     assert_allclose(masks.probability, plain.probability, rtol=1e-6)
 
 
 @pytest.mark.parametrize('block_length', [2, 4])
 def test_informed_masks_are_those_that_the_corruption_draws(block_length):
-    masks = exact.informed_masks(INFLUENCE, block_length, 1.5)
+    masks = informed_masks(block_length, 1.5)
     assert_allclose(masks.probability.sum(), 1.0, rtol=1e-5)
     kind = 'block' if block_length == 2 else 'uniform'
     corruption = Corruption(
@@ -183,7 +210,8 @@ def test_influence_along_an_order_is_the_change_of_confidences():
     """Positions are committed in the order 2, 0, 1; what is left is the last one's."""
     confidence = np.random.default_rng(4).uniform(size=(1, 8, 3)).astype(np.float32)
     orders = np.array([[2, 0, 1]])
-    influence = np.asarray(exact.influence_along(confidence, orders, informed.WINDOW))[0, 0]
+    along = jax.jit(lambda c: exact.influence_along(c, orders, informed.WINDOW))
+    influence = np.asarray(along(confidence))[0, 0]
     c = confidence[0]
     # Bit sets of what is masked: 111, 011 after position 2, 010 after position 0.
     expected = [abs(c[0b010, 1] - c[0b011, 1]), 0.0, np.abs(c[0b011, :2] - c[0b111, :2]).sum()]
@@ -193,7 +221,7 @@ def test_influence_along_an_order_is_the_change_of_confidences():
 def test_paths_and_completions_have_the_same_law():
     logits, by_tokens = tables(3)
     config = decoding('low_confidence')
-    orders, joint = exact.path_law(logits, config, SYMBOLS, MASK)
+    orders, joint = jax.jit(lambda x: exact.path_law(x, config, SYMBOLS, MASK))(logits)
     assert orders.shape == (6, 3)
     assert_allclose(joint.sum(-1), walked(by_tokens, config), atol=1e-6)
     outcomes = enumerated(by_tokens, config)
