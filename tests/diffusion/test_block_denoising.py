@@ -2,6 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
+from functools import partial
 from math import comb
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from spg_jax.diffusion.block_denoising import (
 )
 from spg_jax.diffusion.denoising import denoising_loss, stratified_masks
 from spg_jax.models.transformer import Transformer, TransformerConfig
-from spg_jax.sharding import init_params
-from tests.meshes import mesh_of
+from tests.parameters import random_params
 
 pytestmark = pytest.mark.numerical
 
@@ -30,13 +30,15 @@ FORMULAS = np.load(
     Path(__file__).parents[1] / 'reference' / 'families' / 'formulas' / 'formulas.npz'
 )
 MASK = 9
+# Operation by operation they would compile a program for each.
+drawn_masks = jax.jit(draw_masks, static_argnames='complementary')
+loss_of, noise_of = jax.jit(weighted_loss), jax.jit(embedding_noise, static_argnums=2)
 MODEL = TransformerConfig(10, 16, 2, 2, 1, 32, tie_embeddings=True)
 
 
 @pytest.fixture(scope='module')
 def params():
-    params = init_params(Transformer(MODEL), jax.random.key(1), mesh_of())
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
+    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, random_params(Transformer(MODEL)))
 
 
 def keys(rows, seed=0):
@@ -49,7 +51,14 @@ def test_the_weighted_loss_is_the_published_one():
         for name in ('logits', 'clean', 'masked', 'maskable', 't')
     )
     masks = Masks(masked, 1 / (t * maskable.sum(1)))
-    assert_allclose(weighted_loss(logits, clean, masks), FORMULAS['loss/inv_t'], atol=2e-5)
+    assert_allclose(loss_of(logits, clean, masks), FORMULAS['loss/inv_t'], atol=2e-5)
+
+
+@jax.jit
+@partial(jax.value_and_grad, has_aux=True)
+def of_entropy(logits, clean, masked, weight, beta):
+    entropy = entropy_where_right(logits, clean, masked)
+    return weighted_loss(logits, clean, Masks(masked, weight)) + beta * entropy, entropy
 
 
 @pytest.mark.parametrize('case', ['some_right', 'none_right', 'all_ignored'])
@@ -60,14 +69,10 @@ def test_the_entropy_of_right_predictions_and_its_gradient(case):
         if name.startswith(f'cap/{case}/')
     }
     labels, beta = published['labels'], FORMULAS['cap/beta']
-    masked, clean = jnp.asarray(labels >= 0), jnp.asarray(np.maximum(labels, 0))
-    weight = jnp.full(2, 2.0) / max(1, int(masked.sum()))  # the mean over all masked tokens
+    masked, clean = labels >= 0, np.maximum(labels, 0)
+    weight = np.full(2, 2.0, np.float32) / max(1, masked.sum())  # the mean over all masked tokens
 
-    def total(logits):
-        entropy = entropy_where_right(logits, clean, masked)
-        return weighted_loss(logits, clean, Masks(masked, weight)) + beta * entropy, entropy
-
-    (loss, entropy), gradient = jax.value_and_grad(total, has_aux=True)(published['logits'])
+    (loss, entropy), gradient = of_entropy(published['logits'], clean, masked, weight, beta)
     assert_allclose(entropy, published['entropy_mean_right'], atol=2e-5)
     assert_allclose(loss, published['total'], atol=2e-5)
     assert_allclose(gradient, published['grad_logits'], atol=1e-6)
@@ -85,7 +90,7 @@ def test_entropy_by_hand():
 def test_the_whole_length_is_masked_diffusion():
     """Same masks, same loss and same input as in the training of base policies."""
     key, row_keys = keys(6)
-    masks = draw_masks(key, row_keys, jnp.ones((6, 5), bool), complementary=False)
+    masks = drawn_masks(key, row_keys, jnp.ones((6, 5), bool), complementary=False)
     assert_array_equal(masks.masked, stratified_masks(key, row_keys, 5))
     rng = np.random.default_rng(0)
     logits, clean = (
@@ -93,7 +98,7 @@ def test_the_whole_length_is_masked_diffusion():
         jnp.asarray(rng.integers(0, 12, (6, 5))),
     )
     expected = denoising_loss(logits, clean, masks.masked)
-    assert_allclose(weighted_loss(logits, clean, masks), expected, rtol=1e-6)
+    assert_allclose(loss_of(logits, clean, masks), expected, rtol=1e-6)
     valid = jnp.ones((6, 5), bool)
     tokens, visible = streams(clean + 1, clean, valid, None, 0)
     assert_array_equal(tokens, clean + 1)
@@ -103,7 +108,7 @@ def test_the_whole_length_is_masked_diffusion():
 def test_a_pair_masks_each_token_once_and_weighs_as_single_masks_do():
     rows = 6
     maskable = jnp.arange(8)[None, :] >= jnp.full((rows, 1), 3)  # n = 5
-    masks = draw_masks(*keys(rows), maskable, complementary=True)
+    masks = drawn_masks(*keys(rows), maskable, complementary=True)
     masked = np.asarray(masks.masked).reshape(rows, 2, 8)
     assert_array_equal(masked.sum(1), maskable)
     counts = masked.sum(2)
@@ -123,7 +128,7 @@ def test_counts_weigh_the_tokens_of_a_block_as_times_do():
 
 
 LENGTH = 8
-ALONE = {block: dataclasses.replace(MODEL, visible_block=block) for block in (1, 4)}
+MODELS = {block: dataclasses.replace(MODEL, visible_block=block) for block in (0, 1, 4)}
 
 
 def log_prob(params, block, clean, noisy, position):
@@ -139,7 +144,7 @@ def log_prob(params, block, clean, noisy, position):
     return logits[clean[position]] - np.log(np.exp(logits).sum())
 
 
-APPLY = {block: jax.jit(Transformer(config).apply) for block, config in ALONE.items()}
+APPLY = {block: jax.jit(Transformer(config).apply) for block, config in MODELS.items()}
 
 
 @pytest.mark.parametrize('block', [1, 4])
@@ -149,7 +154,7 @@ def test_the_loss_is_that_of_a_loop_over_positions(params, block):
     rng = np.random.default_rng(block)
     clean = rng.integers(0, 9, (2, 2 * LENGTH))
     maskable = np.tile(np.arange(LENGTH) >= 3, (2, 2))
-    masks = draw_masks(*keys(2, seed=1), jnp.asarray(maskable), complementary=False)
+    masks = drawn_masks(*keys(2, seed=1), jnp.asarray(maskable), complementary=False)
     masked = np.asarray(masks.masked)
     noisy = np.where(masked, MASK, clean)
     expected = 0.0
@@ -163,14 +168,13 @@ def test_the_loss_is_that_of_a_loop_over_positions(params, block):
     document = np.repeat([[0, 1]], LENGTH, axis=1).repeat(2, 0)
     valid = np.ones(clean.shape, bool)
     tokens, visible = streams(*map(jnp.asarray, (noisy, clean, valid, document)), block)
-    apply = jax.jit(Transformer(MODEL).apply)
-    logits = apply({'params': params}, tokens, visible)[:, : 2 * LENGTH]
-    assert_allclose(weighted_loss(logits, jnp.asarray(clean), masks), expected, atol=2e-5)
+    logits = APPLY[0]({'params': params}, tokens, visible)[:, : 2 * LENGTH]
+    assert_allclose(loss_of(logits, jnp.asarray(clean), masks), expected, atol=2e-5)
 
 
 def test_noise_is_on_masked_tokens_only():
     masked = jnp.asarray([[True, False, True], [False, True, False]])  # one pair
-    noise = np.asarray(embedding_noise(keys(1)[1], masked, 500, jnp.float32(0.3)))
+    noise = np.asarray(noise_of(keys(1)[1], masked, 500, jnp.float32(0.3)))
     assert_array_equal(noise != 0, np.repeat(np.asarray(masked)[:, :, None], 500, axis=2))
     assert_allclose(noise[np.asarray(masked)].std(), 0.3, rtol=0.1)
-    assert not embedding_noise(keys(1)[1], masked, 500, jnp.float32(0)).any()
+    assert not noise_of(keys(1)[1], masked, 500, jnp.float32(0)).any()
