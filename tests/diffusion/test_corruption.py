@@ -1,7 +1,7 @@
 """Corruptions, region by region, over ten thousand draws, against rates worked out by hand."""
 
-from functools import partial
-from itertools import permutations
+from functools import cache, partial
+from itertools import pairwise, permutations
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,51 @@ POSITION_BLOCK = np.arange(LENGTH) // BLOCK
 KEYS = 5_000  # each has two draws
 
 
+# All corruptions that are sampled are drawn by one program.
+CORRUPTIONS = {
+    **{kind: Corruption(kind, 2, BLOCK) for kind in KINDS},
+    'uniform without a rate': Corruption('uniform', 2, BLOCK, prompt_rate=0.0),
+    'block without a rate': Corruption('block', 2, BLOCK, prompt_rate=0.0),
+    'block, clean completion': Corruption('block', 2, BLOCK, perturb_completion=False),
+    'stratified': Corruption('uniform', 4, BLOCK, times='stratified'),
+    'seven draws': Corruption('block', 7, BLOCK),
+    'released': Corruption('block', 2, BLOCK, block_draw='released'),
+}
+
+
 @partial(jax.jit, static_argnums=0)
-def corrupted(corruption, keys, scored, prompt_mask=PROMPT_MASK):
-    return jax.vmap(corruption, (0, None, None))(keys, prompt_mask, scored)
+def corrupted(names, keys, scored, prompt_mask=PROMPT_MASK):
+    def draw(key, scored):
+        return {
+            name: CORRUPTIONS[name](key, prompt_mask, scored & FIRST.get(name, True))
+            for name in names
+        }
+
+    return jax.vmap(draw)(keys, scored)
 
 
-def sample(kind, draws=2, keys=KEYS, scored=SCORED, **options):
+# A completion whose numbers of masked positions fall into four equal parts.
+FIRST = {'stratified': np.arange(LENGTH) < 20}
+
+
+@cache
+def samples():
+    """Draws by name of `CORRUPTIONS` and number of scored positions."""
+    counts = {21: KEYS, 0: 200, 1: 200}
+    ends = np.cumsum([0, *counts.values()])
+    keys = jax.random.split(jax.random.key(0), KEYS)[np.arange(ends[-1]) % KEYS]
+    scored = np.arange(LENGTH) < np.repeat([*counts], [*counts.values()])[:, None]
+    drawn = jax.device_get(corrupted(tuple(CORRUPTIONS), keys, scored))
+    return {
+        count: jax.tree.map(lambda x, a=a, b=b: x[a:b], drawn)
+        for count, (a, b) in zip(counts, pairwise(ends), strict=True)
+    }
+
+
+def sample(name, length=21):
     """Masks of the prompt [keys, draws, P] and completion [keys, draws, C]; block [keys, draws]."""
-    drawn = corrupted(
-        Corruption(kind, draws, BLOCK, **options), jax.random.split(jax.random.key(0), keys), scored
-    )
-    masked = np.asarray(drawn.masked)
-    return masked[:, :, :10], masked[:, :, 10:], np.asarray(drawn.block)
+    drawn = samples()[length][name]
+    return drawn.masked[:, :, :10], drawn.masked[:, :, 10:], drawn.block
 
 
 def assert_counts(counts, probabilities):
@@ -68,11 +101,16 @@ def test_real_prompt_tokens_are_perturbed_and_padding_never(kind):
     assert_rate(prompt[:, :, 3] & prompt[:, :, 4], 0.15**2)
 
 
+@cache
+def without_padding():
+    keys = jax.random.split(jax.random.key(0), KEYS)
+    return jax.device_get(corrupted(KINDS, keys, np.tile(SCORED, (KEYS, 1)), np.ones(7, bool)))
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_padding_on_the_left_of_the_prompt_moves_no_mask(kind):
     prompt, completion, _ = sample(kind)  # with three positions of padding
-    keys = jax.random.split(jax.random.key(0), KEYS)
-    alone = np.asarray(corrupted(Corruption(kind, 2, BLOCK), keys, SCORED, np.ones(7, bool)).masked)
+    alone = without_padding()[kind].masked
     assert alone.any()
     np.testing.assert_array_equal(alone[:, :, :7], prompt[:, :, 3:])
     np.testing.assert_array_equal(alone[:, :, 7:], completion)
@@ -86,7 +124,7 @@ def test_positions_after_the_first_eos_are_always_masked(kind):
 
 @pytest.mark.parametrize('kind', ['uniform', 'block'])
 def test_prompt_rate_zero_perturbs_nothing(kind):
-    prompt, completion, block = sample(kind, prompt_rate=0.0)
+    prompt, completion, block = sample(f'{kind} without a rate')
     assert not prompt.any()
     assert not completion[:, :, SCORED][
         np.broadcast_to(POSITION_BLOCK[SCORED], (KEYS, 2, 21)) < block[:, :, None]
@@ -94,7 +132,7 @@ def test_prompt_rate_zero_perturbs_nothing(kind):
 
 
 def test_perturbation_of_completions_can_be_off_while_prompts_keep_theirs():
-    prompt, completion, block = sample('block', perturb_completion=False)
+    prompt, completion, block = sample('block, clean completion')
     assert_rate(prompt[:, :, 3:], 0.15)
     assert not completion[POSITION_BLOCK < block[:, :, None]].any()
 
@@ -119,9 +157,8 @@ def test_uniform_masks_every_number_of_positions_equally_often():
 
 def test_stratified_times_cover_every_quarter_of_the_numbers():
     """With four draws over 20 positions; the number of each draw alone is uniform."""
-    scored = np.arange(LENGTH) < 20
-    _, completion, _ = sample('uniform', draws=4, scored=scored, times='stratified')
-    sizes = completion[:, :, scored].sum(-1)
+    _, completion, _ = sample('stratified')
+    sizes = completion[:, :, :20].sum(-1)
     assert (np.sort((sizes - 1) // 5, axis=1) == np.arange(4)).all()
     for draw in range(4):
         assert_counts(np.bincount(sizes[:, draw], minlength=21)[1:], np.full(20, 1 / 20))
@@ -167,7 +204,7 @@ def test_block_full_masks_the_chosen_block_and_all_later_ones():
 
 
 def test_balanced_draws_cycle_through_one_permutation_when_they_exceed_the_blocks():
-    _, _, block = sample('block', draws=7)
+    _, _, block = sample('seven draws')
     assert (block[:, 3:6] == block[:, :3]).all() and (block[:, 6] == block[:, 0]).all()
     codes = block[:, :3] @ np.array([9, 3, 1])
     orders = [9 * a + 3 * b + c for a, b, c in permutations(range(3))]
@@ -177,7 +214,7 @@ def test_balanced_draws_cycle_through_one_permutation_when_they_exceed_the_block
 
 def test_released_block_draw_is_a_permutation_of_all_blocks_modulo_those_reached():
     """With three of four blocks reached, 0 is chosen half of the time, and twice in 2 of 12."""
-    _, _, block = sample('block', block_draw='released')
+    _, _, block = sample('released')
     expected = np.zeros(9)
     for order in permutations(range(4)):
         expected[3 * (order[0] % 3) + order[1] % 3] += 1 / 24
@@ -191,15 +228,14 @@ def test_released_block_draw_is_a_permutation_of_all_blocks_modulo_those_reached
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('length', [0, 1])
 def test_completions_of_one_token_or_none_are_masked_by_every_draw(kind, length):
-    _, completion, block = sample(kind, scored=np.arange(LENGTH) < length)
+    _, completion, block = sample(kind, length)
     assert completion.all() and not block.any()
 
 
 def test_draws_depend_on_the_key_and_not_on_the_batch_or_the_number_of_draws():
-    prompt, completion, block = sample('block', draws=7)
-    alone = jax.jit(Corruption('block', 7, BLOCK))(
-        jax.random.split(jax.random.key(0), KEYS)[4], PROMPT_MASK, SCORED
-    )
+    prompt, completion, block = sample('seven draws')
+    key = jax.random.split(jax.random.key(0), KEYS)[4]
+    alone = jax.jit(CORRUPTIONS['seven draws'])(key, PROMPT_MASK, SCORED)
     np.testing.assert_array_equal(alone.masked[:, :10], prompt[4])
     np.testing.assert_array_equal(alone.masked[:, 10:], completion[4])
     np.testing.assert_array_equal(alone.block, block[4])
