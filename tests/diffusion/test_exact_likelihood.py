@@ -5,7 +5,7 @@ probability of the right one of three symbols, which may be any function of its 
 continuous time such a model is an any-order autoregressive model in a uniformly random order.
 """
 
-from functools import partial
+from functools import cache, partial
 from itertools import combinations, combinations_with_replacement, permutations, product
 from math import comb, factorial, lcm, prod
 
@@ -75,10 +75,29 @@ def seen_through(table, masks, length):
     return logp.astype(np.float32), masked
 
 
-def enumerated(table, masks, length):
-    """The arguments (logp, masked, scored, block) of a bound, one draw for each set in `masks`."""
-    logp, masked = seen_through(table, masks, length)
-    return logp, masked, np.ones(length, bool), np.zeros(len(masks), np.int32)
+def enumerated(table, length):
+    """The arguments (logp, masked, scored, block) of a bound: each mask as often as `every_mask`.
+
+    Up to four tokens are followed by others that are not scored, and all draws come equally often,
+    so that all numbers of tokens share the programs of 144 draws of four positions.
+    """
+    masks = [{*mask, *range(length, 4)} for mask in every_mask(range(length))]
+    wide = np.full((4, 16), 0.5)
+    wide[:length, : 2**length] = table
+    logp, masked = (np.repeat(x, 144 // len(masks), 0) for x in seen_through(wide, masks, 4))
+    return logp, masked, np.arange(4) < length, np.zeros(144, np.int32)
+
+
+UPPER = ('eubo', 'loose_eubo', 'strict_eubo')
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, None, None, None, None))
+def all_bounds(logp, masked, scored, block, betas):
+    def upper(beta):
+        return [getattr(PAPER, name)(logp, masked, scored, block, beta) for name in UPPER]
+
+    return PAPER.elbo(logp, masked, scored, block), jax.lax.map(upper, betas)
 
 
 @pytest.fixture(scope='module', params=[1, 3, 4])
@@ -90,22 +109,13 @@ def tables(request):
     n = request.param
     rng = np.random.default_rng(n)
     tables = [random_table(rng, n) for _ in range(TABLES)]
-    draws = [enumerated(table, every_mask(range(n)), n) for table in tables]
+    draws = [enumerated(table, n) for table in tables]
     logp = np.stack([logp for logp, *_ in draws])
     rest = draws[0][1:]
-    betas, names = (*BETAS, 8.0), ('eubo', 'loose_eubo', 'strict_eubo')
-
-    @jax.jit
-    @partial(jax.vmap, in_axes=(0, None, None, None, None))
-    def all_bounds(logp, masked, scored, block, betas):
-        def upper(beta):
-            return [getattr(PAPER, name)(logp, masked, scored, block, beta) for name in names]
-
-        return PAPER.elbo(logp, masked, scored, block), jax.lax.map(upper, betas)
-
+    betas = (*BETAS, 8.0)
     lower, upper = jax.device_get(all_bounds(logp, *rest, np.float32(betas)))
     values = {'elbo': lower}
-    for name, bound in zip(names, upper, strict=True):  # [T, betas]
+    for name, bound in zip(UPPER, upper, strict=True):  # [T, betas]
         values[name] = dict(zip(betas, bound.T, strict=True))
     return n, tables, np.array([exact(table, range(n)) for table in tables]), values
 
@@ -160,7 +170,7 @@ def test_bounds_are_their_definitions_over_all_masks(tables):
 @pytest.mark.parametrize('beta', [1.0, 1.5, 4.0])
 def test_all_bounds_are_the_likelihood_where_the_model_ignores_its_context(beta):
     table = np.repeat(np.array([0.9, 0.05, 0.4, 0.6])[:, None], 16, axis=1)
-    draws = enumerated(table, every_mask(range(4)), 4)
+    draws = enumerated(table, 4)
     log_p = np.log([0.9, 0.05, 0.4, 0.6]).sum()
     assert_allclose(exact(table, range(4)), log_p, rtol=1e-12)
     assert_allclose(PAPER.elbo(*draws), log_p, rtol=1e-6)
@@ -173,15 +183,14 @@ def test_two_tokens_over_two_symbols_have_closed_forms(beta):
     table = np.array(
         [[first_alone, np.nan, first_given, np.nan], [second_alone, second_given, np.nan, np.nan]]
     )
-    masks = every_mask(range(2))
-    logp, masked, scored, block = enumerated(table, masks, 2)
+    draws = enumerated(table, 2)
     lower = 0.5 * np.log(first_given * first_alone * second_given * second_alone)
     upper = (
         np.log((first_given**beta + first_alone**beta) / 2)
         + np.log((second_given**beta + second_alone**beta) / 2)
     ) / beta
-    assert_allclose(PAPER.elbo(logp, masked, scored, block), lower, rtol=1e-6)
-    assert_allclose(PAPER.eubo(logp, masked, scored, block, beta), upper, rtol=1e-6)
+    assert_allclose(PAPER.elbo(*draws), lower, rtol=1e-6)
+    assert_allclose(PAPER.eubo(*draws, beta), upper, rtol=1e-6)
 
 
 # Many examples at a time; `beta` is an argument, so that one program serves every order.
@@ -189,7 +198,18 @@ MANY_ELBO = {
     name: jax.jit(jax.vmap(bounds.elbo, (0, 0, None, 0)))
     for name, bounds in (('paper', PAPER), ('released', RELEASED), ('block', BLOCKS))
 }
-MANY_EUBO = jax.jit(jax.vmap(PAPER.eubo, (0, 0, None, 0, None)))
+MANY_EUBO = {
+    name: jax.jit(jax.vmap(bounds.eubo, (0, 0, None, 0, None)))
+    for name, bounds in (('paper', PAPER), ('block', BLOCKS))
+}
+
+
+def repeated(draws, *arrays):
+    """Arrays [4000, M, ...] with the draws of each row again and again, `draws` in all.
+
+    Bounds are means over draws, so they stay the same, and numbers of draws share programs.
+    """
+    return [np.repeat(x, draws // x.shape[1], axis=1) for x in arrays]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -197,12 +217,19 @@ def corrupted(corruption, keys, scored):
     return jax.vmap(corruption, (0, None, None))(keys, jnp.zeros(0, bool), scored)
 
 
-def drawn(kind, draws, table, scored):
-    """logp and masks of 4,000 examples corrupted by the real corruption, without a prompt."""
-    # Draw k is the same for any number of draws, so one program draws 64 and the rest is cut.
+@cache
+def corruptions(kind, n):
+    """64 draws of 4,000 examples by the real corruption, without a prompt; n of 4 tokens count."""
     corruption = Corruption(kind, 64, 2, prompt_rate=0.0, perturb_completion=False)
-    corruptions = corrupted(corruption, jax.random.split(jax.random.key(3), 4_000), scored)
-    masked, block = (np.asarray(x)[:, :draws] for x in (corruptions.masked, corruptions.block))
+    keys = jax.random.split(jax.random.key(3), 4_000)
+    return jax.device_get(corrupted(corruption, keys, np.arange(4) < n))
+
+
+def drawn(kind, draws, table, scored):
+    """logp, masks and blocks of 4,000 examples that are corrupted."""
+    # Draw k is the same for any number of draws, so 64 are drawn and the rest is cut.
+    corruption = corruptions(kind, scored.sum())
+    masked, block = (x[:, :draws] for x in (corruption.masked, corruption.block))
     length = len(scored)
     weights = 1 << np.arange(length)
     seen = (~masked * weights).sum(-1)
@@ -220,9 +247,9 @@ def mean_and_error(values):
 @pytest.mark.parametrize('draws', [1, 3])
 def test_released_elbo_is_unbiased_for_the_paper_elbo_under_uniform_corruption(draws):
     table = random_table(np.random.default_rng(5), 4)
-    expected = PAPER.elbo(*enumerated(table, every_mask(range(4)), 4))
+    expected = PAPER.elbo(*enumerated(table, 4))
     scored = np.ones(4, bool)
-    logp, masked, block = drawn('uniform', draws, table, scored)
+    logp, masked, block = repeated(3, *drawn('uniform', draws, table, scored))
     mean, error = mean_and_error(MANY_ELBO['released'](logp, masked, scored, block))
     assert abs(mean - expected) < 4.5 * error
     assert error < 0.02 * abs(expected)
@@ -230,10 +257,8 @@ def test_released_elbo_is_unbiased_for_the_paper_elbo_under_uniform_corruption(d
 
 def test_single_draws_average_to_the_enumerated_elbo():
     table = random_table(np.random.default_rng(6), 4)
-    logp, masked, scored, block = enumerated(table, every_mask(range(4)), 4)
-    alone = jax.vmap(PAPER.elbo, (0, 0, None, 0))(
-        logp[:, None], masked[:, None], scored, block[:, None]
-    )
+    logp, masked, scored, block = enumerated(table, 4)
+    alone = MANY_ELBO['paper'](logp[:, None], masked[:, None], scored, block[:, None])
     assert_allclose(alone.mean(), PAPER.elbo(logp, masked, scored, block), rtol=1e-5)
 
 
@@ -256,26 +281,31 @@ def expected_upper_bound(table, draws, beta):
     ways = [factorial(draws) / prod(factorial(c) for c in row) for row in counts.tolist()]
     weight = np.array(ways) * np.prod(np.array(chance) ** counts, axis=1)
     assert_allclose(weight.sum(), 1.0)
-    logp, masked, scored, _ = enumerated(table, masks, 3)
+    logp, masked = seen_through(table, [{*mask, 3} for mask in masks], 4)
+    scored = np.arange(4) < 3
     chosen = np.array(multisets)
     block = np.zeros((len(chosen), draws), np.int32)
-    estimates = MANY_EUBO(logp[chosen], masked[chosen], scored, block, beta)
+    rows = np.resize(np.arange(len(chosen)), 4_000)
+    logp, masked, block = repeated(8, logp[chosen][rows], masked[chosen][rows], block[rows])
+    estimates = MANY_EUBO['paper'](logp, masked, scored, block, beta)[: len(chosen)]
     return weight @ np.asarray(estimates, np.float64)
 
 
 @pytest.mark.parametrize('beta', BIAS)
 def test_monte_carlo_bias_of_the_upper_bound_is_as_recorded_and_dies_out_with_draws(beta):
     table = random_table(np.random.default_rng(0), 3)
-    scored = np.ones(3, bool)
-    value = float(PAPER.eubo(*enumerated(table, every_mask(range(3)), 3), beta))
+    scored = np.arange(4) < 3
+    value = float(PAPER.eubo(*enumerated(table, 3), beta))
+    table = np.pad(np.tile(table, 2), ((0, 1), (0, 0)), constant_values=0.5)  # the last is no token
     for draws, recorded in BIAS[beta].items():
         expected = expected_upper_bound(table, draws, beta)
         assert_allclose(expected - value, recorded, atol=2e-3)
         logp, masked, block = drawn('uniform', draws, table, scored)
-        mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
+        logp, masked, block = repeated(8, logp, masked, block)
+        mean, error = mean_and_error(MANY_EUBO['paper'](logp, masked, scored, block, beta))
         assert abs(mean - expected) < 4.5 * error
     logp, masked, block = drawn('uniform', 64, table, scored)
-    mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
+    mean, error = mean_and_error(MANY_EUBO['paper'](logp, masked, scored, block, beta))
     assert abs(mean - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
 
 
@@ -335,7 +365,7 @@ def test_block_elbo_is_unbiased_under_the_block_corruption_without_perturbation(
     table = random_table(np.random.default_rng(12), 4)
     _, lower, _ = block_truths(table, n, 1.0)
     scored = np.arange(4) < n
-    logp, masked, block = drawn('block', draws, table, scored)
+    logp, masked, block = repeated(3, *drawn('block', draws, table, scored))
     mean, error = mean_and_error(MANY_ELBO['block'](logp, masked, scored, block))
     assert abs(mean - lower) < 4.5 * error
     # The released estimate from the same draws is biased, because it also scores later blocks.
@@ -352,15 +382,14 @@ def test_block_upper_bound_tends_to_its_definition_and_weighs_each_block_once():
     scored = np.ones(4, bool)
     _, _, upper = block_truths(table, 4, 2.0)
     logp, masked, block = drawn('block', 64, table, scored)
-    mean, error = mean_and_error(
-        jax.vmap(BLOCKS.eubo, (0, 0, None, 0, None))(logp, masked, scored, block, 2.0)
-    )
+    mean, error = mean_and_error(MANY_EUBO['block'](logp, masked, scored, block, 2.0))
     assert abs(mean - upper) < 0.02 * abs(upper) + 4.5 * error
     logp, masked, scored, block = every_block_draw(table, 4)
     chosen = np.array([1, 3, 4])  # two draws of the first block and one of the second
-    of_each_block = [
-        BLOCKS.eubo(logp[draws], masked[draws], scored, block[draws], 2.0)
-        for draws in (chosen[:2], chosen[2:])
-    ]
-    of_all_draws = BLOCKS.eubo(logp[chosen], masked[chosen], scored, block[chosen], 2.0)
-    assert_allclose(of_all_draws, np.mean(of_each_block), rtol=1e-6)
+
+    def bound(draws):
+        draws = np.repeat(draws, 6 // len(draws))
+        return BLOCKS.eubo(logp[draws], masked[draws], scored, block[draws], 2.0)
+
+    of_each_block = [bound(chosen[:2]), bound(chosen[2:])]
+    assert_allclose(bound(chosen), np.mean(of_each_block), rtol=1e-6)
