@@ -19,9 +19,22 @@ OWN = 'examples.own_objective'
 
 
 @pytest.fixture(scope='module')
-def known():
-    """One toy that has learned for a few steps."""
-    return toys.make_toys(range(1), 'answer', steps=20)
+def learned():
+    """The parameters of one toy that has learned for a few steps."""
+    return toys.learn(range(1), steps=20)
+
+
+@pytest.fixture(scope='module')
+def known(learned):
+    """That toy alone; what it has learned is not learned again."""
+
+    def learn(seeds, steps):
+        assert (seeds, steps) == (range(1), 20)
+        return learned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toys, 'learn', learn)
+        return toys.make_toys(range(1), 'answer', steps=20)
 
 
 @pytest.fixture(scope='module')
@@ -39,22 +52,19 @@ def samples(known, usual):
     return toy_directions.make_samples(known, decoding, usual.batching, updates=1024)
 
 
-def test_the_table_is_the_transformer_and_its_jacobian_the_derivative(known):
+def test_the_table_is_the_transformer_and_its_jacobian_the_derivative(known, learned):
     """Moving the parameters of the transformer moves its logits as the Jacobian says."""
     (toy,), policy = known, toys.network()
-    start = toys._initial_parameters(policy)
-    weight = toys.training_weights(toys.language(0))
+    params = jax.tree.map(lambda x: x[0], learned)
     along = np.random.default_rng(0).normal(size=toy.jacobian.shape[1]).astype(np.float32)
     along /= np.linalg.norm(along)
     moves = np.stack([0 * along, 1e-2 * along, -1e-2 * along])
 
-    arguments = start, weight, moves
-
-    def tables(start, weight, moves):
-        flat, unravel = jax.flatten_util.ravel_pytree(toys._learn(policy, start, weight, 20))
+    def tables(params, moves):
+        flat, unravel = jax.flatten_util.ravel_pytree(params)
         return jax.lax.map(lambda x: toys.table_of_network(policy, unravel(flat + x)), moves)
 
-    table, above, below = np.asarray(toys.quick(tables, *arguments)(*arguments))
+    table, above, below = np.asarray(toys.quick(tables, params, moves)(params, moves))
     assert_allclose(table, toy.table, atol=1e-4)
     slope = (above - below) / 2e-2
     predicted = (np.asarray(toy.jacobian) @ along).reshape(slope.shape)
@@ -236,15 +246,23 @@ def parsed():
 
 
 def test_the_command_measures_an_objective_of_a_users_own(
-    tmp_path, monkeypatch, known, parsed, capsys
+    tmp_path, monkeypatch, known, samples, usual, parsed, capsys
 ):
-    """The whole command, except that it gets the toy that other tests have checked."""
+    """The whole command, except that it gets the toy and the samples that other tests check."""
 
     def make_toys(seeds, reward, steps):
         assert (seeds, reward, steps) == (range(1), 'answer', 20)
         return known
 
+    def make_samples(toys, decoding, batching, updates):
+        assert toys is known and updates == 16
+        assert (decoding, batching) == (microscope.decoding_of(usual), usual.batching)
+        (sample,) = samples
+        rollouts = jax.tree.map(lambda x: x[:updates], sample.rollouts)
+        return [sample._replace(rollouts=rollouts, noise=sample.noise[:updates])]
+
     monkeypatch.setattr(toys, 'make_toys', make_toys)
+    monkeypatch.setattr(toy_directions, 'make_samples', make_samples)
     monkeypatch.setattr(microscope.cli, 'compile_cache', lambda: None)  # The tests have their own.
     parsed('--smoke', f'--objectives={OWN}', f'--out={tmp_path}')
     microscope.main([])
