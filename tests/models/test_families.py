@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -97,36 +98,84 @@ def seeing(config, block, shift=False):
     return dataclasses.replace(config, visible_block=block, shift_logits=shift)
 
 
+@struct.dataclass
+class RowsByBlock(Visibility):
+    """Rows that see blocks of different lengths, so that one program has the rows of each length.
+
+    tests/models/test_visibility.py has the masks that a `Visibility` makes itself.
+    """
+
+    lengths: jax.Array | None = None  # [B] int32, of the blocks of each row
+
+    def mask(self):
+        block = jnp.arange(self.valid.shape[1])[None, :] // self.lengths[:, None]  # [B, L]
+        return self.valid[:, None, :] & (block[:, None, :] <= block[:, :, None])
+
+
+def logits_by_block(config, params, tokens, lengths):
+    """Logits of `tokens` [B, L] for each of the lengths, where they were computed; 0 sees all."""
+    rows, width = tokens.shape
+    visible = RowsByBlock(
+        np.ones((rows * len(lengths), width), bool),
+        lengths=np.repeat([length or width for length in lengths], rows),
+    )
+    logits = logits_of(seeing(config, 0), params, np.tile(tokens, (len(lengths), 1)), visible)
+    return logits.reshape(len(lengths), rows, width, -1)
+
+
 @pytest.mark.parametrize('name', AUTOREGRESSIVE)
 def test_logits_of_qwen2_and_llama(checkpoint, name):
+    """Causal, with blocks, and without."""
     numbers = golden(name)
     config, _, params = load_checkpoint(checkpoint(name))
+    assert (config.visible_block, config.shift_logits) == (1, True)
     tokens, block = numbers['tokens'], int(numbers['block'])
-    for key, length in ((f'block{block}', block), ('full', 0)):
-        if f'logits_{key}' in numbers:
-            logits = logits_of(seeing(config, length), params, tokens)
-            assert_allclose(logits, numbers[f'logits_{key}'], **LOGITS)
-    # As the model is read, it is causal and the output at a position predicts the token of that
-    # position. One token more therefore changes no logits, and shows those after the last one.
-    logits = logits_of(config, params, np.pad(tokens, ((0, 0), (0, 1))))
-    assert_allclose(logits[:, 1:], numbers['logits_causal'], **LOGITS)
-    log_prob = log_softmax(logits[:, :-1])
-    nll = -np.take_along_axis(log_prob, tokens[:, :, None], 2)[:, 1:, 0]
+    lengths = {'logits_causal': 1, f'logits_block{block}': block, 'logits_full': 0}
+    keys = [key for key in lengths if key in numbers]
+    assert len(keys) == (1 if name == 'tiny_llama/tied_llama3rope' else 3)
+    outputs = logits_by_block(config, params, tokens, [lengths[key] for key in keys])
+    for key, logits in zip(keys, outputs, strict=True):
+        assert_allclose(logits, numbers[key], **LOGITS)
+    log_prob = log_softmax(outputs[0, :, :-1])
+    nll = -np.take_along_axis(log_prob, tokens[:, 1:, None], 2)[:, :, 0]
     assert_allclose(nll, numbers['next_token_nll'], **LOGITS)
 
 
+def test_an_autoregressive_model_is_causal_and_shifted_as_it_is_read(checkpoint):
+    """The output at a position predicts the token of that position. One token more therefore
+    changes no logits, and shows those after the last one. What the model sees is the same for both
+    families, which the test above asserts of their configurations."""
+    numbers = golden('tiny_qwen2/untied')
+    config, _, params = load_checkpoint(checkpoint('tiny_qwen2/untied'))
+    logits = logits_of(config, params, np.pad(numbers['tokens'], ((0, 0), (0, 1))))
+    assert_allclose(logits[:, 1:], numbers['logits_causal'], **LOGITS)
+
+
 def test_logits_of_dream_are_shifted_by_one(checkpoint):
+    """Rows with and without padding in one batch. The padded logits were published unshifted, so
+    that each row gets a position more, which no other one sees."""
     numbers = golden('tiny_dream')
     config, ids, params = load_checkpoint(checkpoint('tiny_dream'))
     assert ids == SpecialIds(mask=120, eos=121, pad=121)
-    logits = logits_of(config, params, numbers['tokens'])
+    rows, length = numbers['tokens'].shape
+    tokens, valid = with_padded_rows(numbers)
+    is_valid = valid[rows:]
+    one_more = ((0, 0), (0, 1))
+    outputs = logits_of(config, params, np.pad(tokens, one_more), np.pad(valid, one_more))
+    logits = outputs[:rows, :length]
     assert_allclose(logits, numbers['logits_shifted'], **LOGITS)
     labels = numbers['labels']
     nll = -np.take_along_axis(log_softmax(logits), np.maximum(labels, 0)[:, :, None], 2)[:, :, 0]
     assert_allclose(np.where(labels >= 0, nll, 0), numbers['ce_per_token_shifted'], **LOGITS)
-    valid = numbers['attention_mask'].astype(bool)
-    logits = logits_of(seeing(config, 0), params, numbers['tokens_padded'], valid)
-    assert_allclose(np.where(valid[:, :, None], logits, 0), numbers['logits_padded'], **LOGITS)
+    logits = np.where(is_valid[:, :, None], outputs[rows:, 1:], 0)
+    assert_allclose(logits, numbers['logits_padded'], **LOGITS)
+
+
+def with_padded_rows(numbers):
+    """Tokens and validity of the rows without padding, and below them of those with it."""
+    tokens, is_valid = numbers['tokens'], numbers['attention_mask'].astype(bool)
+    valid = np.concatenate([np.ones(tokens.shape, bool), is_valid])
+    return np.concatenate([tokens, numbers['tokens_padded']]), valid
 
 
 @pytest.mark.parametrize('name', MIXTURES[1:])
@@ -135,11 +184,10 @@ def test_logits_of_llada_moe(checkpoint, name):
     numbers = golden(name)
     config, ids, params = load_checkpoint(checkpoint(name))
     assert (ids.mask, ids.eos) == (numbers['mask_id'], numbers['eos_id'])
-    tokens, padded = numbers['tokens'], numbers['tokens_padded']
-    is_valid = numbers['attention_mask'].astype(bool)
-    valid = np.concatenate([np.ones(tokens.shape, bool), is_valid])
-    logits, sown = run(config, params, np.concatenate([tokens, padded]), valid)
-    rows = len(tokens)
+    tokens, valid = with_padded_rows(numbers)
+    logits, sown = run(config, params, tokens, valid)
+    rows = len(numbers['tokens'])
+    is_valid = valid[rows:]
     assert_allclose(logits[:rows], numbers['logits'], **LOGITS)
     logits = np.where(is_valid[:, :, None], logits[rows:], 0)
     assert_allclose(logits, numbers['logits_padded'], **LOGITS)
@@ -156,19 +204,21 @@ def test_logits_of_llada2(checkpoint):
     logits, sown = run(config, params, tokens, np.ones(tokens.shape, bool))
     assert_allclose(logits, numbers['logits_block8'], **LOGITS)
     check_router(config, sown, numbers['router_idx_block8'], numbers['router_w_block8'])
-    ragged = logits_of(seeing(config, 32), params, tokens[1:2])
-    assert_allclose(ragged, numbers['logits_block32_row1'], **LOGITS)
 
-    # Below the rows of this file are those of a training without blocks, which are shorter.
+    # One program has the rows without blocks, one row with large blocks, and below them those of a
+    # training without blocks, which are shorter.
     noisy, labels = training['noisy'], training['labels']
-    length = noisy.shape[1]
-    noisy = np.pad(noisy, ((0, 0), (0, tokens.shape[1] - length)))
-    valid = np.ones((len(tokens) + len(noisy), tokens.shape[1]), bool)
-    valid[len(tokens) :, length:] = False
-    logits, sown = run(seeing(config, 0), params, np.concatenate([tokens, noisy]), valid)
-    assert_allclose(logits[: len(tokens)], numbers['logits_full'], **LOGITS)
+    (rows, width), length = tokens.shape, noisy.shape[1]
+    batch = [tokens, tokens[1:2], np.pad(noisy, ((0, 0), (0, width - length)))]
+    valid = np.ones((rows + 1 + len(noisy), width), bool)
+    valid[rows + 1 :, length:] = False
+    blocks = np.where(np.arange(len(valid)) == rows, 32, width)
+    visible = RowsByBlock(valid, lengths=blocks)
+    logits, sown = run(seeing(config, 0), params, np.concatenate(batch), visible)
+    assert_allclose(logits[:rows], numbers['logits_full'], **LOGITS)
+    assert_allclose(logits[rows : rows + 1], numbers['logits_block32_row1'], **LOGITS)
     check_router(config, sown, numbers['router_idx_full'], numbers['router_w_full'])
-    log_prob = log_softmax(logits[len(tokens) :, :length])
+    log_prob = log_softmax(logits[rows + 1 :, :length])
     nll = -np.take_along_axis(log_prob, np.maximum(labels, 0)[:, :, None], 2)[:, :, 0]
     assert_allclose(np.where(labels >= 0, nll, 0), training['mdlm_ce_per_token'], **LOGITS)
 
@@ -194,11 +244,12 @@ def check_router(config, sown, index, weight):
     assert_allclose(actual, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['tiny_dream', 'tiny_llada2_moe'])
-def test_a_window_has_the_states_of_the_whole_row(checkpoint, name):
-    """With a shift, and with blocks and experts; each row has a window of its own."""
+def test_a_window_has_the_states_of_the_whole_row(checkpoint):
+    """With a shift, blocks and experts at once; each row has a window of its own."""
+    name = 'tiny_llada2_moe'
     config, _, params = load_checkpoint(checkpoint(name))
-    tokens = np.tile(golden(name)['tokens'], (3, 1))[:3, :12]
+    config = seeing(config, config.visible_block, shift=True)
+    tokens = golden(name)['tokens'][:3, :12]
     valid = np.arange(12)[None, :] >= np.array([[0], [2], [5]])
 
     @jax.jit
@@ -280,10 +331,10 @@ def completions(policy, params, prompts, valid, decoding):
 @pytest.mark.parametrize(
     ('cases', 'threshold', 'steps_per_block'),
     [
-        (['v20_t0.95_s32'], 0.95, 8),
-        (['v20_t0.5_s8'], 0.5, 8),
+        # The EOS of these cases is the last token of one row, and the other rows have none.
+        (['v20_t0.5_s8', 'v20_eos_stop', 'v20_eos_nostop'], 0.5, 8),
+        # A step for each token and the high threshold are each in one of the other cases.
         (['v20_t0.95_s5'], 0.95, 5),
-        (['v20_eos_stop', 'v20_eos_nostop'], 0.5, 8),
     ],
 )
 def test_completions_of_llada2(checkpoint, cases, threshold, steps_per_block):
@@ -315,19 +366,19 @@ def test_completions_of_llada2(checkpoint, cases, threshold, steps_per_block):
 
 
 @pytest.mark.parametrize(
-    ('case', 'settings'),
+    ('cases', 'settings'),
     [
-        ('v21_t0.95_e0.9', (0.95, 0.9, 16)),
-        ('v21_t0.3_e0.2', (0.3, 0.2, 16)),
-        ('v21_t0.5_e0_p3', (0.5, 0.0, 3)),
-        ('v21_eos_stop', (0.95, 0.9, 16)),
+        # Few edits. Two of the rows have the EOS and are compared through its block.
+        (['v21_t0.95_e0.9', 'v21_eos_stop'], (0.95, 0.9, 16)),
+        # Many edits, and blocks that end because no further round is allowed.
+        (['v21_t0.5_e0_p3'], (0.5, 0.0, 3)),
     ],
 )
-def test_completions_and_edits_of_llada21(checkpoint, case, settings):
+def test_completions_and_edits_of_llada21(checkpoint, cases, settings):
     """Three prompts in one batch; every state between two rounds is rebuilt from the record."""
     numbers = golden('tiny_llada2_moe', 'generate')
     config, ids, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
-    if 'eos' in case:
+    if 'v21_eos_stop' in cases:
         ids = ids._replace(eos=int(numbers['eos_case_id_v21']))
     length, size = int(numbers['gen_length']), int(numbers['block'])
     whole = -(-length // size) * size
@@ -338,18 +389,23 @@ def test_completions_and_edits_of_llada21(checkpoint, case, settings):
         edit_threshold=edit_threshold, post_steps=post_steps,
     )  # fmt: skip
     completion = completions(policy_of(config, ids), params, prompts, valid, decoding)
-    rounds = 0
-    for row in range(3):
+    completion = jax.device_get(completion)
+    rounds, compared = 0, set()
+    for case, row in itertools.product(cases, range(3)):
         key, first = f'{case}/prompt{row}', len(numbers[f'prompt{row}'])
         if f'{key}/completion' not in numbers:  # The cases with an EOS have one prompt only.
             continue
+        compared.add(case)
         expected = numbers[f'{key}/completion']
+        if ids.eos in expected:
+            expected = expected[: expected.tolist().index(ids.eos) + 1]
         assert_array_equal(completion.tokens[row][: len(expected)], expected)
         draft, edits = (np.asarray(completion.extras[name][row]) for name in ('draft', 'edits'))
         turn_of = np.asarray(completion.commit_step[row]) % size
         blocks, turn = numbers[f'{key}/round_block'], 0
         place = first + np.arange(whole)  # of each position of the completion in the canvas
         place = place[place < numbers[f'{key}/canvas_after'].shape[1]]
+        blocks = blocks[blocks <= place[len(expected) - 1] // size]
         for number, block in enumerate(blocks):
             turn = turn + 1 if number and blocks[number - 1] == block else 0
             mine = place // size == block
@@ -365,15 +421,19 @@ def test_completions_and_edits_of_llada21(checkpoint, case, settings):
             assert_array_equal(written[changed], after[changed])
             rounds += changed.any()
         assert (edits[:, turn + 1 :][place // size == block] < 0).all()
-    assert rounds > 10
+    assert rounds > 10 and compared == set(cases)
 
 
 @pytest.mark.parametrize(
-    ('algorithm', 'commit'),
-    [('maskgit_plus', 'low_confidence'), ('topk_margin', 'margin'), ('entropy', 'entropy')],
+    ('algorithm', 'commit', 'steps'),
+    [
+        ('maskgit_plus', 'low_confidence', 6),
+        ('topk_margin', 'margin', 12),
+        ('entropy', 'entropy', 6),
+    ],
 )
-@pytest.mark.parametrize('steps', [6, 12])
 def test_completions_of_dream(checkpoint, algorithm, commit, steps):
+    """The schedule of a number of steps is the same for every algorithm."""
     numbers = golden('tiny_dream', 'generate')
     config, ids, params = load_checkpoint(checkpoint('tiny_dream'))
     valid = numbers['batch_attention_mask'].astype(bool)
@@ -567,7 +627,7 @@ def test_adapters_have_the_names_of_peft_and_come_back(checkpoint, tmp_path, nam
 
 
 def test_adapters_of_experts_are_refused(checkpoint, tmp_path):
-    config, _, _ = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    config, _ = read_config(checkpoint('tiny_llada2_moe') / 'config.json')
     lora = LoRA(rank=2, alpha=2.0, targets=('attention_out',))
     adapted = dataclasses.replace(config, lora=lora)
     adapters = jax.tree.map(
@@ -588,7 +648,7 @@ def test_a_quantised_base_computes_with_the_kernels_that_its_codes_stand_for(che
     """A mixture; tests/models/test_quantized.py has a dense model, and formats of fewer bits."""
     pytest.importorskip('qwix')
     name = 'tiny_llada_moe'
-    directory, tokens = checkpoint(name), golden(name)['tokens']
+    directory, batch = checkpoint(name), with_padded_rows(golden(name))
     config, _, plain = load_checkpoint(directory)
     quantised, _, params = load_checkpoint(directory, mesh_of(1, 1, 2), quantize='int8')
 
@@ -605,10 +665,11 @@ def test_a_quantised_base_computes_with_the_kernels_that_its_codes_stand_for(che
         # A code of 8 bits is off by half a step, 1/254 of the largest entry of its column.
         step = np.abs(exact).max(axis=-2, keepdims=True) / 254 if exact.ndim > 1 else 0
         assert np.all(np.abs(kernel - exact) <= 1.01 * step + 1e-7)
-    expected = logits_of(config, kernels, tokens)
+    expected = logits_of(config, kernels, *batch)  # by a program that a test above has compiled
     with jax.set_mesh(mesh_of(1, 1, 2)):
-        actual = logits_of(quantised, params, tokens)
-    assert_allclose(actual, expected, **LOGITS)
+        actual = logits_of(quantised, params, *batch)
+    is_valid = batch[1]
+    assert_allclose(actual[is_valid], expected[is_valid], **LOGITS)
 
 
 @pytest.mark.parametrize(
@@ -641,13 +702,13 @@ def test_what_is_not_supported_is_named(checkpoint, name, config, message):
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused(checkpoint):
-    config, _, _ = load_checkpoint(checkpoint('tiny_llada_moe'))
+    config, _ = read_config(checkpoint('tiny_llada_moe') / 'config.json')
     with pytest.raises(ValueError, match='mesh.tensor is 8.*the 12 experts'):
         check_heads(config, mesh_of(1, 1, 8))
 
 
 def test_blocks_of_another_length_are_refused(checkpoint):
-    config, ids, _ = load_checkpoint(checkpoint('tiny_llada2_moe'))
+    config, ids = read_config(checkpoint('tiny_llada2_moe') / 'config.json')
     with pytest.raises(ValueError, match='block_length is 4, but .* see blocks of 8'):
         make_generate(policy_of(config, ids), SamplingConfig(16, 16, 4, 0.0))
 
