@@ -5,6 +5,7 @@ transposed, 'a' as [rank, in] and 'b' as [out, rank].
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from spg_jax.models.families import table_of
 from spg_jax.models.lora import ADAPTER, COLLECTION, TARGETS, LoRA, targets_of
 from spg_jax.models.tensor_files import FLOATS, open_file, write_tensors
-from spg_jax.models.transfer import Source, published_tensors, read_parameter
+from spg_jax.models.transfer import Source, published_tensors, read_parameters
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process.files import write_whole
 from spg_jax.process.json_files import check_json, read_json
@@ -173,9 +174,7 @@ def load_adapter(
     lora, files = check_adapter(directory, config)
     target = abstract_params(_adapted(config, lora), mesh, collection=COLLECTION)
     sources = adapter_sources(config, target)
-    adapters = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(files, _source(sources, path), leaf), target
-    )
+    adapters = read_parameters(files, functools.partial(_source, sources), target)
     return lora, adapters
 
 

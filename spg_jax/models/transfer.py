@@ -9,7 +9,7 @@ processes; all of them then have to call the same functions in the same order.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,22 +59,47 @@ class Source(NamedTuple):
 Table = Mapping[tuple[str, ...], Source]  # path of a parameter -> its published tensors
 
 
-def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) -> Any:
-    """Reads a parameter. Each process reads only the parts that its devices hold.
+def read_parameters(
+    files: Mapping[str, safe_open], source_of: Callable[[tuple[Any, ...]], Source], target: Any
+) -> Any:
+    """Reads parameters. Each process reads only the parts that its devices hold.
 
     Args:
-      files: tensor name -> the open file that holds it, in the shape that `leaf` implies.
-      source: the published tensors of the parameter.
-      leaf: what the parameter shall be, from `abstract_params`. Without a sharding it becomes a
-        host array. A quantised kernel needs shardings; it is quantised on the devices, tensor by
+      files: tensor name -> the open file that holds it, in the shape that `target` implies.
+      source_of: the path of a parameter in the tree -> its published tensors.
+      target: what the parameters shall be, from `abstract_params`. Without a sharding they become
+        host arrays. A quantised kernel needs shardings; it is quantised on the devices, tensor by
         tensor.
 
     Returns:
-      The parameter, bit for bit as stored unless `leaf` has another dtype.
+      The parameters, bit for bit as stored unless `target` has another dtype.
     """
-    shapes = source.shapes(leaf.shape)
-    # The codes of a quantised kernel have the layout that the kernel would have.
-    sharding = leaf.qvalue.sharding if is_quantized(leaf) else leaf.sharding
+    parts, structure = jax.tree_util.tree_flatten_with_path(target, is_leaf=is_quantized)
+    sources = [source_of(path) for path, _ in parts]
+    leaves = [leaf for _, leaf in parts]
+    are_stacked = [
+        bool(source.stacked_axes) and _sharding_of(leaf) is not None
+        for source, leaf in zip(sources, leaves, strict=True)
+    ]
+    empty_stacks = iter(_zeros(list(itertools.compress(leaves, are_stacked))))
+    return jax.tree.unflatten(
+        structure,
+        [
+            _read_parameter(files, source, leaf, next(empty_stacks) if is_stacked else None)
+            for source, leaf, is_stacked in zip(sources, leaves, are_stacked, strict=True)
+        ],
+    )
+
+
+def _sharding_of(leaf: Any) -> NamedSharding | None:
+    """The sharding of a parameter. The codes of a quantised kernel have the layout that the kernel
+    would have."""
+    return leaf.qvalue.sharding if is_quantized(leaf) else leaf.sharding
+
+
+def _read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any, stacked: Any) -> Any:
+    """Reads a parameter; `stacked` is the stack of zeros to fill, which is donated, or None."""
+    shapes, sharding = source.shapes(leaf.shape), _sharding_of(leaf)
     if sharding is None:
         tensors = [files[name].get_tensor(name).astype(leaf.dtype) for name in shapes]
         tensors = [tensor.T if source.transposed else tensor for tensor in tensors]
@@ -90,7 +115,6 @@ def read_parameter(files: Mapping[str, safe_open], source: Source, leaf: Any) ->
         transpose = jax.jit(_transpose, static_argnums=1, out_shardings=sharding)
         return transpose(next(tensors), source.transposed)
     shardings = jax.tree.map(lambda part: part.sharding, leaf)
-    stacked = jax.tree.map(_zeros, leaf)
     place = jax.jit(_place, static_argnums=3, donate_argnums=0, out_shardings=shardings)
     for index, tensor in zip(source.indices(leaf.shape).values(), tensors, strict=True):
         stacked = place(stacked, tensor, index, source.transposed)
@@ -147,6 +171,8 @@ def _gather(
     lora: LoRA | None,
 ) -> np.ndarray:
     """One whole published tensor as a host array, in every process."""
+    if isinstance(leaf, np.ndarray) and not factors:  # It is on the host already.
+        return np.ascontiguousarray(_transpose(leaf[index], source.transposed))
     # Tensors of one shape share a program, whatever their names are.
     take = jax.jit(_take, static_argnums=(3, 4))
     tensor = take(leaf, factors, index, source.transposed, lora)
@@ -160,10 +186,18 @@ def _transpose(tensor: Array, transposed: bool) -> Array:
     return tensor.T if transposed else tensor
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> Array:
-    """Zeros in the shape, dtype and sharding of `leaf`."""
-    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=leaf.sharding)
-    return make(leaf.shape, leaf.dtype)
+def _zeros(targets: Sequence[Any]) -> list[Any]:
+    """Zeros in the shapes, dtypes and shardings of the targets, which one program makes."""
+    leaves, structure = jax.tree.flatten(targets)
+    if not leaves:
+        return []
+    shardings = tuple(leaf.sharding for leaf in leaves)
+    make = jax.jit(_make_zeros, static_argnums=0, out_shardings=shardings)
+    return structure.unflatten(make(tuple((leaf.shape, leaf.dtype) for leaf in leaves)))
+
+
+def _make_zeros(shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(shape, dtype) for shape, dtype in shapes)
 
 
 def _place(stacked: Any, tensor: Array, index: tuple[Array, ...], transposed: bool) -> Any:

@@ -5,6 +5,7 @@ the table uses each of its tensors exactly once and each has the shape that conf
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,8 @@ from safetensors import safe_open
 from spg_jax.models.families import read_config, table_of
 from spg_jax.models.lora import ADAPTER, LoRA
 from spg_jax.models.published import SpecialIds
-from spg_jax.models.quantized import is_quantized
 from spg_jax.models.tensor_files import FLOATS, open_tensors, write_checkpoint
-from spg_jax.models.transfer import Source, Table, published_tensors, read_parameter
+from spg_jax.models.transfer import Source, Table, published_tensors, read_parameters
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.sharding import abstract_params
 
@@ -57,11 +57,7 @@ def load_checkpoint(
             'are quantised on its devices'
         )
     target, table = abstract_params(Transformer(config), mesh), table_of(config)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: read_parameter(files, _source(table, path), leaf),
-        target,
-        is_leaf=is_quantized,
-    )
+    params = read_parameters(files, functools.partial(_source, table), target)
     return config, ids, params
 
 

@@ -156,7 +156,7 @@ def test_a_checkpoint_is_no_adapter(saved):
 def test_nothing_is_read_of_an_adapter_of_which_something_does_not_fit(saved, monkeypatch):
     directory, config, _ = saved
     retensor(lambda tensors: tensors.pop(max(tensors)))(directory)
-    monkeypatch.setattr(peft, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
+    monkeypatch.setattr(peft, 'read_parameters', lambda *_: pytest.fail('read a tensor'))
     with pytest.raises(ValueError, match='is missing'):
         load_adapter(directory, config)
 

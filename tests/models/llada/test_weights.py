@@ -149,7 +149,7 @@ def test_a_shard_that_is_not_there_whole_is_named_before_anything_is_read(
     split(directory)
     shard = directory / 'b.safetensors'
     shard.write_bytes(damage(shard.read_bytes()))
-    monkeypatch.setattr(weights, 'read_parameter', lambda *_: pytest.fail('read a tensor'))
+    monkeypatch.setattr(weights, 'read_parameters', lambda *_: pytest.fail('read a tensor'))
     with pytest.raises(ValueError, match='b.safetensors is damaged .*; download it again') as error:
         load_checkpoint(directory)
     assert '\n' not in str(error.value)
