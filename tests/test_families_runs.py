@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
@@ -14,16 +15,17 @@ from spg_jax.assembly import assemble, fit_to_model
 from spg_jax.export import export
 from spg_jax.models import weights
 from spg_jax.models.families import read_config
+from spg_jax.models.lora import COLLECTION
+from spg_jax.models.policy import Policy
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policies
 from spg_jax.runs.preparation import prepare
-from spg_jax.sharding import put_batch
+from spg_jax.sharding import abstract_params
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
 from tests.published import END, MASK, save_tokenizer
-from tests.rl.conftest import random_rollout
 
 REFERENCE = Path(__file__).parent / 'reference' / 'families'
 IDS = {'vocab_size': 256, 'mask_token_id': MASK, 'eos_token_id': END, 'pad_token_id': END}
@@ -60,6 +62,16 @@ def config_in(root: Path, name: str):
     return config
 
 
+def random_adapters(policy: Policy, mesh: Mesh):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(
+            rng.normal(0, 0.1, leaf.shape).astype(np.float32), leaf.sharding
+        ),
+        abstract_params(policy.model, mesh, collection=COLLECTION),
+    )
+
+
 @pytest.mark.parametrize(
     ('name', 'sizes'), [('tiny_llada2_moe', (1, 1, 2)), ('tiny_dream', (1, 1, 1))]
 )
@@ -67,9 +79,9 @@ def test_a_checkpoint_learns_and_comes_out_again(tmp_path, monkeypatch, name, si
     """One update of SPG by the programs of a run: import, adapters, export, import.
 
     The mixture learns on a mesh that splits experts, from completions that it samples on the grid
-    of its blocks; tests/models/test_families.py also splits rows and widths. Dream learns from a
-    rollout that is made up, since its sampler is that of every model and its shift is in
-    tests/rl/test_prompt_grid.py. LLaDA-MoE has nothing that these two do not have. The loop around
+    of its blocks; tests/models/test_families.py also splits rows and widths. Dream has adapters
+    that are made up, since its shift is in tests/rl/test_prompt_grid.py, and of an update only what
+    reads the model sees a family. LLaDA-MoE has nothing that these two do not have. The loop around
     the programs sees no family; tests/test_adapted_run.py has it.
     """
     adapted.simplify(monkeypatch)
@@ -81,12 +93,12 @@ def test_a_checkpoint_learns_and_comes_out_again(tmp_path, monkeypatch, name, si
         if name == 'tiny_llada2_moe':
             rollout, texts = programs.collect(state, next(programs.prompts), 0)
             assert len(texts) == 8 and np.any(np.asarray(rollout.reward) == 1)
+            state, _ = programs.update(state, rollout)
+            variables = state.variables
         else:
-            rollout = random_rollout(length=config.sampling.length)
-            rollout = put_batch(mesh, jax.tree.map(np.asarray, rollout))
-        state, _ = programs.update(state, rollout)
+            variables = state.variables | {COLLECTION: random_adapters(programs.policy, mesh)}
         policies.save_policy(
-            best, state.variables, programs.policy.config, programs.tokenizer, {}, published
+            best, variables, programs.policy.config, programs.tokenizer, {}, published
         )
     factors = load_file(best / 'adapter' / 'adapter_model.safetensors')
     assert factors and all(np.any(x != 0) for x in factors.values())
