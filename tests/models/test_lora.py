@@ -48,6 +48,19 @@ def noisy(variables):
     return variables | {COLLECTION: jax.tree.map(noise, variables[COLLECTION])}
 
 
+def with_noise(plain, variables, lora):
+    """The policy with random adapters; an init of adapters would be compiled for each size."""
+    policy = dataclasses.replace(plain, config=dataclasses.replace(plain.config, lora=lora))
+    shapes = abstract_params(policy.model, collection=COLLECTION)
+    return policy, noisy(variables | {COLLECTION: shapes})
+
+
+@functools.cache
+def dropping():
+    plain, _, variables = adapted()
+    return with_noise(plain, {'params': variables['params']}, DROPPING)
+
+
 def inputs():
     tokens = np.random.default_rng(1).integers(0, 19, (8, 9)).astype(np.int32)
     valid = np.ones((8, 9), bool)
@@ -129,8 +142,7 @@ DROPPING = dataclasses.replace(SIZES, dropout=0.5, targets=('query', 'down'))
 
 def test_every_layer_drops_by_a_key_of_its_own():
     """Compares with a plain loop over the layers, each with its keys split from those of rows."""
-    _, policy, variables = adapted(DROPPING)
-    variables, (tokens, valid) = noisy(variables), inputs()
+    (policy, variables), (tokens, valid) = dropping(), inputs()
     keys = jax.random.split(jax.random.key(5), 8)
     config = policy.config
     x = np.asarray(variables['params']['embedding'])[tokens]
@@ -156,13 +168,12 @@ def test_every_layer_drops_by_a_key_of_its_own():
 
 
 def test_more_padding_drops_the_same():
-    _, policy, variables = adapted(DROPPING)
-    tokens, valid = inputs()
+    (policy, variables), (tokens, valid) = dropping(), inputs()
     keys = jax.random.split(jax.random.key(5), 8)
     padded = [np.pad(x, ((0, 0), (3, 0))) for x in (tokens, valid)]
-    actual = np.asarray(hidden(policy.config, noisy(variables), *padded, keys))[:, 3:]
-    expected = run(policy, noisy(variables), keys)
-    other = run(policy, noisy(variables), keys[::-1])
+    actual = np.asarray(hidden(policy.config, variables, *padded, keys))[:, 3:]
+    expected = run(policy, variables, keys)
+    other = run(policy, variables, keys[::-1])
     assert np.abs(expected - other)[valid].max() > 0.1  # dropout acts
     assert_allclose(actual[valid], expected[valid], atol=2e-5)
 
@@ -173,7 +184,7 @@ def test_a_window_has_the_states_and_the_gradients_of_the_whole_row():
     plain = Policy(config, mask_id=0, eos_id=1, allowed=np.ones(20, bool))
     params = {'params': random_params(plain.model)}
     lora = dataclasses.replace(DROPPING, targets=('query',))
-    policy, variables = with_adapters(plain, params, lora, 1, mesh_of())
+    policy, variables = with_noise(plain, params, lora)
     (tokens, valid), keys = inputs(), jax.random.split(jax.random.key(5), 8)
     window = Window(5, 3)
 
@@ -188,7 +199,7 @@ def test_a_window_has_the_states_and_the_gradients_of_the_whole_row():
                 states = window.cut(hidden(variables, tokens, valid, keys))
             return jnp.sin(states).sum(), states
 
-        return jax.jit(jax.grad(loss, has_aux=True))(noisy(variables))
+        return jax.jit(jax.grad(loss, has_aux=True))(variables)
 
     expected, expected_states = outcome(False)
     for changes in {'scan_unroll': 3}, {'remat': True, 'attention': 'folded'}:
