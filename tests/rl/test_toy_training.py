@@ -18,14 +18,33 @@ UPDATES, LOOKS = 40, 2
 
 
 @pytest.fixture(scope='module')
-def params():
-    return jax.tree.map(lambda x: x[0], toys.learn(range(1), steps=20))
+def learned():
+    """A toy and its parameters, learned once."""
+    all_params = toys.learn(range(1), steps=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toys, 'learn', lambda *_: all_params)
+        (toy,) = toys.make_toys(range(1), 'answer', steps=20)
+    return toy, jax.tree.map(lambda x: np.asarray(x)[0], all_params)
+
+
+@pytest.fixture(scope='module')
+def params(learned):
+    return learned[1]
 
 
 @pytest.fixture(scope='module')
 def parts():
     subject = microscope.Subject('', '', 'spg', microscope.UNIFORM_ELBO, microscope.CONFIDENCE)
     return microscope.parts_of(subject)
+
+
+@pytest.fixture(scope='module')
+def rollouts(learned, parts):
+    """4096 rollouts of two prompts with eight completions each."""
+    toy, keys = learned[0], jax.random.split(jax.random.key(5), 4096)
+    sample = toy_directions.make_sample(parts.sampling, parts.batching)
+    compiled = toys.quick(sample, toy.table, toy.reward, keys)
+    return jax.device_get(compiled(toy.table, toy.reward, keys))
 
 
 @pytest.fixture(scope='module')
@@ -38,14 +57,9 @@ def training(params, parts):
     return lambda reward, rate: np.asarray(compiled(params, reward, np.uint32(0), np.float32(rate)))
 
 
-def test_values_are_the_mean_reward_of_samples(training, params, parts):
-    """Before the first update, of 4096 rollouts of two prompts with eight completions each."""
-    reward = toys.rewards('answer', 0)
-    values = training(reward, 0.0)
-    table = toys.table_of_network(toys.network(), params)
-    sample = toy_directions.make_sample(parts.sampling, parts.batching)
-    keys = jax.random.split(jax.random.key(5), 4096)
-    rewards = np.asarray(toys.quick(sample, table, reward, keys)(table, reward, keys).reward)
+def test_values_are_the_mean_reward_of_samples(training, rollouts):
+    """Before the first update."""
+    values, rewards = training(toys.rewards('answer', 0), 0.0), rollouts.reward
     error = rewards.mean(-1).std() / np.sqrt(len(rewards))
     assert_allclose(values, rewards.mean(), atol=4 * error)
     assert (values == values[0]).all()  # at a learning rate of 0
@@ -72,21 +86,18 @@ def test_random_rewards_are_earned_with_about_the_given_probability(share):
     assert not np.array_equal(reward, rewards_of_mass(law, share, seed=4))
 
 
-def test_the_exact_gradient_is_that_of_the_enumerated_law(params, parts):
+def test_the_exact_gradient_is_that_of_the_enumerated_law(learned, parts, rollouts):
     """Of one rollout, against derivatives of every probability one by one and the chain rule."""
-    (toy,) = toys.make_toys(range(1), 'answer', steps=20)
-    decoding, batching = parts.sampling, parts.batching
-    key = jax.random.key(3)[None]
-    sample = toy_directions.make_sample(decoding, batching)
-    rollouts = toys.quick(sample, toy.table, toy.reward, key)(toy.table, toy.reward, key)
+    (toy, params), decoding, batching = learned, parts.sampling, parts.batching
+    first = jax.tree.map(lambda x: x[:1], rollouts)
     slopes = toys.quick(lambda table: toys.law_gradients(table, decoding), toy.table)
     law, of_logits = slopes(toy.table)
     of_law = np.asarray(toys.through_jacobian(of_logits, toy))  # [Q - 1, X, W]
     law = np.asarray(law)[..., None]
     of_log_law = np.where(law > 0, of_law / np.maximum(law, 1e-30), 0.0)
-    expected = -toy_directions.exact_updates(rollouts, of_log_law, batching.group_size)[0]
+    expected = -toy_directions.exact_updates(first, of_log_law, batching.group_size)[0]
     gradient = exact_gradient(decoding, batching, better_only=False)
-    rollout = jax.tree.map(lambda x: x[0], rollouts)
+    rollout = jax.tree.map(lambda x: x[0], first)
     compiled = toys.quick(gradient, params, rollout)
     flat, _ = jax.flatten_util.ravel_pytree(compiled(params, rollout))
     expected /= batching.rows * toys.LENGTH
