@@ -7,7 +7,6 @@ import pytest
 
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
-from spg_jax.diffusion.corruption import scored_positions
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.rollout import Rollout
@@ -26,7 +25,7 @@ def config():
     return config
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def policy():
     allowed = np.arange(VOCAB) != MASK
     model = TransformerConfig(
@@ -42,7 +41,10 @@ def learning(config, optimizer):
 
 
 def random_rollout(rows: int = 8, prompt: int = 4, length: int = 12, seed: int = 0) -> Rollout:
-    """Completions of different lengths, the first of which is EOS alone; rewards are 0 or 1."""
+    """Completions of different lengths, the first of which is EOS alone; rewards are 0 or 1.
+
+    NumPy computes it, because JAX would compile a program for each operation and shape.
+    """
     rng = np.random.default_rng(seed)
     completion = rng.integers(2, VOCAB, (rows, length)).astype(np.int32)
     for row in range(rows):
@@ -51,13 +53,15 @@ def random_rollout(rows: int = 8, prompt: int = 4, length: int = 12, seed: int =
     reward = rng.integers(0, 2, rows).astype(np.float32)
     reward[:2] = 0, 1
     groups = reward.reshape(-1, 4)
-    return Rollout(
-        prompt=jnp.asarray(rng.integers(2, VOCAB, (rows, prompt)), jnp.int32),
-        prompt_mask=jnp.asarray(prompt_mask),
-        completion=jnp.asarray(completion),
-        scored=jax.vmap(scored_positions, (0, None))(jnp.asarray(completion), EOS),
-        commit_step=jnp.zeros((rows, length), jnp.int32),
-        reward=jnp.asarray(reward),
-        advantage=jnp.asarray((groups - groups.mean(1, keepdims=True)).reshape(-1)),
-        example_id=jnp.arange(rows, dtype=jnp.uint32) + 17,
+    is_eos = completion == EOS
+    rollout = Rollout(
+        prompt=rng.integers(2, VOCAB, (rows, prompt)).astype(np.int32),
+        prompt_mask=prompt_mask,
+        completion=completion,
+        scored=np.cumsum(is_eos, axis=1) - is_eos == 0,  # the tokens before the EOS, and the EOS
+        commit_step=np.zeros((rows, length), np.int32),
+        reward=reward,
+        advantage=(groups - groups.mean(1, keepdims=True)).reshape(-1),
+        example_id=np.arange(rows, dtype=np.uint32) + np.uint32(17),
     )
+    return jax.tree.map(jnp.asarray, rollout)

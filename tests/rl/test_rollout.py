@@ -1,6 +1,7 @@
 """Rollouts have the same tokens on every mesh, in every batch and under every padding; figures are
 checked by hand."""
 
+import functools
 from collections import Counter
 from itertools import pairwise
 
@@ -24,6 +25,10 @@ from tests.rl.conftest import EOS, VOCAB, random_rollout
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [12, 13], [5, 6, 7], [14], [15, 16, 17], [18, 19], [20]]
 
 
+# A test of a batch in other parts or with other rows shares the programs of the same shapes.
+generate_of = functools.cache(make_generate)
+
+
 def completions(policy, config, mesh, prompts, ids, length=4):
     with jax.set_mesh(mesh):
         variables = {'params': random_params(policy.model, mesh=mesh)}
@@ -32,7 +37,7 @@ def completions(policy, config, mesh, prompts, ids, length=4):
         if len(prompts) % 8 == 0:
             rows = sharding.put_batch(mesh, rows)
         keys = example_keys(0, Purpose.SAMPLE, 3, rows['ids'])
-        generate = make_generate(policy, assemble(config).sampling)
+        generate = generate_of(policy, assemble(config).sampling)
         found = generate(variables, rows['tokens'], rows['valid'], keys)
     return np.asarray(found.tokens), np.asarray(found.commit_step)
 
@@ -62,7 +67,7 @@ def test_identities_are_prompt_by_prompt_and_checked_against_uint32():
 
 
 def test_keys_differ_by_seed_purpose_step_and_row():
-    ids = jnp.arange(3, dtype=jnp.uint32)
+    ids = np.arange(3, dtype=np.uint32)
     cases = [(0, Purpose.SAMPLE, 0), (1, Purpose.SAMPLE, 0), (0, Purpose.CORRUPT, 0)]
     cases.append((0, Purpose.SAMPLE, 1))
     keys = np.concatenate([jax.random.key_data(example_keys(*case, ids)) for case in cases])
@@ -76,9 +81,10 @@ def test_metrics_are_what_counting_gives():
     completion[1, 1] = completion[1, 0]
     some = some.replace(completion=jnp.asarray(completion))
     reward = np.asarray(some.reward)
+    metrics_of = jax.jit(rollout_metrics, static_argnums=(1, 2, 3))
     found = {
         name: float(total / weight)
-        for name, (total, weight) in rollout_metrics(some, 4, EOS, VOCAB).items()
+        for name, (total, weight) in metrics_of(some, 4, EOS, VOCAB).items()
     }
     groups = [completion[:4].tolist(), completion[4:].tolist()]
     distinct = sum(len({tuple(row) for row in group}) for group in groups)
@@ -119,10 +125,9 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
     tokenizer = WordTokenizer([f'w{number}' for number in range(21)])
     tokens, valid = left_pad(PROMPTS[:2], 4, pad_id=2)
     prompts = PromptBatch(tokens, valid, np.array([5, 4], np.uint32), [{'index': 5}, {'index': 4}])
-    make = collection.make_generate
 
     def telling(*arguments):
-        generate = make(*arguments)
+        generate = generate_of(*arguments)
         return lambda *rows: (events.append('start'), generate(*rows))[1]
 
     monkeypatch.setattr(collection, 'make_generate', telling)
@@ -137,10 +142,11 @@ def rollout_of(policy, config, mesh, events, monkeypatch):
 
 
 def test_generating_in_parts_changes_nothing_and_rewards_meanwhile(policy, config, monkeypatch):
+    """Equal shares of the batch, and two slots, into which the rows that wait move in."""
     found, events = {}, {}
-    config.rl.compact = False  # so that parts are equal shares (tests/rl/test_slots.py has others)
-    for parts, sizes in ((0, (1, 1, 1)), (2, (1, 1, 1)), (4, (4, 1, 1))):
-        config.rl.generation_batch = parts
+    trials = ((0, False, (1, 1, 1)), (2, False, (1, 1, 1)), (4, False, (4, 1, 1)))
+    for parts, compact, sizes in (*trials, ('slots', True, (1, 1, 1))):
+        config.rl.update(compact=compact, generation_batch=2 if compact else parts)
         events[parts] = []
         found[parts] = rollout_of(policy, config, mesh_of(*sizes), events[parts], monkeypatch)
         monkeypatch.undo()
