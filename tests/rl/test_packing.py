@@ -3,7 +3,7 @@
 The truth is the same update of an objective that does not say which of its rows are idle.
 """
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def loss_of_batch(logp, batch):
     return Loss(total**2, batch.scored.sum().astype(jnp.float32), {})
 
 
-def objective_of(couples: str) -> Objective:
+def objective_of(couples: str, packs: bool = True) -> Objective:
     losses = {
         'row': loss_of_rows,
         'group': over_groups(loss_of_group, GROUP),
@@ -73,9 +73,8 @@ def objective_of(couples: str) -> Objective:
     }
     corruption = configured(Corruption('uniform', draws=2, block_length=4))  # not called here
     looks_at = ('reference',) if couples == 'group' else ()
-    return Objective(
-        corruption, 2, losses[couples], couples, idle=without_advantage, looks_at=looks_at
-    )
+    idle = without_advantage if packs else None
+    return Objective(corruption, 2, losses[couples], couples, idle=idle, looks_at=looks_at)
 
 
 def inputs(mesh, live: tuple[int, ...]):
@@ -90,12 +89,13 @@ def inputs(mesh, live: tuple[int, ...]):
     return sharding.put_batch(mesh, (rollout.replace(advantage=advantage), draws, others))
 
 
-def gradient_of(objective, mesh, live, microbatch, draws_per_pass, lora=None):
+@functools.cache
+def gradient_of(couples, packs, sizes, live, microbatch, draws_per_pass, lora=None):
     """(loss, largest entries first: the gradient as numpy arrays, metrics, forward passes)."""
-    policy = Counting(Config(lora))
+    policy, mesh = Counting(Config(lora)), mesh_of(*sizes)
     gradient = make_gradient(
         policy,
-        objective,
+        objective_of(couples, packs),
         microbatch=microbatch,
         draws_per_pass=draws_per_pass,
         group_size=GROUP,
@@ -103,20 +103,25 @@ def gradient_of(objective, mesh, live, microbatch, draws_per_pass, lora=None):
     with jax.set_mesh(mesh):
         frozen = parameters(bool(lora), mesh)
         trained = {policy.trained: frozen.pop(policy.trained)}
-        reference = jax.tree.map(lambda x: 0.5 * x, trained)
-        run = jax.jit(gradient)
+        run = jax.jit(
+            lambda trained, frozen, *rows, others: gradient(
+                trained, frozen, *rows, others=others, kept={'reference': halved(trained)}
+            )
+        )
         results = []
         for groups in live:
             READ.clear()
             rollout, draws, others = inputs(mesh, groups)
-            loss, leaves, metrics = run(
-                trained, frozen, rollout, draws, others=others, kept={'reference': reference}
-            )
+            loss, leaves, metrics = run(trained, frozen, rollout, draws, others=others)
             jax.effects_barrier()
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(leaves)]
             results.append((float(loss), leaves, jax.device_get(metrics), sum(READ)))
         assert run._cache_size() == 1
     return results
+
+
+def halved(trained):
+    return jax.tree.map(lambda x: 0.5 * x, trained)
 
 
 def norm(leaves) -> float:
@@ -130,35 +135,29 @@ def distance(leaves, others) -> float:
 LIVE = ((0, 1, 2, 3), (2,), (0, 2), ())
 
 
+# What a loss couples, pieces of the batch, devices, and the rows that are read for each of LIVE. A
+# batch-wide loss in several pieces reads each twice. So do groups that are larger than a piece,
+# whose loss also reads the reference once.
 PIECES = [
-    ('row', ROWS, 0),
-    ('group', ROWS, 0),
-    ('batch', 8, 1),
-    ('row', 8, 1),
-    ('group', 2, 0),  # less than a group: two stages over the whole batch
-    ('batch', ROWS, 0),
+    ('row', ROWS, 0, (1, 1, 1), [ROWS, 4, 8, 0]),
+    ('group', 2, 0, (1, 1, 1), [3 * ROWS, 3 * 4, 3 * 8, 0]),
+    ('batch', 8, 1, (1, 1, 1), [2 * ROWS, 2 * 8, 2 * 8, 0]),
+    ('row', 8, 1, (2, 2, 2), None),
+    ('group', ROWS, 0, (2, 2, 2), None),
+    ('batch', ROWS, 0, (2, 2, 2), None),
 ]
 
 
-@pytest.mark.parametrize(
-    ('couples', 'microbatch', 'draws_per_pass', 'sizes'),
-    [
-        *((*pieces, (1, 1, 1)) for pieces in PIECES[3:]),
-        *((*pieces, (2, 2, 2)) for pieces in PIECES[:3]),
-    ],
-    ids=str,
-)
-def test_the_gradient_without_idle_rows_is_the_one_with_them(
-    couples, microbatch, draws_per_pass, sizes
+@pytest.mark.parametrize(('couples', 'microbatch', 'draws_per_pass', 'sizes', 'reads'), PIECES)
+def test_the_gradient_without_idle_rows_is_the_one_with_them_and_they_are_not_read_out(
+    couples, microbatch, draws_per_pass, sizes, reads
 ):
-    mesh, objective = mesh_of(*sizes), objective_of(couples)
-    pieces = microbatch, draws_per_pass
-    packed_ones = gradient_of(objective, mesh, LIVE, *pieces)
+    """One row of group 2 is idle by itself."""
+    packed_ones = gradient_of(couples, True, sizes, LIVE, microbatch, draws_per_pass)
     # In pieces of another size the same sum differs by a few units of 1e-6, packed or not.
-    shards = sharding.row_shards(mesh)
-    size = rows_at_once(objective, ROWS, microbatch, GROUP, shards)
-    plain = dataclasses.replace(objective, idle=None)
-    whole_ones = gradient_of(plain, mesh, LIVE, size, draws_per_pass)
+    shards = sharding.row_shards(mesh_of(*sizes))
+    size = rows_at_once(objective_of(couples), ROWS, microbatch, GROUP, shards)
+    whole_ones = gradient_of(couples, False, sizes, LIVE, size, draws_per_pass)
     for (loss, leaves, metrics, _), (expected_loss, expected, whole, _) in zip(
         packed_ones, whole_ones, strict=True
     ):
@@ -168,28 +167,17 @@ def test_the_gradient_without_idle_rows_is_the_one_with_them(
             assert metrics['better'] == whole['better']
     assert all((leaf == 0).all() for leaf in packed_ones[-1][1])
     assert norm(whole_ones[1][1]) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ('couples', 'microbatch', 'expected'),  # rows that are read, for each of LIVE
-    [
-        ('row', ROWS, [ROWS, 4, 8, 0]),
-        ('group', ROWS, [2 * ROWS, 2 * 4, 2 * 8, 0]),
-        ('batch', 8, [2 * ROWS, 2 * 8, 2 * 8, 0]),
-    ],
-)
-def test_idle_rows_are_not_read_out(couples, microbatch, expected):
-    """A batch-wide loss reads each piece twice, and that of groups reads two policies. One row of
-    group 2 is idle by itself."""
-    results = gradient_of(objective_of(couples), mesh_of(), LIVE, microbatch, 0)
-    assert [read / 2 for *_, read in results] == expected  # two draws a row
+    if reads:
+        assert [read / 2 for *_, read in packed_ones] == reads  # two draws a row
 
 
 def test_metrics_of_readouts_are_those_of_live_rows():
     """Whatever the pieces: an idle row that fills up a piece does not count."""
-    objective = objective_of('row')
+    index = LIVE.index((2,))
     rows = [
-        gradient_of(objective, mesh_of(), [(2,)], microbatch, 0)[0][2] for microbatch in (2, ROWS)
+        gradient_of(couples, True, sizes, LIVE, microbatch, draws_per_pass)[index][2]
+        for couples, microbatch, draws_per_pass, sizes, _ in PIECES
+        if couples == 'row'
     ]
     rollout, draws, _ = inputs(mesh_of(), (2,))
     live = np.asarray(rollout.advantage) != 0
@@ -203,11 +191,9 @@ def test_metrics_of_readouts_are_those_of_live_rows():
 
 
 def test_adapters_learn_the_same_without_idle_rows():
-    objective, lora = objective_of('row'), LoRA(rank=2, alpha=2.0)
-    mesh = mesh_of(2, 2, 2)
+    lora = LoRA(rank=2, alpha=2.0)
     (_, leaves, *_), (_, expected, *_) = (
-        gradient_of(each, mesh, [(1,)], ROWS, 1, lora)[0]
-        for each in (objective, dataclasses.replace(objective, idle=None))
+        gradient_of('row', packs, (2, 2, 2), ((1,),), ROWS, 1, lora)[0] for packs in (True, False)
     )
     assert norm(expected) > 1e-3
     assert distance(leaves, expected) <= ROUNDING * norm(expected)
@@ -270,28 +256,30 @@ def rows_of(objective: Objective) -> Batch:
     }
     commit_step = np.argsort(rng.random((ROWS, 12)), axis=1).astype(np.int32)
     rollout = rollout.replace(
-        reward=jnp.asarray(reward),
-        advantage=jnp.asarray(objective.advantage(jnp.asarray(reward), GROUP)),
-        commit_step=jnp.asarray(commit_step),
-        scored=jnp.ones((ROWS, 12), bool),
-        extras=jax.tree.map(jnp.asarray, extras),
+        reward=reward,
+        commit_step=commit_step,
+        scored=np.ones((ROWS, 12), bool),
+        extras=extras,
     )
-    if objective.at_rollout:
-        rollout = with_extras(objective, rollout)
-    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-    draws = jax.jit(lambda rows: corrupt(objective.corruption, rows, moment))(rollout)
+
+    @jax.jit
+    def prepared(rollout):
+        rollout = rollout.replace(advantage=objective.advantage(rollout.reward, GROUP))
+        moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+        if objective.at_rollout:
+            extras = objective.at_rollout(read, rollout, moment)
+            rollout = rollout.replace(extras=rollout.extras | extras)
+        return rollout, corrupt(objective.corruption, rollout, moment)
+
+    rollout, draws = jax.device_get(prepared(rollout))
     shape = (ROWS, objective.draws, 12)
     names = ('behaviour', *objective.looks_at)
-    others = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) * 0.1 - 2 for name in names}
-    return Batch(rollout, draws, others, jnp.int32(0))
+    others = {name: np.float32(rng.normal(size=shape)) * np.float32(0.1) - 2 for name in names}
+    return Batch(rollout, draws, others, np.int32(0))
 
 
-def with_extras(objective: Objective, rollout):
-    def read(name, draws):
-        return jnp.zeros((ROWS, draws.masked.shape[1], 12))
-
-    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-    return rollout.replace(extras=rollout.extras | objective.at_rollout(read, rollout, moment))
+def read(name, draws):
+    return jnp.zeros((ROWS, draws.masked.shape[1], 12))
 
 
 CASES = [
@@ -307,17 +295,23 @@ CASES = [
 def test_idle_rows_move_no_gradient_and_others_do(name, settings):
     objective, _ = built(name, **settings)
     batch = rows_of(objective)
-    idle = np.asarray(objective.idle(batch))
-    assert 0 < idle.sum() < ROWS
     rng = np.random.default_rng(4)
-    noise = jnp.asarray(rng.normal(size=(ROWS, objective.draws, 12)), jnp.float32)
-    logp = batch.others['behaviour'] + 1e-3 * noise  # so near that nothing is clipped
-    gradient = jax.jit(jax.grad(lambda logp: objective.loss(logp, batch).total))
-    of_readouts = np.asarray(gradient(logp))
+    noise = np.float32(rng.normal(size=(ROWS, objective.draws, 12)))
+    logp = batch.others['behaviour'] + np.float32(1e-3) * noise  # so near that nothing is clipped
+
+    @jax.jit
+    def evaluate(logp, batch):
+        """Which rows are idle, and the gradient; idle rows have other readouts the second time."""
+        idle = objective.idle(batch)
+        gradient = jax.grad(lambda logp: objective.loss(logp, batch).total)
+        other = jnp.where(idle[:, None, None], logp - 1.0, logp)
+        return idle, jax.lax.map(gradient, jnp.stack([logp, other]))
+
+    idle, (of_readouts, of_others) = jax.device_get(evaluate(logp, batch))
+    assert 0 < idle.sum() < ROWS
     largest = np.abs(of_readouts).max()
     assert np.abs(of_readouts[idle]).max() <= 1e-5 * largest
-    other = jnp.where(jnp.asarray(idle)[:, None, None], logp - 1.0, logp)
-    assert_allclose(np.asarray(gradient(other))[~idle], of_readouts[~idle], rtol=1e-5, atol=1e-9)
+    assert_allclose(of_others[~idle], of_readouts[~idle], rtol=1e-5, atol=1e-9)
     moved = np.abs(of_readouts).max(axis=(1, 2)) > 1e-6 * largest
     exempt = {'vrpo': 4, 'spg': 2 * GROUP if settings else 0}.get(name, 0)
     assert (moved[~idle]).sum() >= (~idle).sum() - exempt
