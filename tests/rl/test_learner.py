@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from numpy.testing import assert_allclose
 
@@ -23,8 +22,10 @@ from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 from tests.rl.conftest import MASK, learning, random_rollout
+from tests.rl.test_couplings import Config, Toy, parameters
 
 pytestmark = pytest.mark.numerical
+CORRUPTERS = {}
 
 
 def variables_of(policy, mesh=None):
@@ -32,15 +33,17 @@ def variables_of(policy, mesh=None):
 
 
 def corrupter(config):
-    """A compiled (rollout, step) -> draws."""
-    corruption = assemble(config).objective.corruption
+    """A compiled (rollout, step) -> draws, which tests with equal settings share."""
+    key = config.to_json()
+    if key not in CORRUPTERS:
+        corruption, seed = assemble(config).objective.corruption, config.train.seed
 
-    @jax.jit
-    def draw(rollout, step):
-        moment = moments(config.train.seed, rollout, step, jnp.int32(0))
-        return corrupt(corruption, rollout, moment)
+        @jax.jit
+        def draw(rollout, step):
+            return corrupt(corruption, rollout, moments(seed, rollout, step, jnp.int32(0)))
 
-    return draw
+        CORRUPTERS[key] = draw
+    return CORRUPTERS[key]
 
 
 def draws_of(config, rollout):
@@ -87,7 +90,7 @@ def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
     loss, gradient = jax.jit(
         jax.value_and_grad(lambda params: plain_loss(params, policy, config, rollout, draws))
     )(variables['params'])
-    assert optax.tree.norm(gradient) > 1e-3
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(jax.device_get(gradient))) > 1e-3
     pieces = make_gradient(policy, assemble(config).objective, microbatch=2, draws_per_pass=2)
     loss_in_pieces, in_pieces, _ = jax.jit(pieces)(variables, {}, rollout, draws)
     assert_allclose(loss_in_pieces, loss, rtol=1e-5)
@@ -158,18 +161,22 @@ def test_a_non_finite_update_is_skipped_and_counted(policy, config, updates):
 
 def test_the_spread_of_the_elbo_is_that_of_the_draws():
     """Row by row: draws of one token, of two and of none; a row with one draw does not count."""
-    log_probs = jnp.array([[[-1.0, -9], [-2, -4], [-5, -5]], [[-1, -2], [-9, -9], [-9, -9]]])
-    target = jnp.array([[[1, 0], [1, 1], [0, 0]], [[1, 1], [0, 0], [0, 0]]], bool)
+    log_probs = np.float32([[[-1, -9], [-2, -4], [-5, -5]], [[-1, -2], [-9, -9], [-9, -9]]])
+    target = np.array([[[1, 0], [1, 1], [0, 0]], [[1, 1], [0, 0], [0, 0]]], bool)
     batch = SimpleNamespace(target=target)
-    total, weight = elbo_spread(log_probs, batch)['elbo_spread']
+    total, weight = jax.jit(lambda x: elbo_spread(x, batch)['elbo_spread'])(log_probs)
     assert weight == 1
     assert_allclose(total, np.std([-1.0, -3.0], ddof=1), rtol=1e-6)
 
 
-def test_memory_is_flat_in_the_number_of_draws(policy, config):
-    """One draw in a pass: M = 8 needs at most 1.3 times the temporary and output bytes of M = 2."""
+def test_memory_is_flat_in_the_number_of_draws(config):
+    """One draw in a pass: M = 8 needs at most 1.3 times the temporary and output bytes of M = 2.
+
+    The passes are the learner's, whatever the model; that of a toy compiles in no time.
+    """
     config.sampling.update(length=48, block_length=16)
-    variables, rollout = variables_of(policy), random_rollout(rows=32, length=48)
+    policy, variables = Toy(Config(None)), parameters(False, mesh_of())
+    rollout = random_rollout(rows=32, length=48)
     needed = {}
     for draws in (2, 8):
         config.corruption.draws = draws
