@@ -4,7 +4,6 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -18,14 +17,14 @@ from spg_jax.rl.evaluator import Evaluation, Evaluator
 from spg_jax.rl.rollout import empty_rollout
 from tests.meshes import mesh_of
 from tests.parameters import random_params
-from tests.rl.test_rollout import rollout_of
 
 ROWS = 8
 # Rows, slots, and how they differ from one batch by low confidence. With fewer slots than rows
 # others move in, and with as many the batch shrinks; the state of a cache and of a rule has to
-# follow in both. The rollout below has rows that move in without a cache. The last four rows,
-# from the end, have 2, 2, 3 and 4 blocks under the second setting: the batch shrinks twice, and
-# the rows that stay move.
+# follow in both. The rollout of tests/rl/test_rollout.py has rows that move in without a cache, and
+# the evaluation below has a batch of such rows that shrinks. The last four rows, from the end, have
+# 2, 2, 3 and 4 blocks under the second setting: the batch shrinks twice, and the rows that stay
+# move.
 KINDS = [
     (slice(ROWS), 2, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'dual', 'refresh': 2}),
     (slice(None, 3, -1), 4, {'sampler': 'remask', 'threshold': 0.5, 'cache': 'prefix'}),
@@ -35,8 +34,8 @@ KINDS = [
 def arguments(policy):
     """Parameters, with which rows end in different blocks, and eight prompts."""
     rng = np.random.default_rng(0)
-    prompt = jnp.asarray(rng.integers(2, 24, (ROWS, 4)), jnp.int32)
-    mask = jnp.arange(4)[None, :] >= jnp.arange(ROWS)[:, None] % 3
+    prompt = rng.integers(2, 24, (ROWS, 4)).astype(np.int32)
+    mask = np.arange(4)[None, :] >= np.arange(ROWS)[:, None] % 3
     keys = jax.random.split(jax.random.key(3), ROWS)
     return {'params': random_params(policy.model)}, prompt, mask, keys
 
@@ -64,20 +63,23 @@ def sizes(monkeypatch):
 
 
 @pytest.mark.parametrize(('chosen', 'number', 'change'), KINDS)
-def test_rows_get_in_slots_what_they_get_in_a_whole_batch(policy, sizes, chosen, number, change):
-    """A batch of all rows shrinks with them."""
+def test_rows_get_in_slots_what_they_get_in_a_whole_batch(
+    policy, sizes, monkeypatch, chosen, number, change
+):
+    """A batch of all rows shrinks with them; one that others move into keeps its size here."""
     options = {'length': 16, 'steps': 16, 'block_length': 4, 'temperature': 2.0} | change
     config = SamplingConfig(records=('log_prob',), **options)
     variables, *rows = arguments(policy)
     rows = [x[chosen] for x in rows]
     count = len(rows[0])
+    if number < count:
+        monkeypatch.setattr(slots, 'SHARES', (1,))  # Each size is a program.
     expected = make_generate(policy, config)(variables, *rows)
     sizes.clear()
     parts = list(slots.make_stream(policy, config, number)(variables, *rows))
     assert sorted(np.concatenate([index for index, _ in parts]).tolist()) == list(range(count))
     assert len(parts) > 2  # rows ended at different times
-    assert sizes[0] == number and set(sizes) <= set(slots.sizes_of(number))
-    assert number < count or set(sizes) == {4, 2, 1}
+    assert sizes[0] == number and set(sizes) == set(slots.sizes_of(number))
     completion = joined(parts)
     assert_array_equal(completion.tokens, expected.tokens)
     assert_array_equal(completion.commit_step, expected.commit_step)
@@ -90,19 +92,9 @@ def test_the_sizes_of_a_batch_that_shrinks():
     assert slots.sizes_of(128) == (16, 32, 64, 128) and slots.sizes_of(1) == (1,)
 
 
-def test_a_rollout_in_slots_is_the_rollout_in_whole_batches(policy, config, monkeypatch):
-    """With fewer slots than rows; tests/rl/test_rollout.py has whole batches of other sizes."""
-    results = {}
-    for compact, generation_batch in ((False, 0), (True, 2)):
-        config.rl.update(compact=compact, generation_batch=generation_batch)
-        results[compact] = rollout_of(policy, config, mesh_of(), [], monkeypatch)
-        monkeypatch.undo()
-    assert results[True][1] == results[False][1]
-    jax.tree.map(assert_array_equal, results[True][0], results[False][0])
-
-
-def test_an_evaluation_in_slots_is_the_evaluation_in_whole_batches(policy):
+def test_an_evaluation_in_slots_is_the_evaluation_in_whole_batches(policy, sizes, monkeypatch):
     """Five problems with two samples each: ten rows, in batches of four or in four slots."""
+    monkeypatch.setattr(slots, 'SHARES', (1, 4))
     decoding = SamplingConfig(16, 16, 4, 2.0)
     evaluation = Evaluation((decoding,), 16, 2.0, 2, 4, False, prompt_lengths=(4,), seed=0)
     task = SimpleNamespace(prompt=lambda example: f'w{example["index"]} w3', prefill='')
@@ -116,6 +108,7 @@ def test_an_evaluation_in_slots_is_the_evaluation_in_whole_batches(policy):
             evaluator = Evaluator(policy, task, tokenizer, changed, mesh_of())
             texts.append(evaluator.texts(variables, problems, decoding, samples=2))
     assert texts[1] == texts[0] and len(texts[0]) == 10
+    assert set(sizes) == {4, 1}  # others move in, and then the batch shrinks
     assert len({len(text.split()) // 4 for text in texts[0]}) > 1  # rows end in different blocks
 
 
@@ -128,8 +121,8 @@ def sampled(policy, config, mesh):
         prompt_mask=mask,
         completion=completion.tokens,
         commit_step=completion.commit_step,
-        scored=completion.commit_step >= 0,
-        example_id=jnp.arange(8, dtype=jnp.uint32),
+        scored=np.asarray(completion.commit_step) >= 0,
+        example_id=np.arange(8, dtype=np.uint32),
         extras=completion.extras,
     )
     return variables, rollout
@@ -143,10 +136,11 @@ def test_the_gap_is_rounding_where_the_sampler_is_exact_and_seen_where_it_is_not
         'dual': (dataclasses.replace(exact, cache='dual'), 1e-4, 10.0),
     }
     mesh = mesh_of()
+    # The law that is scored does not depend on how the sampler commits, or keeps keys and values.
+    gap_of = gap.make_gap(policy, exact, batching, 0)
     with jax.set_mesh(mesh):
         for decoding, low, high in cases.values():
             variables, rollout = sampled(policy, decoding, mesh)
-            gap_of = gap.make_gap(policy, decoding, batching, 0)
             total, count = gap_of(variables, rollout, 3)['sampling_gap']
             assert count >= 8 and low <= total / count <= high
             # Half a nat more in every record is half a nat more of a gap.
