@@ -1,4 +1,4 @@
-"""Whatever a loss couples, its gradient in pieces is the joint one, on every mesh, with adapters.
+"""Whatever a loss couples, its gradient in pieces is the joint one, on a mesh, with adapters.
 
 The joint gradient is the plain derivative of the loss of all rows, without the learner. The model
 is a toy whose programs compile in no time; tests/rl/test_learner.py has the real one.
@@ -27,7 +27,6 @@ from tests.rl.conftest import MASK, VOCAB, random_rollout
 
 pytestmark = pytest.mark.numerical
 GROUP, WIDTH = 4, 16
-MESHES = ((1, 1, 1), (2, 2, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,68 +117,67 @@ def inputs(mesh: Any) -> tuple[Any, Any, Any]:
     return sharding.put_batch(mesh, (rollout, draws, others))
 
 
+def with_half(in_pieces: Any) -> Any:
+    """A function of the same gradient whose reference has half of each parameter."""
+
+    def run(trained, frozen, rollout, draws, others):
+        params = (trained | frozen)['params']
+        kept = {'reference': {'params': jax.tree.map(lambda x: 0.5 * x, params)}}
+        return in_pieces(trained, frozen, rollout, draws, others=others, kept=kept)
+
+    return run
+
+
 def joint_gradient(policy: Toy, objective: Objective) -> tuple[Any, Any]:
     """The plain derivative by the trained parameters of total / weight, from one forward pass."""
     variables = parameters(bool(policy.config.lora), mesh_of())
     rollout, draws, others = inputs(mesh_of())
     reader, trained = Reader(policy), policy.trained
-    initial = jax.tree.map(lambda x: 0.5 * x, variables['params'])
-    others['reference'] = reader({'params': initial}, rollout, draws, jnp.int32(0))
 
     def value(params):
+        initial = jax.tree.map(lambda x: 0.5 * x, variables['params'])
+        reference = reader({'params': initial}, rollout, draws, jnp.int32(0))
         logp = reader(variables | {trained: params}, rollout, draws, jnp.int32(0))
-        loss = objective.loss(logp, Batch(rollout, draws, others, jnp.int32(0)))
+        looks = others | {'reference': reference}
+        loss = objective.loss(logp, Batch(rollout, draws, looks, jnp.int32(0)))
         return loss.total / loss.weight
 
-    return jax.jit(jax.value_and_grad(value))(variables[trained])
+    return jax.device_get(jax.jit(jax.value_and_grad(value))(variables[trained]))
 
 
 @pytest.mark.parametrize(
-    # Rows and draws differentiated at once on one device and on the mesh; 0 takes all draws. The
-    # way of adapters is the same whatever is coupled.
-    ('couples', 'pieces', 'lora'),
+    # Rows and draws differentiated at once; 0 takes all draws. One device, in other pieces, is in
+    # tests/rl/test_plug_ins.py. The way of adapters is the same whatever is coupled.
+    ('couples', 'microbatch', 'draws_per_pass', 'lora'),
     [
-        ('row', [(4, 1), (2, 0)], None),
-        ('group', [(4, 0), (2, 1)], None),
-        ('batch', [(4, 0), (2, 1)], None),
-        ('row', [(4, 1), (2, 0)], LoRA(rank=2, alpha=2.0)),
+        ('row', 2, 0, None),
+        ('group', 2, 1, None),
+        ('batch', 2, 1, None),
+        ('row', 2, 0, LoRA(rank=2, alpha=2.0)),
     ],
     ids=['row', 'group', 'batch', 'row of adapters'],
 )
-def test_the_gradient_in_pieces_is_the_joint_one(couples, pieces, lora):
+def test_the_gradient_in_pieces_is_the_joint_one(couples, microbatch, draws_per_pass, lora):
     policy, objective = Toy(Config(lora)), objective_of(couples)
     loss, gradient = joint_gradient(policy, objective)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     assert largest > 1e-3
-    # Adapters split as other parameters do, so that one mesh says enough about them.
-    trials = list(zip(MESHES, pieces, strict=True))
-    for sizes, (microbatch, draws_per_pass) in trials[1:] if lora else trials:
-        mesh = mesh_of(*sizes)
-        in_pieces = make_gradient(
-            policy,
-            objective,
-            microbatch=microbatch,
-            draws_per_pass=draws_per_pass,
-            group_size=GROUP,
+    in_pieces = make_gradient(
+        policy, objective, microbatch=microbatch, draws_per_pass=draws_per_pass, group_size=GROUP
+    )
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        frozen = parameters(bool(lora), mesh)
+        trained = {policy.trained: frozen.pop(policy.trained)}
+        rollout, draws, others = inputs(mesh)
+        found_loss, found, _ = jax.jit(with_half(in_pieces))(
+            trained, frozen, rollout, draws, others
         )
-        with jax.set_mesh(mesh):
-            frozen = parameters(bool(lora), mesh)
-            initial = jax.tree.map(lambda x: 0.5 * x, frozen['params'])
-            trained = {policy.trained: frozen.pop(policy.trained)}
-            rollout, draws, others = inputs(mesh)
-            found_loss, found, _ = jax.jit(in_pieces)(
-                trained,
-                frozen,
-                rollout,
-                draws,
-                others=others,
-                kept={'reference': {'params': initial}},
-            )
-        assert_allclose(found_loss, loss, rtol=1e-5)
-        for leaf, expected in zip(
-            jax.tree.leaves(found[policy.trained]), jax.tree.leaves(gradient), strict=True
-        ):
-            assert_allclose(np.asarray(leaf), expected, rtol=0, atol=1e-5 * largest)
+    assert_allclose(found_loss, loss, rtol=1e-5)
+    for leaf, expected in zip(
+        jax.tree.leaves(found[policy.trained]), jax.tree.leaves(gradient), strict=True
+    ):
+        assert_allclose(np.asarray(leaf), expected, rtol=0, atol=1e-5 * largest)
 
 
 def test_a_group_stays_in_one_microbatch():
@@ -211,7 +209,7 @@ def test_the_reference_is_the_model_without_its_adapters():
     rollout, draws, others = inputs(mesh_of())
     gradient = make_gradient(policy, objective, microbatch=8, draws_per_pass=0, group_size=GROUP)
     trained, frozen = {'lora': variables['lora']}, {'params': variables['params']}
-    zero = jax.tree.map(jnp.zeros_like, trained)
+    zero = jax.tree.map(np.zeros_like, jax.device_get(trained))
     run = jax.jit(gradient)
     without, *_ = run(trained, frozen, rollout, draws, others=others)
     kept, *_ = run(trained, frozen, rollout, draws, others=others, kept={'reference': zero})
