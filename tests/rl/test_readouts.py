@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.rl import scores
-from spg_jax.rl.gradient import make_gradient
-from spg_jax.rl.scores import corrupt, logit_pieces, moments
+from spg_jax.rl.scores import Reader, corrupt, logit_pieces, moments
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 from tests.rl.conftest import VOCAB, random_rollout
@@ -31,20 +31,28 @@ def test_a_gradient_in_pieces_is_the_one_at_once(policy, config, monkeypatch):
     where each device has a part of the vocabulary."""
     objective, mesh = assemble(config).objective, mesh_of(2, 2, 2)
     rollout = random_rollout()
-    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-    draws = jax.jit(lambda rows: corrupt(objective.corruption, rows, moment))(rollout)
+
+    @jax.jit
+    def draw(rows):
+        return corrupt(objective.corruption, rows, moments(0, rows, jnp.int32(0), jnp.int32(0)))
+
     label = np.random.default_rng(0).integers(2, VOCAB, (8, objective.draws, 12))
-    draws = draws.replace(label=jnp.asarray(label, jnp.int32))
+    draws = jax.device_get(draw(rollout)).replace(label=label.astype(np.int32))
+    weights = np.float32(np.random.default_rng(1).normal(size=label.shape))
     results, largest = [], []
     for limit in (2**40, 1):
         monkeypatch.setattr(scores, 'LARGEST_LOGITS', limit)
+        reader = Reader(policy, objective.readout)
+
+        def weighed(variables, rollout, draws, weights, reader=reader):
+            return jnp.vdot(weights, reader(variables, rollout, draws, jnp.int32(0)))
+
         with jax.set_mesh(mesh):
             variables = {'params': random_params(policy.model, mesh=mesh)}
-            run = make_gradient(policy, objective, microbatch=8, draws_per_pass=0)
-            largest.append(
-                f'12,{VOCAB}]' in str(jax.make_jaxpr(run)(variables, {}, rollout, draws))
-            )
-            results.append(jax.device_get(jax.jit(run)(variables, {}, rollout, draws)[:2]))
+            rows = sharding.put_batch(mesh, (jax.device_get(rollout), draws, weights))
+            traced = jax.jit(jax.value_and_grad(weighed)).trace(variables, *rows)
+            largest.append(f'12,{VOCAB}]' in str(traced.jaxpr))
+            results.append(jax.device_get(traced.lower().compile()(variables, *rows)))
     (loss, gradient), (in_pieces, other) = results
     assert largest == [True, False]  # whether an array holds the logits of all 12 positions
     assert_allclose(in_pieces, loss, rtol=1e-6)
