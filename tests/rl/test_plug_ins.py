@@ -36,8 +36,8 @@ from spg_jax.rl.plug_ins import (
 from spg_jax.rl.scores import corrupt, moments
 from tests.meshes import mesh_of
 from tests.rl.conftest import random_rollout
-from tests.rl.objectives.published import draws_over_updates, objective_of, published_rollout
-from tests.rl.test_couplings import Config, Toy, inputs, joint_gradient, parameters
+from tests.rl.objectives.published import objective_of, published_rollout
+from tests.rl.test_couplings import Config, Toy, inputs, joint_gradient, parameters, with_half
 from tests.rl.test_couplings import objective_of as toy_objective
 
 pytestmark = pytest.mark.numerical
@@ -46,13 +46,13 @@ GROUP, FULL = 4, 5  # FULL is the row whose 12 positions are all scored
 
 def hand_batch(advantage=(1.0, -1.0), **others) -> Batch:
     """Two rows of two tokens, all masked in one draw; `others` are readouts [2, 1, 2]."""
-    rows = jax.tree.map(lambda x: x[:2], random_rollout(length=2)).replace(
-        scored=jnp.ones((2, 2), bool),
-        reward=jnp.asarray(advantage),
-        advantage=jnp.asarray(advantage),
+    advantage = np.asarray(advantage, np.float32)
+    rows = jax.tree.map(lambda x: np.asarray(x)[:2], random_rollout(length=2)).replace(
+        scored=np.ones((2, 2), bool), reward=advantage, advantage=advantage
     )
-    draws = Draws(masked=jnp.ones((2, 1, rows.prompt.shape[1] + 2), bool))
-    return Batch(rows, draws, {name: jnp.asarray(x) for name, x in others.items()}, jnp.int32(0))
+    draws = Draws(masked=np.ones((2, 1, rows.prompt.shape[1] + 2), bool))
+    others = {name: np.asarray(x, np.float32) for name, x in others.items()}
+    return Batch(rows, draws, others, np.int32(0))
 
 
 def reinforce(logp, batch):
@@ -66,19 +66,30 @@ def simple(loss=reinforce, couples='row', **fields) -> Objective:
     return Objective(corruption, 2, loss, couples, **fields)
 
 
-def value_and_gradient(objective, logp, batch):
-    def value(logp):
-        loss = objective.loss(logp, batch)
-        return loss.total / loss.weight
+def evaluated(objective, logp, batch):
+    """The loss, its gradient by the readouts, and its metrics."""
 
-    return jax.jit(jax.value_and_grad(value))(jnp.asarray(logp))
+    @jax.jit
+    def evaluate(logp, batch):
+        def value(logp):
+            loss = objective.loss(logp, batch)
+            return loss.total / loss.weight, loss.metrics
+
+        return jax.value_and_grad(value, has_aux=True)(logp)
+
+    (value, metrics), gradient = jax.device_get(evaluate(np.asarray(logp, np.float32), batch))
+    return value, gradient, metrics
+
+
+def value_and_gradient(objective, logp, batch):
+    return evaluated(objective, logp, batch)[:2]
 
 
 # --- advantages -----------------------------------------------------------------------------------
 
 
 def test_baselines_in_closed_form(config):
-    reward = jnp.asarray([1.0, 0.0, 0.0, 3.0, 2.0, 2.0, 2.0, 2.0])
+    reward = np.asarray([1.0, 0.0, 0.0, 3.0, 2.0, 2.0, 2.0, 2.0], np.float32)
     centred = np.asarray([0.0, -1.0, -1.0, 2.0, 0.0, 0.0, 0.0, 0.0], np.float32)
     expected = {
         'method': centred,
@@ -87,29 +98,40 @@ def test_baselines_in_closed_form(config):
         'standardised': centred / (np.sqrt(2.0) + 1e-4),
         'raw': reward,
     }
-    for name, values in expected.items():
+    functions = {}
+    for name in expected:
         config.rl.advantage = name
-        assert_allclose(assemble(config).objective.advantage(reward, GROUP), values, rtol=1e-6)
+        functions[name] = assemble(config).objective.advantage
+    advantages = jax.jit(lambda x: {name: each(x, GROUP) for name, each in functions.items()})
+    for name, values in advantages(reward).items():
+        assert_allclose(values, expected[name], rtol=1e-6)
 
 
 # --- divergence -----------------------------------------------------------------------------------
 
 
 def test_estimators_and_their_gradients_in_closed_form():
-    log_ratio = jnp.asarray([0.5, -0.25, 0.0])  # log(other / policy)
+    log_ratio = np.asarray([0.5, -0.25, 0.0], np.float32)  # log(other / policy)
     ratio = np.exp([0.5, -0.25, 0.0])
-    assert_allclose(k2(log_ratio), [0.125, 0.03125, 0.0], rtol=1e-6)
-    assert_allclose(k3(log_ratio), ratio - 1 - np.log(ratio), rtol=1e-5, atol=1e-7)
-    # By log pi of the policy, with which the log-ratio falls.
-    assert_allclose(jax.grad(lambda x: k2(-x).sum())(-log_ratio), [-0.5, 0.25, 0.0], rtol=1e-6)
-    assert_allclose(jax.grad(lambda x: k3(-x).sum())(-log_ratio), 1 - ratio, rtol=1e-5, atol=1e-7)
+
+    @jax.jit
+    def both(x):
+        """Values and slopes, by log pi of the policy, with which the log-ratio falls."""
+        slopes = [jax.grad(lambda x, k=k: k(-x).sum())(-x) for k in (k2, k3)]
+        return k2(x), k3(x), *slopes
+
+    value2, value3, slope2, slope3 = both(log_ratio)
+    assert_allclose(value2, [0.125, 0.03125, 0.0], rtol=1e-6)
+    assert_allclose(value3, ratio - 1 - np.log(ratio), rtol=1e-5, atol=1e-7)
+    assert_allclose(slope2, [-0.5, 0.25, 0.0], rtol=1e-6)
+    assert_allclose(slope3, 1 - ratio, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize('estimator', ['k2', 'k3'])
 def test_the_divergence_is_a_mean_per_token_in_each_unit_of_the_loss(estimator):
     """Rows of 2 and 1 tokens, which weigh 2 and 1 in the loss."""
     batch = hand_batch(reference=[[[-1.0, -2.0]], [[-1.5, -7.0]]])
-    scored = jnp.asarray([[True, True], [True, False]])
+    scored = np.asarray([[True, True], [True, False]])
     batch = batch.replace(rows=batch.rows.replace(scored=scored))
 
     def by_length(logp, batch):
@@ -118,7 +140,7 @@ def test_the_divergence_is_a_mean_per_token_in_each_unit_of_the_loss(estimator):
     logp = [[[-1.5, -1.8]], [[-1.0, -1.0]]]
     before, _ = value_and_gradient(simple(by_length), logp, batch)
     objective = with_kl(simple(by_length), 0.5, estimator, GROUP)
-    after, gradient = value_and_gradient(objective, logp, batch)
+    after, gradient, metrics = evaluated(objective, logp, batch)
     x = np.asarray([0.5, -0.2, -0.5])  # log-ratios of the three tokens
     k = {'k2': 0.5 * x**2, 'k3': np.exp(x) - 1 - x}[estimator]
     assert_allclose(after - before, 0.5 * (2 * (k[0] + k[1]) / 2 + 1 * k[2]) / 3, rtol=1e-4)
@@ -127,8 +149,7 @@ def test_the_divergence_is_a_mean_per_token_in_each_unit_of_the_loss(estimator):
         [[[slope[0], slope[1]]], [[slope[2], 0.0]]]
     )
     assert_allclose(gradient, expected / 3, rtol=1e-4)
-    figure = objective.loss(jnp.asarray(logp), batch).metrics['kl_to_reference']
-    assert_allclose(figure, (k.sum(), 3.0), rtol=1e-4)
+    assert_allclose(metrics['kl_to_reference'], (k.sum(), 3.0), rtol=1e-4)
 
 
 @pytest.mark.parametrize('name', ['d1', 'unigrpo'])
@@ -141,10 +162,10 @@ def test_it_is_the_divergence_that_methods_publish(config, name):
     config[name].kl, config.rl.kl = 0.0, 0.3
     plugged = assemble(config).objective
     rollout, rng = random_rollout(), np.random.default_rng(0)
-    draws = Draws(masked=jnp.asarray(rng.random((8, 1, 16)) < 0.5))
-    readouts = [jnp.asarray(-3 * rng.random((8, 1, 12)), jnp.float32) for _ in range(3)]
+    draws = Draws(masked=rng.random((8, 1, 16)) < 0.5)
+    readouts = [np.float32(-3 * rng.random((8, 1, 12))) for _ in range(3)]
     others = {'behaviour': readouts[1], 'reference': readouts[2]}
-    batch = Batch(rollout, draws, others, jnp.int32(0))
+    batch = Batch(rollout, draws, others, np.int32(0))
     expected, slope = value_and_gradient(published, readouts[0], batch)
     assert abs(expected) > 1e-3
     found, gradient = value_and_gradient(plugged, readouts[0], batch)
@@ -177,17 +198,17 @@ def test_a_loss_without_ratios_becomes_the_clipped_surrogate(clip, terms, slopes
     objective = with_clip(simple(), clip, 0.2)
     assert objective.behaviour
     batch = hand_batch(behaviour=OLD)
-    value, gradient = value_and_gradient(objective, LOGP, batch)
+    value, gradient, metrics = evaluated(objective, LOGP, batch)
     # -A (l_old - 1) is what the surrogate leaves of the loss where r = 0.
     constant = -(np.asarray([[[1.0]], [[-1.0]]]) * (OLD - 1)).sum()
     assert_allclose(value, (sum(terms) + constant) / 2, rtol=1e-5)
     assert_allclose(gradient.reshape(-1), np.asarray(slopes) / 2, rtol=1e-5, atol=1e-7)
     stopped = {'ppo': 2, 'unconditional': 3}[clip]
-    assert objective.loss(jnp.asarray(LOGP), batch).metrics['clip_share'] == (stopped, 4.0)
+    assert metrics['clip_share'] == (stopped, 4.0)
     # The functions of methods with ratios clip in the same way.
-    advantage = jnp.asarray([1.0, 1.0, -1.0, -1.0])
-    ratios = jnp.asarray((LOGP - OLD).reshape(-1))
-    assert_allclose(-clipped(ratios, advantage, 0.2, clip=clip), terms, rtol=1e-5)
+    advantage = np.float32([1.0, 1.0, -1.0, -1.0])
+    surrogate = jax.jit(lambda ratios: -clipped(ratios, advantage, 0.2, clip=clip))
+    assert_allclose(surrogate(np.float32(LOGP - OLD).reshape(-1)), terms, rtol=1e-5)
 
 
 @pytest.mark.parametrize('clip', ['ppo', 'unconditional'])
@@ -200,10 +221,11 @@ def test_nothing_is_clipped_where_policies_are_equal(clip):
 
 
 def test_ratios_of_rows_are_clipped_unconditionally():
-    log_ratio = jnp.log(jnp.asarray([1.5, 2.0]))
+    log_ratio = np.log(np.float32([1.5, 2.0]))
     batch = hand_batch(advantage=(1.0, -1.0))
     for clip, losses, share in (('ppo', [-1.2, 2.0], 1.0), ('unconditional', [-1.2, 1.2], 2.0)):
-        found, metrics = clipped_rows(log_ratio, batch.replace(clip=clip), 0.2)
+        clip_rows = jax.jit(clipped_rows, static_argnums=2)
+        found, metrics = clip_rows(log_ratio, batch.replace(clip=clip), 0.2)
         assert_allclose(found, losses, rtol=1e-5)
         assert metrics['clip_share'][0] == share
 
@@ -281,6 +303,7 @@ def test_one_pair_estimates_the_elbo_without_bias(config):
     exact = 0.5 * (seen + unseen).sum()
     both = [[True, True], [False, False]]
     cases = [([[True, False], [False, True]], 0.25), ([[False, True], [True, False]], 0.25)]
+    elbo_of = jax.jit(lambda logp, batch: objective.loss(logp, batch).metrics['elbo'][0])
     total = 0.0
     for masked, probability in [*cases, (both, 0.5)]:
         masked = np.asarray(masked)
@@ -289,12 +312,11 @@ def test_one_pair_estimates_the_elbo_without_bias(config):
         batch = batch.replace(
             rows=jax.tree.map(lambda x: x[:1], batch.rows),
             draws=Draws(
-                masked=jnp.asarray(np.concatenate([np.zeros((2, 4), bool), masked], 1))[None],
-                block=jnp.zeros((1, 2), jnp.int32),
+                masked=np.concatenate([np.zeros((2, 4), bool), masked], 1)[None],
+                block=np.zeros((1, 2), np.int32),
             ),
         )
-        loss = objective.loss(jnp.asarray(logp, jnp.float32), batch)
-        total += probability * float(loss.metrics['elbo'][0])
+        total += probability * float(elbo_of(np.float32(logp), batch))
     assert_allclose(total, exact, rtol=1e-5)
 
 
@@ -332,7 +354,7 @@ def test_neutral_values_leave_the_objective_itself(name):
 
 @pytest.mark.parametrize(
     ('couples', 'pieces'),
-    [('row', (2, 1)), ('group', (2, 1)), ('batch', (4, 1))],
+    [('row', (4, 1)), ('group', (4, 0)), ('batch', (4, 0))],
 )
 def test_gradients_in_pieces_are_the_joint_one_with_all_plug_ins(couples, pieces):
     """By microbatches and passes over draws, to 1e-5; by adapters the base is the reference."""
@@ -346,13 +368,10 @@ def test_gradients_in_pieces_are_the_joint_one_with_all_plug_ins(couples, pieces
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         trained = parameters(False, mesh)
-        initial = jax.tree.map(lambda x: 0.5 * x, trained)
         rollout, draws, others = inputs(mesh)
-        found_loss, found, _ = jax.jit(in_pieces)(
-            trained, {}, rollout, draws, others=others, kept={'reference': initial}
-        )
+        found_loss, found, _ = jax.jit(with_half(in_pieces))(trained, {}, rollout, draws, others)
     assert_allclose(found_loss, loss, rtol=1e-5)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     for leaf, expected in zip(
         jax.tree.leaves(found['params']), jax.tree.leaves(gradient), strict=True
     ):
@@ -400,8 +419,9 @@ def test_admitted_plug_ins_change_the_loss_of_every_method(name):
     left_to_right = SamplingConfig(length, length, 8, 1.0, commit='left_to_right')
     sampling = left_to_right if name == 'just_grpo' else None
     objective = objective_of(name, sampling=sampling, **CHANGES.get(name, {}))
-    logp = jnp.asarray(-1 - 3 * rng.random((6, objective.draws, length)), jnp.float32)
-    shift = SHIFTS.get(name, 1.0) * jnp.asarray([1.0, 1.0, -1.0, -1.0, 1.0, -1.0])[:, None, None]
+    logp = np.float32(-1 - 3 * rng.random((6, objective.draws, length)))
+    shift = np.float32([1.0, 1.0, -1.0, -1.0, 1.0, -1.0])[:, None, None]
+    shift = shift * np.float32(SHIFTS.get(name, 1.0))
     extras = {
         'agrpo': {
             'log_prob': (logp - shift)[:, 0],
@@ -413,26 +433,28 @@ def test_admitted_plug_ins_change_the_loss_of_every_method(name):
     }
     reward = np.asarray([0.0, 1.0, 0.0, 1.0, 0.0, 0.0], np.float32)
     rollout = published_rollout(reward=reward, **extras.get(name, {}))
-    rollout = rollout.replace(advantage=objective.advantage(rollout.reward, 6))
-    draws = jax.tree.map(lambda x: x[0], draws_over_updates(objective, rollout, 1))
-    others = {'behaviour': logp - shift, 'reference': logp + 0.5}
-    batch = Batch(rollout, draws, others, jnp.int32(0))
     batching = assemble(page.config_of(name)).batching
     batching = dataclasses.replace(batching, group_size=6, prompts=1, microbatch=6, inner_updates=2)
     trials = [PlugIns(), PlugIns(kl=1.0)]
     if 'rl.clip' not in objective.refuses:
         trials.append(PlugIns(clip='unconditional'))
     losses = [with_plug_ins(objective, trial, name, batching).loss for trial in trials]
+    others = {'behaviour': logp - shift, 'reference': logp + np.float32(0.5)}
 
     @jax.jit
-    def evaluate(logp):
+    def evaluate(logp, rollout, others):
+        rollout = rollout.replace(advantage=objective.advantage(rollout.reward, 6))
+        moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+        draws = corrupt(objective.corruption, rollout, moment)
+        batch = Batch(rollout, draws, others, jnp.int32(0))
+
         def value(logp, loss):
             result = loss(logp, batch)
             return result.total / result.weight
 
         return [jax.value_and_grad(value)(logp, loss) for loss in losses]
 
-    (plain, slope), *changed = evaluate(logp)
+    (plain, slope), *changed = jax.device_get(evaluate(logp, rollout, others))
     for value, gradient in changed:
         assert np.isfinite(value) and np.isfinite(gradient).all()
         assert abs(value - plain) > 1e-5 * abs(plain)
@@ -499,7 +521,8 @@ def test_a_method_that_handles_the_sampling_policy_itself_is_not_clipped_silentl
         with_plug_ins(objective, PlugIns(clip='ppo'), 'mine', batching)
 
 
-def test_the_page_has_the_present_table():
+def test_the_page_has_the_present_table(monkeypatch):
+    monkeypatch.setattr(page, 'refusal', refusal)  # which remembers what the tests above asked
     text = page.PAGE.read_text()
     remedy = 'run `python -m benchmarks.plug_ins --write`'
     assert page.with_table(text) == text and '| examples.own_objective |' in text, remedy
