@@ -14,13 +14,13 @@ import numpy as np
 import optax
 from numpy.testing import assert_allclose
 
-from spg_jax.diffusion.corruption import Corruption, Draws, scored_positions
+from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy
 from spg_jax.models.weights import load_checkpoint
 from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import REGISTRY, Batch, Objective, Protocol
-from spg_jax.rl.objectives.objective import Readout
+from spg_jax.rl.objectives.objective import Readout, token_log_probs
 from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import Reader, corrupt, moments
 
@@ -77,21 +77,25 @@ def objective_of(
 
 
 def published_rollout(advantage: Any = None, reward: Any = None, **extras: Any) -> Rollout:
-    """The published rows as a rollout; `advantage` is by default the published one."""
+    """The published rows as a rollout; `advantage` is by default the published one.
+
+    Its arrays, and those of draws, are NumPy's: JAX would compile a program for each operation on
+    each shape.
+    """
     arrays = published()
-    completion = jnp.asarray(arrays['completion'])
-    rows = len(completion)
+    completion, prompt = arrays['completion'], arrays['prompt']
+    rows, is_eos = len(completion), completion == EOS
     advantage = arrays['advantages'] if advantage is None else advantage
     return Rollout(
-        prompt=jnp.asarray(arrays['prompt']),
-        prompt_mask=jnp.ones(arrays['prompt'].shape, bool),
+        prompt=prompt,
+        prompt_mask=np.ones(prompt.shape, bool),
         completion=completion,
-        scored=scored_positions(completion, EOS),
-        commit_step=jnp.asarray(arrays['commit_step']),
-        reward=jnp.zeros(rows) if reward is None else jnp.asarray(reward),
-        advantage=jnp.asarray(advantage, jnp.float32),
-        example_id=jnp.arange(rows, dtype=jnp.uint32),
-        extras={name: jnp.asarray(value) for name, value in extras.items()},
+        scored=np.cumsum(is_eos, axis=1) - is_eos == 0,  # the tokens before the EOS, and the EOS
+        commit_step=arrays['commit_step'],
+        reward=np.zeros(rows, np.float32) if reward is None else np.asarray(reward),
+        advantage=np.asarray(advantage, np.float32),
+        example_id=np.arange(rows, dtype=np.uint32),
+        extras={name: np.asarray(value) for name, value in extras.items()},
     )
 
 
@@ -102,8 +106,8 @@ def draws_from(masked: np.ndarray, **fields: Any) -> Draws:
     if masked.shape[-1] == published()['completion'].shape[1]:
         clean = np.zeros((*masked.shape[:2], prompt), bool)
         masked = np.concatenate([clean, masked], axis=2)
-    fields = {name: jnp.asarray(value) for name, value in fields.items()}
-    return Draws(masked=jnp.asarray(masked), **fields)
+    fields = {name: np.asarray(value) for name, value in fields.items()}
+    return Draws(masked=masked, **fields)
 
 
 def draws_over_updates(
@@ -116,7 +120,13 @@ def draws_over_updates(
             objective.corruption, rollout, moments(0, rollout, step, step % inner_updates)
         )
 
-    return jax.jit(jax.vmap(draw))(jnp.arange(updates, dtype=jnp.int32))
+    return jax.device_get(jax.jit(jax.vmap(draw))(np.arange(updates, dtype=np.int32)))
+
+
+def advantage_of(objective: Objective, reward: Any, group_size: int) -> np.ndarray:
+    """The advantages [B] of rewards [B], by one program."""
+    reward = np.asarray(reward, np.float32)
+    return np.asarray(jax.jit(objective.advantage, static_argnums=1)(reward, group_size))
 
 
 def loss_of(
@@ -129,8 +139,8 @@ def loss_of(
 ) -> tuple[float, float]:
     """(loss, weight) of some rows of a batch, from readouts [B, M, C] alone."""
     batch = Batch(rollout, draws, others, step=None)
-    batch = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch).replace(step=jnp.int32(0))
-    loss = jax.jit(objective.loss)(jnp.asarray(readouts)[rows], batch)
+    batch = jax.tree.map(lambda x: np.asarray(x)[rows], batch).replace(step=np.int32(0))
+    loss = jax.jit(objective.loss)(np.asarray(readouts)[rows], batch)
     return float(loss.total / loss.weight), float(loss.weight)
 
 
@@ -169,37 +179,43 @@ def gradient_of(
     """
     _, variables = tiny_llada()
     read, pull_back = _programs(objective.readout, bool(objective.teacher))
-    tokens = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
-    number, many, _ = draws.masked.shape
+    # Extras of the rollout, which this readout does not look at, would make other programs.
+    plain = objective.readout is token_log_probs
+    seen = rollout.replace(extras={}) if plain else rollout
+    # NumPy cuts and adds: JAX would compile a program for each operation and shape.
+    prompt, completion, masked = map(np.asarray, (rollout.prompt, rollout.completion, draws.masked))
+    tokens = np.concatenate([prompt, completion], axis=1)
+    number = masked.shape[1]
     whole = Draws(
-        masked=draws.masked,
-        tokens=_or(draws.tokens, jnp.repeat(tokens[:, None], many, 1)),
-        label=_or(draws.label, jnp.repeat(rollout.completion[:, None], many, 1)),
-        valid=_or(draws.valid, jnp.ones(draws.masked.shape, bool)),
+        masked=masked,
+        tokens=_or(draws.tokens, np.repeat(tokens[:, None], number, 1)),
+        label=_or(draws.label, np.repeat(completion[:, None], number, 1)),
+        valid=_or(draws.valid, np.ones(masked.shape, bool)),
     )
-    each = [jax.tree.map(lambda x, k=k: x[:, k : k + 1], whole) for k in range(many)]
+    each = [jax.tree.map(lambda x, k=k: np.asarray(x)[:, k : k + 1], whole) for k in range(number)]
     readouts = jax.tree.map(
-        lambda *x: jnp.concatenate(x, axis=1),
-        *[read(variables, rollout, draw, teacher) for draw in each],
+        lambda *x: np.concatenate(x, axis=1),
+        *[read(variables, seen, draw, teacher) for draw in each],
     )
-    others = {name: jnp.asarray(value, jnp.float32) for name, value in others.items()}
+    others = {name: np.asarray(value, np.float32) for name, value in others.items()}
 
     @jax.jit
-    def weights_of(readouts: jax.Array) -> Any:
+    def weights_of(readouts: jax.Array, batch: Batch) -> Any:
         def total(readouts: jax.Array) -> Any:
-            loss = objective.loss(readouts, Batch(rollout, draws, others, jnp.int32(0)))
+            loss = objective.loss(readouts, batch)
             return loss.total, loss
 
         return jax.grad(total, has_aux=True)(readouts)
 
-    weights, loss = weights_of(readouts)
-    gradient = jax.tree.map(jnp.zeros_like, variables)
+    batch = Batch(rollout, draws, others, np.int32(0))
+    weights, loss = jax.device_get(weights_of(readouts, batch))
+    parts = []
     for k, draw in enumerate(each):
         part = jax.tree.map(lambda x, k=k: x[:, k : k + 1], weights)
-        addend = pull_back(variables, rollout, draw, teacher, part)
-        gradient = jax.tree.map(jnp.add, gradient, addend)
+        parts.append(pull_back(variables, seen, draw, teacher, part))
     weight = max(float(loss.weight), 1.0)
-    return loss.total / weight, jax.tree.map(lambda g: g / weight, gradient), loss.metrics
+    gradient = jax.tree.map(lambda *x: sum(map(np.asarray, x)) / np.float32(weight), *parts)
+    return loss.total / weight, gradient, loss.metrics
 
 
 def _or(field: Any, default: Any) -> Any:
@@ -222,5 +238,6 @@ def assert_published(
     found = gradient['params']['layers']['query']['kernel'][0]
     assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     norm = arrays[f'{case}/grad_norm']
-    assert_allclose(optax.tree.norm(gradient), norm, rtol=1e-4, atol=1e-7)
+    total = sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradient))
+    assert_allclose(np.sqrt(total), norm, rtol=1e-4, atol=1e-7)
     return metrics

@@ -44,6 +44,9 @@ def recorded_rollout():
     )
 
 
+last_steps = jax.jit(jax.vmap(last_step))
+
+
 def published_draws(case):
     arrays = published()
     steps, commit_step = arrays[f'agrpo/{case}/steps'], arrays['commit_step'][:, None]
@@ -72,7 +75,7 @@ def test_loss_and_gradient_are_the_published_ones(case):
 def test_last_steps_and_weights_are_the_published_ones(case):
     """Each u lies in the middle of its step, so that the published steps are drawn again."""
     arrays, rollout = published(), recorded_rollout()
-    assert_array_equal(jax.vmap(last_step)(rollout), arrays[f'agrpo/{case}/last_step'])
+    assert_array_equal(last_steps(rollout), arrays[f'agrpo/{case}/last_step'])
     expected = published_draws(case)
 
     @jax.jit
@@ -107,15 +110,15 @@ def test_on_policy_it_is_reinforce_on_the_law_of_the_sampler():
 
 def small_rollout(completion, commit_step, **extras):
     """Rows of tokens with EOS 1, advantages 1 and -1 in turn."""
-    completion = jnp.asarray(completion)
+    completion = np.asarray(completion)
     rows = len(completion)
-    before = jnp.cumsum(completion == 1, axis=1) - (completion == 1)
+    before = np.cumsum(completion == 1, axis=1) - (completion == 1)
     return jax.tree.map(lambda x: x[:rows], published_rollout()).replace(
         completion=completion,
         scored=before == 0,
-        commit_step=jnp.asarray(commit_step),
-        advantage=jnp.where(jnp.arange(rows) % 2, -1.0, 1.0),
-        extras={name: jnp.asarray(value, jnp.float32) for name, value in extras.items()},
+        commit_step=np.asarray(commit_step),
+        advantage=np.where(np.arange(rows) % 2, -1.0, 1.0),
+        extras={name: np.asarray(value, np.float32) for name, value in extras.items()},
     )
 
 
@@ -125,11 +128,11 @@ def test_two_sequences_by_hand_and_two_groups_by_their_mean():
         [[5, 6], [1, 1]], [[0, 0], [1, 0]], log_prob=np.log([[0.5, 0.5], [0.5, 0.5]])
     )
     draws = Draws(
-        masked=jnp.ones((2, 2, rollout.prompt.shape[1] + 2), bool),
-        target=jnp.array([[[True, True], [True, True]], [[False, True], [True, False]]]),
-        weight=jnp.array([[1.0, 3.0], [0.5, 2.0]]),
+        masked=np.ones((2, 2, rollout.prompt.shape[1] + 2), bool),
+        target=np.array([[[True, True], [True, True]], [[False, True], [True, False]]]),
+        weight=np.array([[1.0, 3.0], [0.5, 2.0]]),
     )
-    logp = jnp.log(jnp.array([[[0.8, 0.4], [0.5, 0.55]], [[0.9, 0.2], [0.7, 0.9]]]))
+    logp = np.log(np.array([[[0.8, 0.4], [0.5, 0.55]], [[0.9, 0.2], [0.7, 0.9]]]))
     # Row 0: ratios 1.6 (clipped to 1.2) and 0.8 at weight 1, 1 and 1.1 at weight 3.
     # Row 1: 0.4, clipped to 0.8 for A = -1, at weight 0.5; 1.4 at weight 2. K G is 4.
     expected = (-(1.2 + 0.8) - 3 * (1.0 + 1.1) + 0.5 * 0.8 + 2 * 1.4) / 4
@@ -142,10 +145,10 @@ def test_two_sequences_by_hand_and_two_groups_by_their_mean():
     one, clipped = value(logp, rollout, draws)
     assert_allclose(one, expected, rtol=1e-5)
     assert [float(x) for x in clipped] == [2.0, 6.0]
-    other = -0.3 * jnp.ones_like(logp)
-    both = jax.tree.map(lambda x: jnp.concatenate([x, x]), (rollout, draws))
+    other = -0.3 * np.ones_like(logp)
+    both = jax.tree.map(lambda x: np.concatenate([x, x]), (rollout, draws))
     mean = (expected + value(other, rollout, draws)[0]) / 2
-    assert_allclose(value(jnp.concatenate([logp, other]), *both)[0], mean, rtol=1e-5)
+    assert_allclose(value(np.concatenate([logp, other]), *both)[0], mean, rtol=1e-5)
 
 
 # Six rows of eight tokens, two a step: the first two end early, and rows 2 and 3 stopped early.
@@ -178,14 +181,14 @@ def test_states_are_inputs_of_the_sampler_drawn_by_their_law(importance):
     entropy[COMMIT < 0] = 0.0
     made = objective_of('agrpo', states=states, importance=importance)
     rollout = small_rollout(COMPLETION, COMMIT, entropy=entropy)
-    assert_array_equal(jax.vmap(last_step)(rollout), LAST)
+    assert_array_equal(last_steps(rollout), LAST)
 
     @jax.jit
     @partial(jax.vmap, in_axes=(None, 0))
     def draw(seed, step):
         return corrupt(made.corruption, rollout, moments(seed, rollout, step, jnp.int32(0)))
 
-    draws = jax.tree.map(np.asarray, draw(0, jnp.arange(200)))
+    draws = jax.tree.map(np.asarray, draw(0, np.arange(200)))
     prompt = rollout.prompt.shape[1]
     assert not draws.masked[..., :prompt].any()
     chosen = np.zeros((200, len(COMMIT), states, 4))
@@ -212,11 +215,13 @@ def test_draws_are_stratified_over_the_batch_and_not_within_a_row():
     """Six rows of four steps, four draws each: every step comes six times."""
     made = objective_of('agrpo', states=4, importance='uniform')
     rollout = small_rollout(*(np.repeat(x[4:5], 6, axis=0) for x in (COMPLETION, COMMIT)))
-    target = np.asarray(
-        jax.jit(lambda moment: corrupt(made.corruption, rollout, moment).target)(
-            moments(0, rollout, jnp.int32(7), jnp.int32(0))
-        )
-    )
+
+    @jax.jit
+    def draw(rollout):
+        moment = moments(0, rollout, jnp.int32(7), jnp.int32(0))
+        return corrupt(made.corruption, rollout, moment).target
+
+    target = np.asarray(draw(rollout))
     steps = (target * COMMIT[4]).max(-1)  # [6, 4]
     assert np.bincount(steps.ravel()).tolist() == [6, 6, 6, 6]
     assert len({tuple(sorted(row)) for row in steps.tolist()}) > 1
@@ -239,10 +244,15 @@ def test_states_of_a_rollout_give_back_the_law_that_the_sampler_recorded(policy,
         rollout, _ = make_collect(
             policy, NoReward(), tokenizer, sampling, batching, made.advantage, 0, mesh
         )(variables, prompts, 0)
-        moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-        draws = jax.jit(lambda moment: corrupt(made.corruption, rollout, moment))(moment)
         reader = Reader(policy, made.readout)
-        readouts = jax.jit(reader)(variables, rollout, draws, jnp.int32(0))
+
+        @jax.jit
+        def read(variables, rollout):
+            moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+            draws = corrupt(made.corruption, rollout, moment)
+            return draws, reader(variables, rollout, draws, jnp.int32(0))
+
+        draws, readouts = jax.device_get(read(variables, rollout))
     ended = np.asarray(rollout.commit_step) < 0
     assert ended.any() and not ended.all()
     assert set(rollout.extras) == {'log_prob', 'entropy', 'kept'}

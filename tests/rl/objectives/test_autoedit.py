@@ -1,6 +1,7 @@
 """autoedit: the law of recorded edits, a case by hand, and who gets credit."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import TransformerConfig
+from spg_jax.rl import slots
 from spg_jax.rl.objectives import Batch
 from spg_jax.rl.objectives.autoedit import drawn_log_probs, with_draft
 from spg_jax.rl.rollout import rollout_metrics
@@ -48,6 +50,8 @@ def sampled():
     policy = Policy(model, mask_id=0, eos_id=EOS, allowed=np.arange(VOCAB) > 0)
     config, parts = parts_of()
     with pytest.MonkeyPatch.context() as patch:
+        # Batches that shrink are in tests/rl/test_slots.py.
+        patch.setattr(slots, 'SHARES', (1,))
         rollout, texts = rollout_of(policy, config, mesh_of(), [], patch)
     rollout = jax.tree.map(np.asarray, rollout)
     # Rewards in which both groups have better and worse rows, and some rows neither.
@@ -57,9 +61,17 @@ def sampled():
     )  # fmt: skip
 
 
+@functools.cache
+def drawing(corruption):
+    def draw(rollout):
+        moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+        return corrupt(corruption, rollout, moment)
+
+    return jax.jit(draw)
+
+
 def drawn(parts, rollout):
-    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-    return jax.jit(lambda rows: corrupt(parts.objective.corruption, rows, moment))(rollout)
+    return jax.device_get(drawing(parts.objective.corruption)(rollout))
 
 
 def test_the_rollout_knows_its_draft(sampled):
@@ -73,9 +85,10 @@ def test_the_rollout_knows_its_draft(sampled):
     for row in range(8):
         end = draft[row].tolist().index(EOS) + 1 if EOS in draft[row] else 12
         assert scored[row].tolist() == [True] * end + [False] * (12 - end)
+    metrics_of = jax.jit(rollout_metrics, static_argnums=(1, 2, 3))
     metrics = {
         name: float(total / weight)
-        for name, (total, weight) in rollout_metrics(rollout, 4, EOS, VOCAB).items()
+        for name, (total, weight) in metrics_of(rollout, 4, EOS, VOCAB).items()
     }
     before, after = rollout.extras['draft_reward'], rollout.reward
     assert set(before) <= {0.0, 1.0}
@@ -103,18 +116,22 @@ def test_readouts_of_edits_are_what_the_sampler_recorded(sampled):
     assert_array_equal(draws.tokens[:, :, :4], np.repeat(rollout.prompt[:, None], 7, axis=1))
     variables = {'params': random_params(policy.model)}
     reader = Reader(policy, parts.objective.readout)
-    logp = np.asarray(
-        jax.jit(lambda rows, draws: reader(variables, rows, draws, jnp.int32(0)))(rollout, draws)
-    )
+    plain = Reader(policy)
+
+    @jax.jit
+    def read(rows, draws):
+        """Of all draws, and of the draft by the plain reader."""
+        first = jax.tree.map(lambda x: x[:, :DRAWS], draws)
+        return (
+            reader(variables, rows, draws, jnp.int32(0)),
+            plain(variables, rows, first, jnp.int32(0)),
+        )
+
+    logp, expected = jax.device_get(read(rollout, draws))
     recorded = np.moveaxis(rollout.extras['edit_log_prob'], 2, 1)
     assert_allclose(logp[:, DRAWS:][target], recorded[target], atol=1e-4)
     assert (recorded[target] < -0.1).any()
     # Those of the draft are probabilities among all ids, at temperature 1.
-    plain = Reader(policy)
-    first = jax.tree.map(lambda x: x[:, :DRAWS], draws)
-    expected = jax.jit(lambda rows, draws: plain(variables, rows, draws, jnp.int32(0)))(
-        rollout, first
-    )
     assert_allclose(logp[:, :DRAWS], expected, atol=1e-5)
 
 
@@ -123,16 +140,15 @@ def test_the_loss_is_that_of_spg_on_the_draft_and_of_reinforce_on_edits(sampled)
     _, parts, _, rollout = sampled
     draws = drawn(parts, rollout)
     rng = np.random.default_rng(1)
-    logp = jnp.asarray(-3 * rng.random((8, DRAWS + ROUNDS, 12)), jnp.float32)
-    batch = Batch(rollout, draws, {}, jnp.int32(0))
+    logp = np.float32(-3 * rng.random((8, DRAWS + ROUNDS, 12)))
+    batch = Batch(rollout, draws, {}, np.int32(0))
 
     def gradient_of(objective, logp, batch):
         def total(logp):
             loss = objective.loss(logp, batch)
             return loss.total, loss
 
-        gradient, loss = jax.jit(jax.grad(total, has_aux=True))(logp)
-        return np.asarray(gradient), loss
+        return jax.device_get(jax.jit(jax.grad(total, has_aux=True))(logp))
 
     gradient, loss = gradient_of(parts.objective, logp, batch)
     target = np.asarray(draws.target)[:, DRAWS:]
@@ -142,7 +158,7 @@ def test_the_loss_is_that_of_spg_on_the_draft_and_of_reinforce_on_edits(sampled)
     config.corruption.draws = DRAWS
     spg = assemble(config).objective
     masked = draws.masked[:, :DRAWS]
-    of_draft = Batch(with_draft(rollout), Draws(masked, draws.block[:, :DRAWS]), {}, jnp.int32(0))
+    of_draft = Batch(with_draft(rollout), Draws(masked, draws.block[:, :DRAWS]), {}, np.int32(0))
     expected, of_spg = gradient_of(spg, logp[:, :DRAWS], of_draft)
     assert_allclose(gradient[:, :DRAWS], expected, atol=1e-6)
     edits = np.asarray(logp)[:, DRAWS:]
@@ -163,7 +179,8 @@ def test_the_loss_is_that_of_spg_on_the_draft_and_of_reinforce_on_edits(sampled)
 
 def test_rows_without_advantage_are_idle(sampled):
     _, parts, _, rollout = sampled
-    idle = np.asarray(parts.objective.idle(Batch(rollout, drawn(parts, rollout), {}, jnp.int32(0))))
+    batch = Batch(rollout, drawn(parts, rollout), {}, np.int32(0))
+    idle = np.asarray(jax.jit(parts.objective.idle)(batch))
     assert idle.tolist() == (rollout.advantage == 0).tolist() and 0 < idle.sum() < 8
 
 
@@ -173,9 +190,10 @@ def test_the_law_of_an_edit_has_finite_gradients_where_ids_are_left_out():
     sampling = dataclasses.replace(parts.sampling, temperature=0.5, top_k=2)
     logits = jnp.asarray([[[1.0, 0.5, 0.2, 9.0]]])
     allowed = jnp.asarray([True, True, True, False])
-    value, gradient = jax.value_and_grad(
+    of_edit = jax.value_and_grad(
         lambda x: drawn_log_probs(x, jnp.asarray([[1]]), allowed, sampling)[0, 0]
-    )(logits)
+    )
+    value, gradient = jax.jit(of_edit)(logits)
     assert_allclose(value, np.log(np.e / (np.e**2 + np.e)), rtol=1e-5)
     p = np.e / (1 + np.e)
     assert_allclose(gradient[0, 0], [-2 * p, 2 * p, 0, 0], atol=1e-5)

@@ -10,6 +10,7 @@ from spg_jax.diffusion.corruption import Draws
 from spg_jax.rl.learner import kept_policies
 from tests.rl.objectives.published import (
     MASK,
+    advantage_of,
     assert_published,
     draws_from,
     draws_over_updates,
@@ -59,24 +60,24 @@ def test_two_sequences_by_hand():
     objective = objective_of('coupled_grpo', group_size=2, epsilon=0.2, kl=0.5)
     rollout = jax.tree.map(lambda x: x[:2], published_rollout(advantage=[1, -1, 0, 0, 0, 0]))
     rollout = rollout.replace(
-        completion=jnp.array([[5, 6], [1, 1]]), scored=jnp.array([[True, True], [True, False]])
+        completion=np.array([[5, 6], [1, 1]]), scored=np.array([[True, True], [True, False]])
     )
     masked = np.zeros((2, 3, PROMPT + 2), bool)
     masked[..., PROMPT:] = [
         [[True, True], [True, False], [False, True]],
         [[True, True], [False, False], [True, True]],
     ]
-    draws = Draws(masked=jnp.asarray(masked), weight=jnp.tile(jnp.array([1, 4, 4 / 3]), (2, 1)))
+    draws = Draws(masked=np.asarray(masked), weight=np.tile(np.array([1, 4, 4 / 3]), (2, 1)))
     # Entries of 99 belong to tokens that a view does not mask.
-    logp = jnp.array(
+    logp = np.array(
         [[[-1.0, -2.0], [-0.5, 99], [99, -0.6]], [[-1.0, -7.0], [99, 99], [-0.3, -8.0]]]
     )
     # Estimates (-1 - 2) / 2, (-2 - 0.8) / 2 and (-1 - 0.4) / 2.
     others = {
-        'behaviour': jnp.array(
+        'behaviour': np.array(
             [[[-1.0, -2.0], [-1.0, 99], [99, -0.6]], [[-1.0, -7.0], [99, 99], [-1.5, -8.0]]]
         ),
-        'reference': logp + jnp.array([[[0.4, 0.0]] * 3, [[0.0, 5.0]] * 3]),
+        'reference': logp + np.array([[[0.4, 0.0]] * 3, [[0.0, 5.0]] * 3]),
     }
     loss, _ = loss_of(objective, logp, rollout, draws, **others)
     # Log ratios 1 (clipped to 1.2), 0, and 0.8 (not clipped, for A = -1); the second row's tail
@@ -93,7 +94,7 @@ def test_each_token_is_masked_in_the_first_view_and_in_one_of_the_others():
     assert full.all()
     assert_array_equal(masked, ~complement)
     # One t for all rows, in (0.2, 0.8), by which the views are weighted.
-    assert_array_equal(draws.weight, jnp.broadcast_to(draws.weight[:, :1], draws.weight.shape))
+    assert_array_equal(draws.weight, np.broadcast_to(draws.weight[:, :1], draws.weight.shape))
     weight = draws.weight[:, 0]
     ratio = 1 / weight[:, 1]
     assert_allclose(weight[:, 2], 1 / (1 - ratio), rtol=1e-5)
@@ -109,7 +110,7 @@ def test_each_token_is_masked_in_the_first_view_and_in_one_of_the_others():
 def test_groups_are_averaged_and_advantages_leave_the_row_out():
     objective, arrays = objective_of('coupled_grpo', group_size=3, kl=0.0), published()
     rewards = arrays['advantage/formula/rewards']
-    advantage = objective_of('coupled_grpo').advantage(jnp.asarray(rewards.reshape(-1)), 6)
+    advantage = advantage_of(objective_of('coupled_grpo'), np.asarray(rewards.reshape(-1)), 6)
     expected = arrays['advantage/formula/leave_one_out'].reshape(-1)
     assert_allclose(advantage, expected, rtol=1e-5, atol=1e-6)
     rollout, logp = published_rollout(), arrays['coupled_grpo/logp_views']
@@ -124,7 +125,7 @@ def test_groups_are_averaged_and_advantages_leave_the_row_out():
 
 def test_the_reference_takes_in_six_tenths_of_the_policy_every_64_updates():
     refresh = objective_of('coupled_grpo').kept['reference']
-    kept, trained = {'params': jnp.array([1.0, 2.0])}, {'params': jnp.array([2.0, -8.0])}
+    kept, trained = {'params': np.array([1.0, 2.0])}, {'params': np.array([2.0, -8.0])}
     for step in (1, 63, 65, 127):
         assert_array_equal(refresh(jnp.int32(step), kept, trained)['params'], kept['params'])
     for step in (64, 128):

@@ -71,16 +71,16 @@ def test_two_sequences_by_hand():
     """Two rows of two tokens, the second of which ends at once; both signs are clipped once."""
     objective = objective_of('d1', group_size=2, epsilon=0.2, kl=0.5)
     rollout = jax.tree.map(lambda x: x[:2], published_rollout()).replace(
-        completion=jnp.array([[5, 6], [1, 1]]),
-        scored=jnp.array([[True, True], [True, False]]),
-        advantage=jnp.array([1.0, -1.0]),
+        completion=np.array([[5, 6], [1, 1]]),
+        scored=np.array([[True, True], [True, False]]),
+        advantage=np.array([1.0, -1.0]),
     )
-    draws = Draws(masked=jnp.ones((2, 1, rollout.prompt.shape[1] + 2), bool))
+    draws = Draws(masked=np.ones((2, 1, rollout.prompt.shape[1] + 2), bool))
     others = {
-        'behaviour': jnp.log(jnp.array([[[0.5, 0.5]], [[0.5, 0.5]]])),
-        'reference': jnp.log(jnp.array([[[0.8, 0.8]], [[0.2, 0.9]]])),
+        'behaviour': np.log(np.array([[[0.5, 0.5]], [[0.5, 0.5]]])),
+        'reference': np.log(np.array([[[0.8, 0.8]], [[0.2, 0.9]]])),
     }
-    logp = jnp.log(jnp.array([[[0.8, 0.4]], [[0.2, 0.9]]]))
+    logp = np.log(np.array([[[0.8, 0.4]], [[0.2, 0.9]]]))
     loss = objective.loss(logp, Batch(rollout, draws, others, jnp.int32(0)))
     # Ratios 1.6 (clipped to 1.2), 0.8, and 0.4 (clipped to 0.8 for A = -1): -1.2 - 0.8 + 0.8.
     # k3 is 0 but for log 2 at the second token: 2 - log 2 - 1.

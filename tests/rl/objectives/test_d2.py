@@ -1,7 +1,6 @@
 """d2 against its released code, a case by hand, and its states."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -59,8 +58,8 @@ def test_states_are_the_published_ones_but_for_the_prompt():
     objective, expected = objective_of('d2', segments=4), published_draws()
     draws = draws_over_updates(objective, published_rollout(), 200)
     shape = (200, *expected.target.shape)
-    assert_array_equal(draws.target, jnp.broadcast_to(expected.target, shape))
-    completion = jnp.broadcast_to(expected.masked[..., PROMPT:], shape)
+    assert_array_equal(draws.target, np.broadcast_to(expected.target, shape))
+    completion = np.broadcast_to(expected.masked[..., PROMPT:], shape)
     assert_array_equal(draws.masked[..., PROMPT:], completion)
     prompt = np.asarray(draws.masked[..., :PROMPT])  # [200, B, N, P]
     assert_array_equal(prompt, np.broadcast_to(prompt[:, :, :1], prompt.shape))
@@ -83,16 +82,16 @@ def test_two_sequences_by_hand():
     objective = objective_of('d2', group_size=2, epsilon=0.2, kl=0.5)
     rollout = jax.tree.map(lambda x: x[:2], published_rollout(advantage=[1, -1, 0, 0, 0, 0]))
     rollout = rollout.replace(
-        completion=jnp.array([[5, 6], [1, 1]]), scored=jnp.array([[True, True], [True, False]])
+        completion=np.array([[5, 6], [1, 1]]), scored=np.array([[True, True], [True, False]])
     )
     # The second token of the first row is committed first.
-    target = jnp.array([[[False, True], [True, False]], [[True, False], [False, False]]])
-    draws = Draws(masked=jnp.ones((2, 2, PROMPT + 2), bool), target=target)
+    target = np.array([[[False, True], [True, False]], [[True, False], [False, False]]])
+    draws = Draws(masked=np.ones((2, 2, PROMPT + 2), bool), target=target)
     others = {
-        'behaviour': jnp.log(jnp.array([[[0.9, 0.5], [0.5, 0.9]], [[0.5, 0.1], [0.1, 0.9]]])),
-        'reference': jnp.log(jnp.array([[[0.1, 0.8], [0.8, 0.1]], [[0.2, 0.9], [0.9, 0.1]]])),
+        'behaviour': np.log(np.array([[[0.9, 0.5], [0.5, 0.9]], [[0.5, 0.1], [0.1, 0.9]]])),
+        'reference': np.log(np.array([[[0.1, 0.8], [0.8, 0.1]], [[0.2, 0.9], [0.9, 0.1]]])),
     }
-    logp = jnp.log(jnp.array([[[0.1, 0.4], [0.8, 0.3]], [[0.2, 0.9], [0.9, 0.2]]]))
+    logp = np.log(np.array([[[0.1, 0.4], [0.8, 0.3]], [[0.2, 0.9], [0.9, 0.2]]]))
     loss, _ = loss_of(objective, logp, rollout, draws, **others)
     # Ratios 0.8, 1.6 (clipped to 1.2), and 0.4 (clipped to 0.8 for A = -1); k3 is 0 but for log 2.
     assert_allclose(loss, (-0.8 - 1.2 + 0.8 + 0.5 * (1 - np.log(2))) / 3, rtol=1e-5)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -13,6 +12,7 @@ from spg_jax.diffusion.corruption import Draws
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.rl.objectives.trajectory import replay
 from tests.rl.objectives.published import (
+    advantage_of,
     assert_published,
     draws_over_updates,
     loss_of,
@@ -40,7 +40,7 @@ def first_draws(objective, rollout):
 def test_loss_and_gradient_are_the_published_ones(case, epsilon):
     arrays = published()
     objective = objective_of('just_grpo', sampling=ONE_BY_ONE, epsilon=epsilon)
-    advantage = objective.advantage(jnp.asarray(arrays['just_grpo/rewards']), 6)
+    advantage = advantage_of(objective, np.asarray(arrays['just_grpo/rewards']), 6)
     assert_allclose(advantage, arrays['just_grpo/advantages'], rtol=1e-5, atol=1e-7)
     assert (advantage != 0).sum() == arrays['just_grpo/valid_samples']
     rollout = published_rollout(advantage=arrays['just_grpo/advantages'])
@@ -60,7 +60,8 @@ def test_loss_and_gradient_are_the_published_ones(case, epsilon):
 
 def test_draw_i_sees_what_is_before_token_i_and_scores_that_token():
     objective, rollout = objective_of('just_grpo', sampling=ONE_BY_ONE), published_rollout()
-    commit_step = rollout.commit_step.at[2, 8:].set(-1)  # Row 2 was ended after its first block.
+    commit_step = rollout.commit_step.copy()
+    commit_step[2, 8:] = -1  # Row 2 was ended after its first block.
     draws = first_draws(objective, rollout.replace(commit_step=commit_step))
     assert objective.draws == 32
     assert not draws.masked[..., :PROMPT].any()
@@ -68,7 +69,7 @@ def test_draw_i_sees_what_is_before_token_i_and_scores_that_token():
         expected = np.broadcast_to(np.arange(32) >= i, (6, 32))
         assert_array_equal(draws.masked[:, i, PROMPT:], expected)
     # This is what a sampler saw that committed token i at step i.
-    order = jnp.arange(32, dtype=jnp.int32)
+    order = np.arange(32, dtype=np.int32)
     seen, chosen = replay(order, order, order + 1)
     assert_array_equal(draws.masked[0, :, PROMPT:], seen)
     assert_array_equal(draws.target[0], chosen)
@@ -80,13 +81,13 @@ def test_draw_i_sees_what_is_before_token_i_and_scores_that_token():
 
 def two_rows(advantage, scored):
     rollout = jax.tree.map(lambda x: x[:2], published_rollout()).replace(
-        completion=jnp.array([[5, 6], [1, 1]]),
-        scored=jnp.asarray(scored),
-        advantage=jnp.asarray(advantage),
-        commit_step=jnp.array([[0, 1], [0, 1]]),
+        completion=np.array([[5, 6], [1, 1]]),
+        scored=np.asarray(scored),
+        advantage=np.asarray(advantage),
+        commit_step=np.array([[0, 1], [0, 1]]),
     )
-    target = jnp.broadcast_to(jnp.eye(2, dtype=bool), (2, 2, 2))
-    return rollout, Draws(masked=jnp.ones((2, 2, PROMPT + 2), bool), target=target)
+    target = np.broadcast_to(np.eye(2, dtype=bool), (2, 2, 2))
+    return rollout, Draws(masked=np.ones((2, 2, PROMPT + 2), bool), target=target)
 
 
 def test_two_sequences_by_hand():

@@ -1,7 +1,6 @@
 """TraceRL against its released code, cases by hand, its states and the prompts that it drops."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -9,6 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spg_jax.diffusion.corruption import Draws
 from tests.rl.objectives.published import (
     MASK,
+    advantage_of,
     assert_published,
     draws_from,
     draws_over_updates,
@@ -48,7 +48,7 @@ def test_loss_gradient_and_states_are_the_published_ones(shrink):
     clipped, tokens = metrics['clip_share']
     assert_allclose(clipped / tokens, arrays[f'{case}/clip_fraction'], rtol=1e-6)
     # The released run scores tokens after the EOS, which it did not know.
-    without_eos = rollout.replace(scored=jnp.ones_like(rollout.scored))
+    without_eos = rollout.replace(scored=np.ones_like(rollout.scored))
     ours = jax.tree.map(lambda x: x[0], draws_over_updates(objective, without_eos, 1))
     assert objective.draws == draws.masked.shape[1]
     assert_array_equal(ours.masked, draws.masked)
@@ -58,7 +58,8 @@ def test_loss_gradient_and_states_are_the_published_ones(shrink):
 def test_states_score_each_token_once_through_the_eos():
     """A row that stops after its first block: what was not drawn is masked and never scored."""
     objective, rollout = objective_of('tracerl', shrink=3), published_rollout(kept=ALL_KEPT)
-    commit_step = rollout.commit_step.at[2, 8:].set(-1)  # Row 2 has its EOS at position 4.
+    commit_step = rollout.commit_step.copy()
+    commit_step[2, 8:] = -1  # Row 2 has its EOS at position 4.
     draws = draws_over_updates(objective, rollout.replace(commit_step=commit_step), 1)
     assert objective.draws == 6  # 16 steps
     assert_array_equal(draws.target[0].sum(axis=1), rollout.scored)
@@ -73,17 +74,17 @@ def test_two_states_by_hand_and_a_prompt_that_is_dropped():
         lambda x: x[:3], published_rollout(advantage=[2, -1, 5, 0, 0, 0], kept=ALL_KEPT)
     )
     rollout = rollout.replace(
-        completion=jnp.full((3, 2), 5),
-        scored=jnp.ones((3, 2), bool),
-        extras={'kept': jnp.array([True, True, False])},
+        completion=np.full((3, 2), 5),
+        scored=np.ones((3, 2), bool),
+        extras={'kept': np.array([True, True, False])},
     )
     # The second row has one state with a token, and one without; the third row is dropped.
-    target = jnp.array(
+    target = np.array(
         [[[True, True], [False, False]], [[True, False], [False, False]], [[True, False]] * 2]
     )
-    draws = Draws(masked=jnp.ones((3, 2, PROMPT + 2), bool), target=target)
-    old = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.5]], [[0.5, 0.9]] * 2, [[0.3, 0.9]] * 2]))
-    logp = jnp.log(jnp.array([[[0.8, 0.4], [0.1, 0.5]], [[0.25, 0.1]] * 2, [[0.9, 0.1]] * 2]))
+    draws = Draws(masked=np.ones((3, 2, PROMPT + 2), bool), target=target)
+    old = np.log(np.array([[[0.5, 0.5], [0.9, 0.5]], [[0.5, 0.9]] * 2, [[0.3, 0.9]] * 2]))
+    logp = np.log(np.array([[[0.8, 0.4], [0.1, 0.5]], [[0.25, 0.1]] * 2, [[0.9, 0.1]] * 2]))
     loss, weight = loss_of(objective, logp, rollout, draws, behaviour=old)
 
     def k3(ratio):  # of the policy to the behaviour policy
@@ -95,20 +96,20 @@ def test_two_states_by_hand_and_a_prompt_that_is_dropped():
 
 
 def test_prompts_are_kept_by_their_accuracy_and_advantages_are_z_scores():
-    reward = jnp.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], jnp.float32)
+    reward = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], np.float32)
     rollout = published_rollout().replace(reward=reward)
     objective = objective_of('tracerl', group_size=5, rows=20)
     kept = objective.at_rollout(None, rollout, None)['kept']
     # Accuracies 0.2, 0, 0.8 and 1.
     assert_array_equal(kept, np.repeat([True, False, True, False], 5))
-    advantage = np.asarray(objective.advantage(reward, 5)).reshape(4, 5)
+    advantage = np.asarray(advantage_of(objective, reward, 5)).reshape(4, 5)
     for row, rewards in zip(advantage, np.asarray(reward).reshape(4, 5), strict=True):
         deviation = np.std(rewards)
         expected = (rewards - rewards.mean()) / deviation if deviation else 0 * rewards
         assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
     arrays = published()
     rewards = arrays['advantage/formula/rewards']
-    found = objective.advantage(jnp.asarray(rewards.reshape(-1)), 6)
+    found = advantage_of(objective, np.asarray(rewards.reshape(-1)), 6)
     expected = arrays['advantage/formula/std_population'].reshape(-1)
     assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -124,7 +125,7 @@ def test_the_mean_is_over_the_states_of_all_groups():
     assert_allclose(loss, np.mean(parts), rtol=1e-5)
     assert weight == 24
     # With the second group dropped, the loss is that of the first.
-    dropped = rollout.replace(extras={'kept': jnp.arange(6) < 3})
+    dropped = rollout.replace(extras={'kept': np.arange(6) < 3})
     loss, weight = loss_of(objective, logp, dropped, draws, behaviour=old)
     assert_allclose(loss, parts[0], rtol=1e-5)
     assert weight == 12

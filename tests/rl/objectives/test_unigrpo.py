@@ -49,11 +49,11 @@ def test_two_sequences_of_the_later_code_by_hand():
     """Two draws of two tokens; the second draw of the second row scores nothing."""
     objective = objective_of('unigrpo', masking='random', masks=2, epsilon=0.2, kl=0.5)
     rollout = jax.tree.map(lambda x: x[:2], published_rollout(advantage=[2, -1, 0, 0, 0, 0]))
-    rollout = rollout.replace(completion=jnp.full((2, 2), 5), scored=jnp.ones((2, 2), bool))
-    target = jnp.array([[[True, True], [False, True]], [[True, False], [False, False]]])
-    draws = Draws(masked=jnp.ones((2, 2, PROMPT + 2), bool), target=target)
-    old = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.5]], [[0.5, 0.9], [0.9, 0.9]]]))
-    logp = jnp.log(jnp.array([[[0.8, 0.4], [0.1, 0.5]], [[0.25, 0.1], [0.1, 0.1]]]))
+    rollout = rollout.replace(completion=np.full((2, 2), 5), scored=np.ones((2, 2), bool))
+    target = np.array([[[True, True], [False, True]], [[True, False], [False, False]]])
+    draws = Draws(masked=np.ones((2, 2, PROMPT + 2), bool), target=target)
+    old = np.log(np.array([[[0.5, 0.5], [0.9, 0.5]], [[0.5, 0.9], [0.9, 0.9]]]))
+    logp = np.log(np.array([[[0.8, 0.4], [0.1, 0.5]], [[0.25, 0.1], [0.1, 0.1]]]))
     loss, weight = loss_of(objective, logp, rollout, draws, behaviour=old)
 
     def k3(ratio):  # of the policy to the behaviour policy
@@ -71,15 +71,15 @@ def test_two_sequences_of_the_schedule_by_hand():
     objective = objective_of('unigrpo', epsilon=0.2, kl=0.5)
     rollout = jax.tree.map(lambda x: x[:2], published_rollout(advantage=[1, -1, 0, 0, 0, 0]))
     rollout = rollout.replace(
-        completion=jnp.array([[5, 6], [1, 1]]), scored=jnp.array([[True, True], [True, False]])
+        completion=np.array([[5, 6], [1, 1]]), scored=np.array([[True, True], [True, False]])
     )
-    target = jnp.array([[[True, False]], [[True, True]]])
-    draws = Draws(masked=jnp.ones((2, 1, PROMPT + 2), bool), target=target)
+    target = np.array([[[True, False]], [[True, True]]])
+    draws = Draws(masked=np.ones((2, 1, PROMPT + 2), bool), target=target)
     others = {
-        'behaviour': jnp.log(jnp.array([[[0.5, 0.1]], [[0.5, 0.5]]])),
-        'reference': jnp.log(jnp.array([[[0.8, 0.9]], [[0.4, 0.5]]])),
+        'behaviour': np.log(np.array([[[0.5, 0.1]], [[0.5, 0.5]]])),
+        'reference': np.log(np.array([[[0.8, 0.9]], [[0.4, 0.5]]])),
     }
-    logp = jnp.log(jnp.array([[[0.8, 0.8]], [[0.2, 0.5]]]))
+    logp = np.log(np.array([[[0.8, 0.8]], [[0.2, 0.5]]]))
     loss, weight = loss_of(objective, logp, rollout, draws, **others)
     # Ratios 1.6 (clipped to 1.2), 0.4 (to 0.8 for A = -1) and 1; k3 is 0 but for log 2 at one.
     assert_allclose(loss, (-1.2 + 0.8 + 1 + 0.5 * (2 - np.log(2) - 1)) / 3, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_two_sequences_of_the_schedule_by_hand():
 @pytest.mark.parametrize(('first', 'times', 'updates'), [(100, 1000, 5), (37, 128, 12)])
 def test_times_are_those_of_the_paper(first, times, updates):
     expected = published()[f'unigrpo/formula/timesteps_t{first}_T{times}_mu{updates}']
-    turns = jnp.arange(updates)
+    turns = np.arange(updates)
     assert_array_equal(mask_time(jnp.int32(first), turns, updates, times), expected)
     # With a single update there is one time, and it is the first.
     assert mask_time(jnp.int32(first), jnp.int32(0), 1, times) == first
@@ -119,7 +119,7 @@ def test_the_later_code_masks_a_share_a_draw_and_covers_each_token_with_its_comp
     draws = draws_over_updates(objective, rollout, 200)
     masked, scored = draws.masked[..., PROMPT:], rollout.scored[None, :, None]
     assert not draws.masked[..., :PROMPT].any()
-    assert jnp.where(scored, True, masked).all()  # after the EOS all is masked, and none scored
+    assert np.where(scored, True, masked).all()  # after the EOS all is masked, and none scored
     assert_array_equal(draws.target, masked & scored)
     whole = masked[:, 0, :2]  # Row 0 has no EOS: [200, 2, C].
     share = whole.mean(axis=2)
@@ -129,7 +129,7 @@ def test_the_later_code_masks_a_share_a_draw_and_covers_each_token_with_its_comp
     assert_allclose(np.var(share), 0.8**2 / 12 + (0.25 - 0.8**2 / 12) / 32, rtol=0.2)
     assert masked.shape[2] == objective.draws == (4 if masking == 'coupled' else 2)
     if masking == 'coupled':
-        covered = jnp.broadcast_to(2 * rollout.scored, (200, *rollout.scored.shape))
+        covered = np.broadcast_to(2 * rollout.scored, (200, *rollout.scored.shape))
         assert_array_equal(draws.target.sum(axis=2), covered)
 
 
