@@ -24,6 +24,7 @@ from spg_jax.tasks.countdown import Countdown
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
+from tests.parameters import random_params, start_from_random_params
 
 # Most trainings here run the program of the fixture `whole`, which is compiled once.
 pytestmark = pytest.mark.compiled_as_users_do
@@ -55,8 +56,9 @@ def few_problems():
 
 @pytest.fixture(scope='module', autouse=True)
 def one_program():
-    """All trainings here take steps of one kind, whose program is traced and compiled once. That a
-    start in a process of its own makes the same one is in tests/test_train.py."""
+    """All trainings here take steps of one kind, whose program is traced and compiled once, and no
+    init is compiled. That a start in a process of its own makes the same program is in
+    tests/test_train.py, and so is a training that starts from an init."""
     make_step, programs = pretrain.make_step, []
 
     def once(*arguments):
@@ -66,6 +68,7 @@ def one_program():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, 'make_step', once)
+        start_from_random_params(patch)
         yield
 
 
@@ -77,6 +80,7 @@ def config():
 def two_stages():
     config = countdown.get_config('tiny')
     config.base.stages = ((12, 1.0), (STEPS - 12, 0.3))
+    config.base.batch_size = 8
     return config
 
 
@@ -197,10 +201,14 @@ def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
 def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path, monkeypatch):
     """At its second start as well, when it has no step left."""
     monkeypatch.setattr(pretrain, 'CHECKPOINT_EVERY', STEPS - 1)
-    make = sharding.init_params
-    monkeypatch.setattr(
-        sharding, 'init_params', lambda *args: jax.tree.map(lambda x: x * jnp.nan, make(*args))
-    )
+
+    def not_a_number(model, key, mesh):
+        return jax.tree.map(
+            lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding),
+            random_params(model, mesh=mesh),
+        )
+
+    monkeypatch.setattr(sharding, 'init_params', not_a_number)
     config.train.max_skipped = STEPS
     for _ in range(2):
         with pytest.raises(FloatingPointError, match=f'{STEPS} non-finite updates in a row'):
