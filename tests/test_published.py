@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 
 from configs import countdown
-from spg_jax import score
+from spg_jax import generate, score
 from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models import weights
 from spg_jax.models.transformer import Transformer
+from spg_jax.process import cli
 from spg_jax.rl.collection import decode
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy, run_config
-from tests.processes import REPOSITORY, finish_all, start_module
+from tests.meshes import mesh_of
+from tests.processes import REPOSITORY, finish, start_module
 from tests.published import END, MASK, SIZE, TURN_END, asked, byte_pairs, save_checkpoint
 
 QUESTION = 'Reach 26 with 3, 44 and 7.'
@@ -76,10 +79,25 @@ def by_hand(published: Path, prompt: list[int], length: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def start(published: Path, module: str, *arguments: str) -> subprocess.Popen:
-    """A command for which prompts of training have at most 20 tokens."""
+def complete_prompt(monkeypatch: pytest.MonkeyPatch, published: Path, prompt: str) -> None:
+    """The function behind `spg_jax.generate`, for which prompts of training have at most 20 tokens.
+
+    It runs in this process, because tests/test_train.py has the command in a process of its own.
+    """
+    config = short_answers()
+    config.sampling.prompt_length = 20
+    policy_flags = dict(workdir='', checkpoint=str(published), adapter='', config=config)
+    own_flags = dict(prompt=prompt, prompts='', temperature=0.0, seed=0, trace=False)
+    monkeypatch.setattr(generate, 'FLAGS', SimpleNamespace(**policy_flags, **own_flags))
+    monkeypatch.setattr(cli, 'chosen_mesh', lambda _: mesh_of())
+    monkeypatch.setattr(cli, 'compile_cache', lambda: None)  # The tests have a cache already.
+    generate.main([])
+
+
+def start_evaluation(published: Path, *arguments: str) -> subprocess.Popen:
+    """The command `spg_jax.evaluate` on a checkpoint that no run has made."""
     return start_module(
-        *(f'spg_jax.{module}', f'--checkpoint={published}'),
+        *('spg_jax.evaluate', f'--checkpoint={published}'),
         f'--config={REPOSITORY}/configs/countdown.py:tiny',
         *('--config.task.format=published_train', '--config.sampling.prompt_length=20'),
         *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
@@ -89,17 +107,9 @@ def start(published: Path, module: str, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.compiled_as_users_do
-def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, tmp_path):
-    problems = tmp_path / 'two.jsonl'
-    problems.write_text(
-        '{"input": "30,100,93", "output": "23"}\n{"input": "1,2,3", "output": "6"}\n'
-    )
-    processes = [
-        start(published, 'generate', f'--prompt={QUESTION}'),
-        start(published, 'evaluate', f'--data={problems}', '--samples=3', f'--out={tmp_path}/out'),
-    ]
-    (code, text, error), (measured, report, other) = finish_all(processes)
-    assert code == 0, error
+def test_a_published_checkpoint_is_asked_without_a_run(published, monkeypatch, capsys):
+    complete_prompt(monkeypatch, published, QUESTION)
+    text = capsys.readouterr().out
     backend = byte_pairs()
     prompt = asked(backend, QUESTION, '<reasoning>')
     assert len(prompt) > 20  # longer than those of training, and asked whole
@@ -107,7 +117,17 @@ def test_a_published_checkpoint_is_asked_and_measured_without_a_run(published, t
     if END in expected:
         expected = expected[: expected.index(END)]
     assert text.rstrip('\n') == backend.decode(expected).rstrip('\n')
-    assert measured == 0, other
+
+
+def test_a_published_checkpoint_is_measured_without_a_run(published, tmp_path):
+    problems = tmp_path / 'two.jsonl'
+    problems.write_text(
+        '{"input": "30,100,93", "output": "23"}\n{"input": "1,2,3", "output": "6"}\n'
+    )
+    code, report, error = finish(
+        start_evaluation(published, f'--data={problems}', '--samples=3', f'--out={tmp_path}/out')
+    )
+    assert code == 0, error
     found = json.loads(report.splitlines()[-1])
     wanted = {'task': 'countdown', 'total': 2, 'correct': 0, 'scorer': 'published', 'length': 4}
     assert found | wanted == found and 'pass_at_3' in found
