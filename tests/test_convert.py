@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import countdown
 from spg_jax import convert, sharding
+from spg_jax import pretrain as pretrain_module
 from spg_jax.assembly import assemble, conversion_of, fit_to_model
 from spg_jax.data.hf_tokenizer import HFTokenizer
 from spg_jax.diffusion.block_denoising import draw_masks, embedding_noise
@@ -30,6 +31,7 @@ from spg_jax.tasks.countdown import Countdown
 from spg_jax.train import train
 from spg_jax.training.conversion import logits_of
 from tests.meshes import mesh_of
+from tests.parameters import start_from_random_params
 from tests.published import END, START, byte_pairs, save_tokenizer
 from tests.rl.conftest import random_rollout
 from tests.test_pretrain import PROBLEMS
@@ -59,6 +61,7 @@ def few_problems_and_programs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Countdown, 'source', lambda self, split, folder: PROBLEMS)
+        start_from_random_params(patch)
         patch.setattr(convert, 'make_update', once(convert.make_update))
         patch.setattr(plots, 'curves', lambda training, panels: drawn.append(panels))
         patch.setattr(validation, 'make_validation', once(validation.make_validation))
@@ -220,6 +223,14 @@ def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path,
         with Interruption() as interruption:
             return pretrain(config, tmp_path / 'tuned', mesh_of(), interruption, whole)
 
+    make_step, programs = pretrain_module.make_step, []
+
+    def once(*arguments):
+        if not programs:
+            programs.append(make_step(*arguments))
+        return programs[0]
+
+    monkeypatch.setattr(pretrain_module, 'make_step', once)
     monkeypatch.setattr(policies, 'load_policy', noted)
     monkeypatch.setattr(sharding, 'put_batch', interrupting)
     assert not tuned()
