@@ -124,7 +124,8 @@ def share_programs(patch: pytest.MonkeyPatch, programs: dict[str, Any]) -> None:
 
         return maker
 
-    for name in ('make_update', 'make_arrival', 'make_diagnosis', '_make_collect'):
+    makers = ('make_update', 'make_arrival', 'make_diagnosis', 'make_keep', '_make_collect')
+    for name in makers:
         patch.setattr(preparation, name, once(name, getattr(preparation, name)))
 
 
