@@ -1,6 +1,7 @@
 """The learner against a plain derivative; its result does not depend on microbatches, passes of
 draws or meshes."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -104,7 +105,12 @@ def updates():
 
 
 def start(policy, config, updates, *sizes):
-    """The mesh, a state at step 0 on it, and the update that tests of this file share."""
+    """The mesh, a state at step 0 on it, and the update that tests of this file share.
+
+    The policy has one layer, because two layers take longer to compile. The gradient of two on a
+    mesh is in tests/test_sharding.py, and their updates are in tests/test_going_on.py.
+    """
+    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, layers=1))
     mesh = mesh_of(*sizes)
     optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
     state = initial_state(variables_of(policy, mesh), optimizer, policy, mesh, average=False)
