@@ -33,6 +33,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.processes import REPOSITORY, environment, run
 
 FAULTS = [json.loads(line) for line in (REPOSITORY / 'tests/reference/faults.jsonl').open()]
@@ -58,18 +59,43 @@ def test_the_tests_of_the_table_exist():
         assert f'def {name}' + ('' if cut else '(') in content, name
 
 
+def lay_out(fault: str, directory: Path) -> None:
+    """Makes the directory that a command starts in."""
+    (directory / 'configs').symlink_to(REPOSITORY / 'configs')
+    for name, content in COMMANDS[fault]['command']['files'].items():
+        (directory / name).write_text(content)
+
+
+@pytest.fixture(scope='module')
+def ended_together(tmp_path_factory):
+    """What commands leave in the usual environment, which one process runs one after the other;
+    each with its directory, by fault."""
+    directories = {
+        fault: tmp_path_factory.mktemp(fault)
+        for fault, case in COMMANDS.items()
+        if not case['command']['env']
+    }
+    commands = []
+    for fault, directory in directories.items():
+        lay_out(fault, directory)
+        command = COMMANDS[fault]['command']
+        commands.append((command['module'], directory, command['argv']))
+    left = forks.run_all(commands)
+    return dict(zip(directories, zip(directories.values(), left, strict=True), strict=True))
+
+
 @pytest.mark.parametrize('fault', COMMANDS)
-def test_a_command_is_refused_as_stated(fault: str, tmp_path: Path):
-    command = COMMANDS[fault]['command']
-    (tmp_path / 'configs').symlink_to(REPOSITORY / 'configs')
-    for name, content in command['files'].items():
-        (tmp_path / name).write_text(content)
-    ended = run(
-        [sys.executable, '-m', command['module'], *command['argv']],
-        cwd=tmp_path,
-        env=environment(**command['env']),
-    )
-    assert 'Traceback' not in ended.stderr
-    assert ended.returncode == 1
-    assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1
-    assert not (tmp_path / 'runs').exists() and not (tmp_path / 'data').exists()
+def test_a_command_is_refused_as_stated(fault: str, tmp_path: Path, ended_together: dict):
+    """A command that needs an environment of its own gets a process of its own."""
+    if fault in ended_together:
+        directory, (code, _, error) = ended_together[fault]
+    else:
+        directory, command = tmp_path, COMMANDS[fault]['command']
+        lay_out(fault, directory)
+        words = [sys.executable, '-m', command['module'], *command['argv']]
+        ended = run(words, cwd=directory, env=environment(**command['env']))
+        code, error = ended.returncode, ended.stderr
+    assert 'Traceback' not in error
+    assert code == 1
+    assert error.startswith('error: ') and error.count('\n') == 1
+    assert not (directory / 'runs').exists() and not (directory / 'data').exists()
