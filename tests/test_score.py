@@ -9,7 +9,8 @@ import pytest
 
 from spg_jax import score
 from spg_jax.tasks import judge
-from tests.processes import finish, start_module
+from tests import forks
+from tests.processes import REPOSITORY, finish, start_module
 from tests.processes import run as run_command
 
 FIXTURES = Path(__file__).parent / 'tasks'
@@ -167,30 +168,41 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         score.score('sudoku', [str(path)])
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
-        (
-            ['--task=chess', COUNTDOWN],
-            "task is 'chess'; use one of countdown, gsm8k, math500, sudoku",
-        ),
-        (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
-        ([COUNTDOWN], 'has no card, which would name its task; add --task=NAME'),
-        (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
-        (['--task=sudoku', COUNTDOWN], 'found question'),
-        (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),
-        (['--task=countdown', COUNTDOWN, COUNTDOWN], 'the same file as'),
-        (['task=countdown', COUNTDOWN], 'did you mean --task=countdown?'),
-        (['--task=countdown', '--fields=answer:x', COUNTDOWN], '--fields is'),
-        (['--tusk=countdown', COUNTDOWN], "Unknown command line flag 'tusk'"),
-        (['--task=countdown', '--rules=new', COUNTDOWN], 'flag --rules=new'),
-        (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
-    ],
-)
-def test_a_wrong_command_is_one_line_and_exit_1(arguments, message):
-    code, last, error = run(*arguments)
-    assert (code, last) == (1, '')
+WRONG = [
+    (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
+    (
+        ['--task=chess', COUNTDOWN],
+        "task is 'chess'; use one of countdown, gsm8k, math500, sudoku",
+    ),
+    (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
+    ([COUNTDOWN], 'has no card, which would name its task; add --task=NAME'),
+    (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
+    (['--task=sudoku', COUNTDOWN], 'found question'),
+    (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),
+    (['--task=countdown', COUNTDOWN, COUNTDOWN], 'the same file as'),
+    (['task=countdown', COUNTDOWN], 'did you mean --task=countdown?'),
+    (['--task=countdown', '--fields=answer:x', COUNTDOWN], '--fields is'),
+    (['--tusk=countdown', COUNTDOWN], "Unknown command line flag 'tusk'"),
+    (['--task=countdown', '--rules=new', COUNTDOWN], 'flag --rules=new'),
+    (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
+]
+
+
+@pytest.fixture(scope='module')
+def refusals():
+    """What every wrong command leaves, by its place in WRONG."""
+    commands = [
+        ('spg_jax.score', REPOSITORY, [str(argument) for argument in arguments])
+        for arguments, _ in WRONG
+    ]
+    return forks.run_all(commands)
+
+
+@pytest.mark.parametrize('number', range(len(WRONG)), ids=[message for _, message in WRONG])
+def test_a_wrong_command_is_one_line_and_exit_1(refusals, number):
+    code, out, error = refusals[number]
+    message = WRONG[number][1]
+    assert (code, out) == (1, '')
     assert message in error and error.count('\n') == 1 and 'Traceback' not in error
 
 
@@ -259,7 +271,9 @@ def test_a_file_is_given_once_by_whatever_path(tmp_path):
 
 
 def test_flags_may_stand_after_files():
-    assert run(COUNTDOWN, '--task=countdown')[1] == run('--task=countdown', COUNTDOWN)[1] != ''
+    orders = ([str(COUNTDOWN), '--task=countdown'], ['--task=countdown', str(COUNTDOWN)])
+    after, before = forks.run_all([('spg_jax.score', REPOSITORY, order) for order in orders])
+    assert after == before and after.code == 0 and after.out
 
 
 @pytest.mark.parametrize('arguments', [['--task=countdown', COUNTDOWN], ['--verify', COUNTDOWN]])
