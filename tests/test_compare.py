@@ -515,14 +515,15 @@ class CutAt(Interruption):
 @pytest.fixture
 def cheap(monkeypatch):
     """Real runs of one arm on one device, which are cheap: an evaluation compiles no sampler, and
-    they share their programs. Those of the other arm, the reference, are played."""
+    they share their programs. Those of the other arm, the reference, are played. The bound of the
+    real arm is of few draws and asks for nothing at arrival, because its programs compile first."""
     adapted.evaluate_without_the_model(monkeypatch)
     monkeypatch.setattr(plots, 'curves', lambda _: None)
     monkeypatch.setattr(compare, '_mesh_for', lambda *_: mesh_of())
     make_run, programs = compare.make_run, {}
 
     def with_shared_programs(config, workdir, mesh):
-        if config.rl.objective == 'spg':
+        if config.spg.negative == 'mixture':
             return play(config, workdir, mesh)
         with monkeypatch.context() as patch:
             adapted.share_programs(patch, programs)
@@ -535,24 +536,30 @@ def test_a_comparison_that_is_cut_writes_what_a_whole_one_writes(cheap, tmp_path
     """The reference is played, the second run is cut after two updates and goes on; without a cut,
     in another folder, it gives the same line."""
     overrides = f'task.data_dir={SHARED}/data base.cache={SHARED}/runs/base rl.prompts=2'
-    comparison = comparison_of(seeds=1, rates=(1e-3,), overrides=overrides)
+    arms = {'spg_mixture': 'spg.negative=mixture', 'elbo': 'spg.negative=elbo corruption.draws=1'}
+    comparison = comparison_of(
+        arms=arms, methods='spg_mixture elbo', seeds=1, rates=(1e-3,), overrides=overrides
+    )
     monkeypatch.setattr(train, 'Interruption', CutAt)
     monkeypatch.setattr(CutAt, 'left', 2)  # updates
     cut, whole = tmp_path / 'cut', tmp_path / 'whole'
     assert compare.compare(comparison, cut) == (False, {})
     assert [line['method'] for line in lines_in(cut)] == ['spg_mixture']
     shutil.copytree(cut, whole)
-    shutil.rmtree(whole / 'runs' / 'countdown_tiny' / 'd1')
+    shutil.rmtree(whole / 'runs' / 'countdown_tiny' / 'elbo')
     CutAt.left = 10**9
     assert compare.compare(comparison, cut) == (True, {})
     assert compare.compare(comparison, whole) == (True, {})
     lines = lines_in(cut)
-    assert lines == lines_in(whole) and [line['method'] for line in lines] == ['spg_mixture', 'd1']
+    assert lines == lines_in(whole) and [line['method'] for line in lines] == [
+        'spg_mixture',
+        'elbo',
+    ]
     assert all(len(line['rewards']) == line['updates'] >= 6 for line in lines)
     protocol = json.loads((cut / 'protocol.json').read_text())
     digests = *protocol['base policy'].values(), *protocol['problems'].values()
     assert len(digests) == 2 and all(digests)
-    output = cut / 'runs' / 'countdown_tiny' / 'd1' / 'seed-0-0.001' / 'output.txt'
+    output = cut / 'runs' / 'countdown_tiny' / 'elbo' / 'seed-0-0.001' / 'output.txt'
     assert 'stopped after update 2, saved' in output.read_text()
     card = lines[1]['card']  # The line of the played run has none.
-    assert '| d1 |' in write_report([line | {'card': card} for line in lines_of(cut)], cut)
+    assert '| elbo |' in write_report([line | {'card': card} for line in lines_of(cut)], cut)
