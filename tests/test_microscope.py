@@ -128,20 +128,24 @@ def test_the_mean_update_of_the_elbo_is_what_enumeration_gives(known, samples, u
     weight = law * (reward - (law * reward).sum(-1, keepdims=True))
     weight *= (GROUP - 1) / (toys.PROMPTS * GROUP * toys.LENGTH)
 
-    def objective(table):
-        log_prob = jax.nn.log_softmax(table[: toys.PROMPTS], axis=-1)
-        total = 0.0
-        for mask, chance in zip(masks.masked, np.asarray(masks.probability), strict=True):
-            states = exact.masked_states(toys.LENGTH, toys.SYMBOLS)[
-                :, (mask << np.arange(toys.LENGTH)).sum()
-            ]
-            tokens = exact.every_completion(toys.LENGTH, toys.SYMBOLS)
-            for i in np.flatnonzero(mask):
-                value = log_prob[:, states, i, tokens[:, i]]  # [Q, X]
-                total += chance * toys.LENGTH / mask.sum() * (weight * value).sum()
-        return total
-
-    expected = np.asarray(jax.jit(jax.grad(objective))(toy.table)).reshape(-1)
+    # The objective is a sum over prompts, states, places and tokens of these weights times log pi.
+    logits = np.asarray(toy.table, np.float64)[: toys.PROMPTS]  # [Q, N, C, V]
+    weights = np.zeros_like(logits)
+    prompts = np.arange(toys.PROMPTS)[:, None]
+    tokens = exact.every_completion(toys.LENGTH, toys.SYMBOLS)
+    for mask, chance in zip(masks.masked, np.asarray(masks.probability), strict=True):
+        states = exact.masked_states(toys.LENGTH, toys.SYMBOLS)[
+            :, (mask << np.arange(toys.LENGTH)).sum()
+        ]
+        for i in np.flatnonzero(mask):
+            share = chance * toys.LENGTH / mask.sum() * weight  # [Q, X]
+            np.add.at(weights, (prompts, states[None], i, tokens[None, :, i]), share)
+    policy_law = np.exp(logits - logits.max(-1, keepdims=True))
+    policy_law /= policy_law.sum(-1, keepdims=True)
+    expected = np.zeros(toy.table.shape)
+    # The derivative of log softmax is one for the token itself, less the probability of each.
+    expected[: toys.PROMPTS] = weights - weights.sum(-1, keepdims=True) * policy_law
+    expected = expected.reshape(-1)
     expected = expected @ np.asarray(toy.jacobian)
     mean, error = rows.mean(0), rows.std(0) / np.sqrt(updates)
     scores = (mean - expected) / np.maximum(error, 1e-12)
