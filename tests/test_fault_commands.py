@@ -43,6 +43,7 @@ COMMANDS = {
     if fault.get('case', {}).get('command', {}).get('module', 'spg_jax.score') != 'spg_jax.score'
     and fault['case']['expect'] == 'refused'
 }
+PLAN = 'F39'  # No other test starts spg_jax.plan as users do.
 
 
 def test_every_fault_that_needs_a_scenario_has_a_test():
@@ -73,7 +74,7 @@ def ended_together(tmp_path_factory):
     directories = {
         fault: tmp_path_factory.mktemp(fault)
         for fault, case in COMMANDS.items()
-        if not case['command']['env']
+        if not case['command']['env'] and fault != PLAN
     }
     commands = []
     for fault, directory in directories.items():
@@ -86,7 +87,7 @@ def ended_together(tmp_path_factory):
 
 @pytest.mark.parametrize('fault', COMMANDS)
 def test_a_command_is_refused_as_stated(fault: str, tmp_path: Path, ended_together: dict):
-    """A command that needs an environment of its own gets a process of its own."""
+    """A command that needs its own environment gets its own process, and so does PLAN."""
     if fault in ended_together:
         directory, (code, _, error) = ended_together[fault]
     else:
