@@ -1,14 +1,13 @@
 """Runs entry points as processes, some of them at a time."""
 
 import json
-import os
-import queue
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+
+from spg_jax.comparison.shards import threads_with_cores
 
 Result = TypeVar('Result')
 
@@ -32,14 +31,7 @@ def at_once(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:
     A small model leaves half of two cores idle, so two runs with a core each get more done. Each
     run then has the same pace.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    for job in range(jobs):
-        shares.put(cores[job::jobs] or cores)
-    # A process inherits the affinity of the thread that starts it.
-    with ThreadPoolExecutor(
-        jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())
-    ) as threads:
+    with threads_with_cores(jobs) as threads:
         return list(threads.map(lambda call: call(), calls))
 
 

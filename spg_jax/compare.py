@@ -249,11 +249,16 @@ def beside_each_other(comparison: Comparison, folder: Path, jobs: int) -> Outcom
         failed = shards.run(jobs, tell)
     except KeyboardInterrupt:
         return Outcome(False, {})
-    failures = {}
+    lines, failures = newest(read_lines(folder / LINES)), dict[Job, str]()
     for index in failed:
-        task, method = cells[index]
-        job = comparison.jobs(task, method, comparison.rates[0])[0]
-        failures[job] = f'see the end of {shards.output(index)}'
+        recorded = {
+            job: line['error']
+            for job, line in lines.items()
+            if (job.task, job.method) == cells[index] and line['status'] == FAILED
+        }
+        # A shard that failed before any run, such as in a folder of another protocol, has no line.
+        first = comparison.jobs(*cells[index], comparison.rates[0])[0]
+        failures |= recorded or {first: f'see the end of {shards.output(index)}'}
     return Outcome(True, failures)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 
 import pytest
 from numpy.testing import assert_allclose
@@ -369,6 +370,39 @@ def test_failures_are_the_exit_status_of_the_command(played, monkeypatch, capsys
     assert status.value.code == 1 and 'disk full' in out and f'table     {played}/table.md' in out
 
 
+class ShardFlag:
+    """FLAGS with a --shard that is given or not."""
+
+    def __init__(self, present):
+        self.present = present
+
+    def __getitem__(self, name):
+        assert name == 'shard'
+        return self
+
+
+@fast
+def test_shards_that_fail_beside_each_other_are_named(played, monkeypatch):
+    monkeypatch.setattr(compare, 'FLAGS', ShardFlag(present=False))
+    # The shard of the first pair ends well, and that of the second fails before any run.
+    shard = "import sys; sys.exit(sys.argv[1] == '--shard=1/2')"
+    monkeypatch.setattr(compare, 'command_of', lambda _: [sys.executable, '-c', shard])
+    finished, failures = compare.beside_each_other(comparison_of(), played, 2)
+    assert finished
+    assert [(job.method, message) for job, message in failures.items()] == [
+        ('d1', f'see the end of {played}/shards/1.txt')
+    ]
+    # A run that failed has left its message in its line.
+    failed = Job('countdown_tiny', 'd1', 'seed', 1, 3e-3)
+    line = compare._line(comparison_of(), failed, 'failed', error='disk full')
+    Records(played).add(line)
+    _, failures = compare.beside_each_other(comparison_of(), played, 2)
+    assert failures == {failed: 'disk full'}
+    monkeypatch.setattr(compare, 'FLAGS', ShardFlag(present=True))
+    with pytest.raises(ValueError, match='--jobs given with --shard'):
+        compare.beside_each_other(comparison_of(), played, 2)
+
+
 @fast
 def test_a_folder_of_another_protocol_is_refused(played):
     compare.compare(comparison_of(), played)
@@ -456,7 +490,6 @@ def test_the_table_and_the_curves_come_from_lines_alone(played, tmp_path):
         compare.report(tmp_path / 'empty.jsonl', tmp_path)
 
 
-@fast
 @fast
 def test_editing_has_a_table_of_its_own(played, tmp_path):
     """Of each policy the accuracy of drafts and answers over seeds, and what editing changed."""

@@ -47,17 +47,7 @@ class Shards:
           KeyboardInterrupt: after an interruption, once all shards have ended.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
-        shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-        for job in range(jobs):
-            shares.put(cores[job::jobs] or cores)
-
-        def take_cores() -> None:
-            # A process inherits the cores of the thread that starts it.
-            if share := shares.get():
-                os.sched_setaffinity(0, share)
-
-        with self._ended_by_signals(), ThreadPoolExecutor(jobs, initializer=take_cores) as threads:
+        with self._ended_by_signals(), threads_with_cores(jobs) as threads:
             statuses = [threads.submit(self._run, index) for index in range(self._number)]
             self._wait(statuses, tell)
         return [index for index, status in enumerate(statuses) if status.result()]
@@ -88,6 +78,8 @@ class Shards:
                 command, env=environment, stdout=out, stderr=out, process_group=0
             )
             self._running.add(process)
+            if self._stopped.is_set():  # The signal came while the process was being started.
+                process.terminate()
             try:
                 return process.wait()
             finally:
@@ -110,6 +102,23 @@ class Shards:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def threads_with_cores(jobs: int) -> ThreadPoolExecutor:
+    """Threads that run so many jobs at a time, each with its share of the cores.
+
+    The processes that a thread starts inherit its cores.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else []
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
+
+    def take_cores() -> None:
+        if share := shares.get():
+            os.sched_setaffinity(0, share)
+
+    return ThreadPoolExecutor(jobs, initializer=take_cores)
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:
