@@ -22,8 +22,6 @@ from spg_jax.models.transformer import Transformer
 from spg_jax.pretrain import _starting_point, pretrain
 from spg_jax.process.interruption import Interruption
 from spg_jax.random import Purpose, example_keys, step_key
-from spg_jax.rl.gradient import make_gradient
-from spg_jax.rl.scores import corrupt, moments
 from spg_jax.runs import plots, policies, validation
 from spg_jax.runs.examples import lessons_of
 from spg_jax.runs.metrics import read_rows
@@ -33,29 +31,30 @@ from spg_jax.training.conversion import logits_of
 from tests.meshes import mesh_of
 from tests.parameters import start_from_random_params
 from tests.published import END, START, byte_pairs, save_tokenizer
-from tests.rl.conftest import random_rollout
 from tests.test_pretrain import PROBLEMS
 
 REFERENCE = Path(__file__).parent / 'reference' / 'families'
 QWEN2 = {'vocab_size': 256, 'bos_token_id': START, 'eos_token_id': END, 'pad_token_id': END}
-drawn = []
+drawn, requested = [], set()
 
 
 @pytest.fixture(scope='module', autouse=True)
 def few_problems_and_programs():
     """All conversions here have the same programs, which are compiled once, not at each start.
 
-    Curves are not drawn, which tests/test_train.py does.
+    Phases of every block run the update and the validation of the first one, because each block
+    would be two more programs. `requested` notes the makers and blocks that were asked for; what a
+    block means for the loss is in tests/diffusion/test_block_denoising.py. Curves are not drawn,
+    which tests/test_train.py does.
     """
     programs = {}
 
     def once(make):
         def maker(policy, *arguments, **settings):
-            block = next(x for x in arguments if isinstance(x, int))
-            key = make.__name__, block
-            if key not in programs:
-                programs[key] = make(policy, *arguments, **settings)
-            return programs[key]
+            requested.add((make.__name__, next(x for x in arguments if isinstance(x, int))))
+            if make.__name__ not in programs:
+                programs[make.__name__] = make(policy, *arguments, **settings)
+            return programs[make.__name__]
 
         return maker
 
@@ -76,7 +75,6 @@ def config():
 def tiny():
     config = countdown.get_config('tiny')
     config.base.update(stages=((3, 1.0),), kind='autoregressive')
-    # Two sizes of blocks are two programs. Blocks of 1 are in tests/diffusion.
     config.convert.phases = ((4, 2, 1.0), (0, 2, 1.0), (4, 4, 1.0))
     return config
 
@@ -124,9 +122,10 @@ def test_an_autoregressive_base_learns_the_next_token(start):
     for place in range(12):  # The tokens from `place` on are not there.
         tokens = np.concatenate([batch.prompt, batch.completion], axis=1)
         tokens[:, 6 + place :] = 0
-        logp = jax.nn.log_softmax(apply(variables, tokens, np.ones(tokens.shape, bool)))
-        chosen = batch.completion[:, place]
-        total -= np.asarray(logp)[np.arange(rows), 6 + place, chosen].mean() / 12
+        logits = np.asarray(apply(variables, tokens, np.ones(tokens.shape, bool)))[:, 6 + place]
+        normalizer = np.log(np.exp(logits).sum(-1))
+        chosen = logits[np.arange(rows), batch.completion[:, place]]
+        total += (normalizer - chosen).mean() / 12
     assert_allclose(first['loss'], total, rtol=1e-5)
 
 
@@ -174,28 +173,16 @@ def test_the_result_is_the_mean_of_the_best_of_the_last_phase(whole):
     names = {name for row in rows for name in row}
     assert {name for panel, shown in drawn[0] for name in shown} <= names
     assert 'after whole length: validation loss' in convert.closing_lines(whole)
+    makers = ('make_update', 'make_validation')
+    assert requested == {(maker, block) for maker in makers for block in (0, 4)}
 
 
-def test_reinforcement_learning_starts_from_the_result(config, whole):
-    """It sees blocks of 4 and predicts a token at its own place; SPG has a gradient there."""
-    policy, _, variables = policies.load_policy(whole, mesh_of())
-    shown = policy.config
-    assert (shown.visible_block, shown.shift_logits, shown.autoregressive) == (4, False, False)
-    config.base.checkpoint = str(whole)
-    config.corruption.draws = 1
-    objective = fit_to_model(config, assemble(config), shown).objective
-    rollout = random_rollout(rows=8, prompt=6)
-    moment = moments(0, rollout, np.int32(0), np.int32(0))
-    gradient_of = make_gradient(policy, objective, microbatch=8, draws_per_pass=0)
-
-    @jax.jit
-    def gradient(trained, rollout):
-        draws = corrupt(objective.corruption, rollout, moment)
-        return gradient_of(trained, {}, rollout, draws)
-
-    loss, tree, _ = gradient({'params': variables['params']}, rollout)
-    norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(tree)))
-    assert np.isfinite(loss) and 0 < norm < np.inf
+def test_reinforcement_learning_accepts_the_result(config, whole):
+    """It sees blocks of 4 and predicts a token at its own place. An update of SPG on such a model
+    is in tests/test_families_runs.py."""
+    model = policies.model_of_policy(whole)
+    assert (model.visible_block, model.shift_logits, model.autoregressive) == (4, False, False)
+    assert fit_to_model(config, assemble(config), model).sampling.block_length == 4
 
 
 def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path, monkeypatch):
@@ -204,7 +191,7 @@ def test_fine_tuning_trains_adapters_over_a_frozen_base(config, whole, tmp_path,
     Here it gets all bits; updates of adapters on quantised bases are in test_quantized.py.
     """
     config.base.update(stages=((4, 1.0),), kind='diffusion')
-    config.lora.update(rank=2, alpha=4.0, dropout=0.0, targets=('query', 'down'))
+    config.lora.update(rank=2, alpha=4.0, dropout=0.0, targets=('query',))
     config.model.quantize = 'int8'
     formats, load, put_batch, done = [], policies.load_policy, sharding.put_batch, 0
 
