@@ -9,12 +9,18 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
 from configs import compare as presets
 from spg_jax import compare, train
+from spg_jax.assembly import assemble, model_of
+from spg_jax.comparison import report
 from spg_jax.comparison.measure import seconds_per_update, thinned
 from spg_jax.comparison.plan import Job
 from spg_jax.comparison.reading import complete_comparison, read
@@ -22,14 +28,19 @@ from spg_jax.comparison.records import OtherProtocol, Records, newest, read_line
 from spg_jax.comparison.report import band, write_report
 from spg_jax.comparison.statistics import estimate, paired_difference, percent
 from spg_jax.comparison.tuning import best_rate, next_rate
+from spg_jax.data.tokenizers import WordTokenizer
+from spg_jax.diffusion.sampling import Completion
 from spg_jax.process.config_flag import UnusableConfig, read_config
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
-from spg_jax.runs import plots
+from spg_jax.rl import collection
+from spg_jax.runs import plots, policies, preparation
 from spg_jax.tasks.card import Card
+from spg_jax.tasks.countdown import Countdown
+from spg_jax.tasks.listed import Listed
 from tests import adapted
 from tests.meshes import mesh_of
-from tests.processes import SHARED
+from tests.parameters import random_params
 
 fast = pytest.mark.fast
 GUARD = {'rollbacks': 0, 'window': 20, 'reward_fall': 0.5, 'accuracy_fall': 0.5, 'skipped': 5}
@@ -254,15 +265,42 @@ def play(config, workdir, mesh):
     return True
 
 
+def play_all(patch):
+    """From now on runs of comparisons are played."""
+    patch.setattr(compare, 'find_or_make_base', lambda *_: Path('base'))
+    patch.setattr(compare, '_mesh_for', lambda *_: mesh_of())
+    patch.setattr(compare, 'make_run', play)
+    identity = {'base policy': {'countdown_tiny': 'digest'}}
+    patch.setattr(compare, 'identity_of', lambda *_: identity)
+
+
 @pytest.fixture
 def played(monkeypatch, tmp_path):
     """A folder in whose comparisons runs are played; the function that plays may be replaced."""
-    monkeypatch.setattr(compare, 'find_or_make_base', lambda config, *_: tmp_path / 'base')
-    monkeypatch.setattr(compare, '_mesh_for', lambda *_: mesh_of())
-    monkeypatch.setattr(compare, 'make_run', play)
-    identity = {'base policy': {'countdown_tiny': 'digest'}}
-    monkeypatch.setattr(compare, 'identity_of', lambda *_: identity)
+    play_all(monkeypatch)
     return tmp_path / 'results'
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports have no pictures, of which one test is enough."""
+    monkeypatch.setattr(report, 'draw', lambda *_: None)
+
+
+@pytest.fixture(scope='module')
+def finished_once(tmp_path_factory):
+    """The folder of a whole comparison whose runs are played."""
+    folder = tmp_path_factory.mktemp('finished') / 'results'
+    with pytest.MonkeyPatch.context() as patch:
+        play_all(patch)
+        compare.compare(comparison_of(), folder)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, played):
+    """A copy of that folder, which a test may change."""
+    return shutil.copytree(finished_once, played)
 
 
 def lines_in(folder):
@@ -294,17 +332,16 @@ def test_a_rate_is_chosen_on_validation_and_seeds_follow(played):
 
 
 @fast
-def test_shards_one_after_the_other_write_what_one_start_writes(played, tmp_path):
-    compare.compare(comparison_of(), played)
+def test_shards_one_after_the_other_write_what_one_start_writes(finished, tmp_path):
     shared = tmp_path / 'shared'
     for index in (1, 0):
         compare.compare(comparison_of(), shared, (index, 2))
         compare.compare(comparison_of(), shared, (index, 2))
-    assert sorted(lines_in(shared), key=str) == sorted(lines_in(played), key=str)
+    assert sorted(lines_in(shared), key=str) == sorted(lines_in(finished), key=str)
 
 
 @fast
-def test_a_run_that_fails_is_named_and_the_rest_goes_on(played, monkeypatch, capsys):
+def test_a_run_that_fails_is_named_and_the_rest_goes_on(played, undrawn, monkeypatch, capsys):
     def fails_once(config, workdir, mesh):
         if config.rl.objective == 'spg' and config.train.seed == 0:
             raise FloatingPointError('20 non-finite updates\nin a row')
@@ -324,15 +361,14 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(played, monkeypatch, cap
 
 
 @fast
-def test_figures_of_unlike_protocols_have_no_table(played):
-    compare.compare(comparison_of(), played)
-    lines = [line for line in lines_of(played) if line['role'] == 'seed']
+def test_figures_of_unlike_protocols_have_no_table(finished, undrawn):
+    lines = [line for line in lines_of(finished) if line['role'] == 'seed']
     card = Card('countdown', length=12, shots=0)
     with_cards = [line | {'card': card.to_json()} for line in lines]
-    assert 'spg_mixture' in write_report(with_cards, played)
+    assert 'spg_mixture' in write_report(with_cards, finished)
     with_cards[-1]['card'] = dataclasses.replace(card, shots=3).to_json()
     with pytest.raises(ValueError, match='seed 1 may not stand .* shots 0 and 3;') as error:
-        write_report(with_cards, played)
+        write_report(with_cards, finished)
     assert '\n' not in str(error.value)
 
 
@@ -404,9 +440,8 @@ def test_shards_that_fail_beside_each_other_are_named(played, monkeypatch):
 
 
 @fast
-def test_a_folder_of_another_protocol_is_refused(played):
-    compare.compare(comparison_of(), played)
-    before = (played / 'runs.jsonl').read_bytes()
+def test_a_folder_of_another_protocol_is_refused(finished):
+    before = (finished / 'runs.jsonl').read_bytes()
     for changes, message in (
         ({'rates': (1e-3, 2e-3)}, r'another rule rates \[0.001, 0.003\], asked for \[0.001, 0.002'),
         ({'budget': 'updates'}, "another rule budget 'sequences', asked for 'updates'"),
@@ -420,12 +455,12 @@ def test_a_folder_of_another_protocol_is_refused(played):
         ({'arms': {'spg_mixture': '', 'd1': 'rl.objective=wd1'}}, 'another arm spg_mixture: spg.n'),
     ):
         with pytest.raises(OtherProtocol, match=message) as error:
-            compare.compare(comparison_of(**changes), played)
-        assert '\n' not in str(error.value) and str(played) in str(error.value)
+            compare.compare(comparison_of(**changes), finished)
+        assert '\n' not in str(error.value) and str(finished) in str(error.value)
     # More seeds and another arm are no other protocol.
     arms = {'spg_mixture': 'spg.negative=mixture', 'elbo': 'spg.negative=elbo'}
-    compare.compare(comparison_of(arms=arms, methods='elbo', seeds=3), played)
-    assert (played / 'runs.jsonl').read_bytes().startswith(before)
+    compare.compare(comparison_of(arms=arms, methods='elbo', seeds=3), finished)
+    assert (finished / 'runs.jsonl').read_bytes().startswith(before)
 
 
 @fast
@@ -443,18 +478,17 @@ def test_a_folder_of_another_base_policy_is_refused(played, monkeypatch):
 
 
 @fast
-def test_a_damaged_line_is_set_aside_and_its_run_comes_again(played, capsys):
-    compare.compare(comparison_of(), played)
-    whole = (played / 'runs.jsonl').read_bytes()
-    path, lines = played / 'runs.jsonl', whole.splitlines(keepends=True)
+def test_a_damaged_line_is_set_aside_and_its_run_comes_again(finished, capsys):
+    whole = (finished / 'runs.jsonl').read_bytes()
+    path, lines = finished / 'runs.jsonl', whole.splitlines(keepends=True)
     # One line is no object, one lacks a field, and the last was cut while it was written.
     broken = [lines[0], b'[1]\n', b'{"task": "countdown"}\n', *lines[1:-1], lines[-1][:40]]
     path.write_bytes(b''.join(broken))
     assert len(read_lines(path)) == 7 and path.read_bytes() == b''.join(broken)
-    compare.compare(comparison_of(), played)
+    compare.compare(comparison_of(), finished)
     assert path.read_bytes().splitlines()[:7] == whole.splitlines()[:7]
-    assert len(lines_in(played)) == 8
-    aside = (played / 'runs.jsonl.damaged').read_bytes()
+    assert len(lines_in(finished)) == 8
+    aside = (finished / 'runs.jsonl.damaged').read_bytes()
     assert aside == b'[1]\n{"task": "countdown"}\n' + lines[-1][:40] + b'\n'
     assert '3 damaged lines set aside in' in capsys.readouterr().out
 
@@ -469,13 +503,12 @@ def test_a_line_after_one_that_was_cut_stays_whole(tmp_path):
 
 # --- what figures say ---
 @fast
-def test_the_table_and_the_curves_come_from_lines_alone(played, tmp_path):
-    compare.compare(comparison_of(), played)
+def test_the_table_and_the_curves_come_from_lines_alone(finished, tmp_path):
     copy = tmp_path / 'lines.jsonl'
-    shutil.copy(played / 'runs.jsonl', copy)
+    shutil.copy(finished / 'runs.jsonl', copy)
     compare.report(copy, tmp_path / 'drawn')
     text = (tmp_path / 'drawn' / 'table.md').read_text()
-    assert text == write_report(lines_of(played), tmp_path / 'again') + '\n'
+    assert text == write_report(lines_of(finished), tmp_path / 'again') + '\n'
     row = next(line for line in text.splitlines() if line.startswith('| d1 |'))
     cells = [cell.strip() for cell in row.strip('|').split('|')]
     # 0.28 with seed 0 and 1/1024 more with seed 1; 12.5 points above SPG with either.
@@ -491,10 +524,9 @@ def test_the_table_and_the_curves_come_from_lines_alone(played, tmp_path):
 
 
 @fast
-def test_editing_has_a_table_of_its_own(played, tmp_path):
+def test_editing_has_a_table_of_its_own(finished, undrawn, tmp_path):
     """Of each policy the accuracy of drafts and answers over seeds, and what editing changed."""
-    compare.compare(comparison_of(), played)
-    lines = [line for line in lines_of(played) if line['role'] == 'seed']  # of seeds 0 and 1
+    lines = [line for line in lines_of(finished) if line['role'] == 'seed']  # of seeds 0 and 1
     methods = {line['method'] for line in lines}
     assert 'draft' not in write_report(lines, tmp_path)
     edited = [
@@ -545,31 +577,72 @@ class CutAt(Interruption):
         return CutAt.left <= 0
 
 
+def make_random_generate(policy, config):
+    """A sampler that does not look at the parameters: its tokens are random numbers of its keys."""
+    allowed = np.flatnonzero(policy.allowed)
+
+    def random_tokens(key):
+        return jnp.asarray(allowed)[jax.random.randint(key, (config.length,), 0, len(allowed))]
+
+    @jax.jit
+    def generate(variables, prompt, prompt_mask, keys):
+        tokens = jax.vmap(random_tokens)(keys)
+        return Completion(tokens, jnp.zeros_like(tokens))
+
+    return generate
+
+
+def make_sum_update(policy, objective, optimizer, batching, seed, shardings):
+    """An update without the model: parameters move by the mean token of prompts and completions,
+    and a parameter is reported as the reward. Each row of metrics hence depends on all before."""
+
+    def update(state, rollout):
+        move = 1e-3 * (rollout.completion.mean() + 7 * rollout.prompt.mean())
+        trained = jax.tree.map(lambda x: x + move, state.trained)
+        state = state.replace(step=state.step + 1, trained=trained)
+        value = trained['params']['embedding'][0, 0]
+        names = ('loss', 'reward', 'gradient_norm', 'groups_with_signal')
+        return state, {name: (value, jnp.float32(1)) for name in names}
+
+    return jax.jit(update, out_shardings=(shardings, None))
+
+
+def save_random_base(directory):
+    """A base policy of random parameters, for the task of `comparison_of`."""
+    config = read_config('countdown:tiny')
+    tokenizer = WordTokenizer(assemble(config).task.vocabulary)
+    policy = policies.make_policy(model_of(config, tokenizer.size, 'cpu'), tokenizer)
+    variables = {'params': random_params(policy.model)}
+    policies.save_policy(directory, variables, policy.config, tokenizer, {})
+
+
 @pytest.fixture
-def cheap(monkeypatch):
-    """Real runs of one arm on one device, which are cheap: an evaluation compiles no sampler, and
-    they share their programs. Those of the other arm, the reference, are played. The bound of the
-    real arm is of few draws and asks for nothing at arrival, because its programs compile first."""
+def cheap(monkeypatch, undrawn):
+    """Real runs of one arm on one device, in which neither samplers nor updates have the model,
+    since what those compute is in tests/rl. There are few problems, since each start measures all
+    of them. Runs of the other arm, the reference, are played."""
+    problems = Listed(adapted.PROBLEMS, digest='few')
+    monkeypatch.setattr(Countdown, 'source', lambda self, split, folder: problems)
     adapted.evaluate_without_the_model(monkeypatch)
+    monkeypatch.setattr(collection, 'make_generate', make_random_generate)
+    monkeypatch.setattr(preparation, 'make_update', make_sum_update)
     monkeypatch.setattr(plots, 'curves', lambda _: None)
     monkeypatch.setattr(compare, '_mesh_for', lambda *_: mesh_of())
-    make_run, programs = compare.make_run, {}
+    make_run = compare.make_run
 
-    def with_shared_programs(config, workdir, mesh):
-        if config.spg.negative == 'mixture':
-            return play(config, workdir, mesh)
-        with monkeypatch.context() as patch:
-            adapted.share_programs(patch, programs)
-            return make_run(config, workdir, mesh)
+    def played_or_made(config, workdir, mesh):
+        make = play if config.spg.negative == 'mixture' else make_run
+        return make(config, workdir, mesh)
 
-    monkeypatch.setattr(compare, 'make_run', with_shared_programs)
+    monkeypatch.setattr(compare, 'make_run', played_or_made)
 
 
 def test_a_comparison_that_is_cut_writes_what_a_whole_one_writes(cheap, tmp_path, monkeypatch):
     """The reference is played, the second run is cut after two updates and goes on; without a cut,
     in another folder, it gives the same line."""
-    overrides = f'task.data_dir={SHARED}/data base.cache={SHARED}/runs/base rl.prompts=2'
-    arms = {'spg_mixture': 'spg.negative=mixture', 'elbo': 'spg.negative=elbo corruption.draws=1'}
+    save_random_base(tmp_path / 'base')
+    overrides = f'base.checkpoint={tmp_path}/base rl.prompts=2'
+    arms = {'spg_mixture': 'spg.negative=mixture', 'elbo': 'spg.negative=elbo'}
     comparison = comparison_of(
         arms=arms, methods='spg_mixture elbo', seeds=1, rates=(1e-3,), overrides=overrides
     )
@@ -589,6 +662,7 @@ def test_a_comparison_that_is_cut_writes_what_a_whole_one_writes(cheap, tmp_path
         'elbo',
     ]
     assert all(len(line['rewards']) == line['updates'] >= 6 for line in lines)
+    assert len({reward for _, reward in lines[1]['rewards']}) == lines[1]['updates']
     protocol = json.loads((cut / 'protocol.json').read_text())
     digests = *protocol['base policy'].values(), *protocol['problems'].values()
     assert len(digests) == 2 and all(digests)
