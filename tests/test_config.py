@@ -1,5 +1,6 @@
 """Configurations: every setting is used, every preset assembles, and wrong settings are refused."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -61,13 +62,18 @@ def test_every_setting_of_an_objective_is_read_and_says_what_it_means(name, leaf
     assert len(meanings_of(name)[f'{name}.{leaf}'].split()) > 2
 
 
+@functools.cache
+def source_of_package():
+    """The text of all modules together."""
+    return '\n'.join(path.read_text() for path in (REPOSITORY / 'spg_jax').rglob('*.py'))
+
+
 @pytest.mark.parametrize(('group', 'leaf'), PROTOCOL)
 def test_every_setting_is_read(group, leaf):
     if group == 'mesh':
         assert leaf in sharding.AXES
         return
-    package = [path.read_text() for path in (REPOSITORY / 'spg_jax').rglob('*.py')]
-    directly = any(re.search(rf'\b{group}\.{leaf}\b', source) for source in package)
+    directly = re.search(rf'\b{group}\.{leaf}\b', source_of_package())
     users = map(inspect.getsource, USERS.get(group, ()))
     fields = rf'(config|self|settings|batching|lora)\.{leaf}\b'
     assert directly or any(re.search(fields, source) for source in users)
