@@ -203,9 +203,10 @@ def test_the_sound_checkpoint_is_kept_beside_the_newest(whole):
 
 
 def test_cuts_change_nothing(whole, tmp_path, monkeypatch):
-    """Between two updates on a rollout and between two rollouts, also just before a rollback."""
-    for _ in range(5):
-        finished, _ = start(tmp_path, 2, monkeypatch, updates=3)
+    """Between two updates on a rollout, and between two rollouts just before a rollback; the first
+    one begins anew and the second goes back to a checkpoint."""
+    for updates in (3, 1, 8):
+        finished, _ = start(tmp_path, 2, monkeypatch, updates)
         assert not finished
         monkeypatch.undo()
     finished, run = start(tmp_path, 2, monkeypatch)
@@ -240,14 +241,14 @@ def test_half_of_the_learning_rate_gives_half_of_an_update():
     halved = optimizers.AdamW(**vars(settings) | {'learning_rate': 0.5e-3})
     both = [optimizers.for_rl(each, 10) for each in (settings, halved)]
     states = [optimizer.init(params) for optimizer in both]
+
+    @jax.jit
+    def update_both(gradient, states):
+        pairs = zip(both, states, strict=True)
+        results = [optimizer.update(gradient, state, params) for optimizer, state in pairs]
+        return tuple(zip(*results, strict=True))
+
     for _ in range(10):
-        gradient = {'w': jnp.asarray(rng.normal(size=4), jnp.float32)}
-        updates, states = zip(
-            *(
-                optimizer.update(gradient, state, params)
-                for optimizer, state in zip(both, states, strict=True)
-            ),
-            strict=True,
-        )
+        updates, states = update_both({'w': rng.normal(size=4).astype(np.float32)}, states)
         assert_allclose(updates[1]['w'], 0.5 * updates[0]['w'], rtol=1e-6)
     jax.tree.map(assert_array_equal, *states)
