@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import countdown
-from spg_jax import generate, score
+from spg_jax import evaluate, generate, score
 from spg_jax.assembly import assemble
 from spg_jax.data import batches
 from spg_jax.models import weights
@@ -22,7 +21,6 @@ from spg_jax.rl.collection import decode
 from spg_jax.runs import policies
 from spg_jax.runs.directory import chosen_policy, run_config
 from tests.meshes import mesh_of
-from tests.processes import REPOSITORY, finish, start_module
 from tests.published import END, MASK, SIZE, TURN_END, asked, byte_pairs, save_checkpoint
 
 QUESTION = 'Reach 26 with 3, 44 and 7.'
@@ -94,19 +92,18 @@ def complete_prompt(monkeypatch: pytest.MonkeyPatch, published: Path, prompt: st
     generate.main([])
 
 
-def start_evaluation(published: Path, *arguments: str) -> subprocess.Popen:
-    """The command `spg_jax.evaluate` on a checkpoint that no run has made."""
-    return start_module(
-        *('spg_jax.evaluate', f'--checkpoint={published}'),
-        f'--config={REPOSITORY}/configs/countdown.py:tiny',
-        *('--config.task.format=published_train', '--config.sampling.prompt_length=20'),
-        *('--config.evaluation.lengths=(4,)', '--config.evaluation.steps=(4,)'),
-        *('--config.evaluation.block_length=1', '--config.evaluation.batch=2', *arguments),
-        XDG_CACHE_HOME=str(published.parent),
-    )
+def evaluate_on(monkeypatch: pytest.MonkeyPatch, published: Path, data: Path, out: Path) -> None:
+    """The function behind `spg_jax.evaluate`, on a checkpoint that no run has made."""
+    config = short_answers()
+    config.sampling.prompt_length, config.evaluation.batch = 20, 2
+    policy_flags = dict(workdir='', checkpoint=str(published), adapter='', config=config)
+    own_flags = dict(data=str(data), split='test', samples=3, out=str(out))
+    monkeypatch.setattr(evaluate, 'FLAGS', SimpleNamespace(**policy_flags, **own_flags))
+    monkeypatch.setattr(cli, 'chosen_mesh', lambda _: mesh_of())
+    monkeypatch.setattr(cli, 'compile_cache', lambda: None)
+    evaluate.main([])
 
 
-@pytest.mark.compiled_as_users_do
 def test_a_published_checkpoint_is_asked_without_a_run(published, monkeypatch, capsys):
     complete_prompt(monkeypatch, published, QUESTION)
     text = capsys.readouterr().out
@@ -119,16 +116,13 @@ def test_a_published_checkpoint_is_asked_without_a_run(published, monkeypatch, c
     assert text.rstrip('\n') == backend.decode(expected).rstrip('\n')
 
 
-def test_a_published_checkpoint_is_measured_without_a_run(published, tmp_path):
+def test_a_published_checkpoint_is_measured_without_a_run(published, tmp_path, monkeypatch, capsys):
     problems = tmp_path / 'two.jsonl'
     problems.write_text(
         '{"input": "30,100,93", "output": "23"}\n{"input": "1,2,3", "output": "6"}\n'
     )
-    code, report, error = finish(
-        start_evaluation(published, f'--data={problems}', '--samples=3', f'--out={tmp_path}/out')
-    )
-    assert code == 0, error
-    found = json.loads(report.splitlines()[-1])
+    evaluate_on(monkeypatch, published, problems, tmp_path / 'out')
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     wanted = {'task': 'countdown', 'total': 2, 'correct': 0, 'scorer': 'published', 'length': 4}
     assert found | wanted == found and 'pass_at_3' in found
     again = score.score(None, [f'{tmp_path}/out'])
