@@ -54,6 +54,7 @@ def run(tmp_path_factory, reads, programs):
     config = config_in(root)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh_of()):
         adapted.simplify(patch)
+        adapted.evaluate_without_the_model(patch)
         adapted.share_programs(patch, programs)
         load = weights.load_checkpoint
 
