@@ -12,6 +12,7 @@ from benchmarks.speed.counts import backward_flops, forward_flops, slope
 from benchmarks.speed.machine import measure_machine, times
 from spg_jax.models.policy import Policy
 from tests.meshes import mesh_of
+from tests.parameters import start_from_random_params
 
 # N = 2 heads of 2 numbers, K = 1 key/value head.
 MODEL = SimpleNamespace(vocab_size=10, width=4, layers=3, heads=2, kv_heads=1, mlp_width=8)
@@ -124,6 +125,7 @@ def test_growth_is_measured_at_each_size(monkeypatch):
 
 def test_everything_runs_and_is_reported(monkeypatch, tmp_path, capsys):
     mesh = mesh_of()  # Programs for one device compile in less time.
+    start_from_random_params(monkeypatch)
     monkeypatch.setattr(programs.sharding, 'make_mesh', lambda _: mesh)
     bench = programs.Bench(TINY)
     with jax.set_mesh(mesh):
