@@ -1,4 +1,4 @@
-"""Training of toys: its values against enumeration and samples, and when they must not move."""
+"""Training of toys: its values against enumeration, and when they must not move."""
 
 import jax
 import numpy as np
@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose
 
 from spg_jax import microscope
 from spg_jax.rl import toy_directions, toys
+from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.toy_training import (
     exact_gradient,
     gradient_of_objective,
@@ -37,17 +38,22 @@ def params(learned):
 
 @pytest.fixture(scope='module')
 def parts():
-    subject = microscope.Subject('', '', 'spg', microscope.UNIFORM_ELBO, microscope.CONFIDENCE)
+    """Of a decoder in random order, whose law takes less time to compile than others.
+
+    tests/diffusion/test_law_of_completions.py and tests/test_microscope.py compare the laws of
+    decoders with samples.
+    """
+    decoder = microscope.Decoder('random order', commit='random')
+    subject = microscope.Subject('', '', 'spg', microscope.UNIFORM_ELBO, decoder)
     return microscope.parts_of(subject)
 
 
 @pytest.fixture(scope='module')
-def rollouts(learned, parts):
-    """4096 rollouts of two prompts with eight completions each."""
-    toy, keys = learned[0], jax.random.split(jax.random.key(5), 4096)
-    sample = toy_directions.make_sample(parts.sampling, parts.batching)
-    compiled = toys.quick(sample, toy.table, toy.reward, keys)
-    return jax.device_get(compiled(toy.table, toy.reward, keys))
+def law(learned, parts):
+    """The law of completions [Q - 1, X], and its derivative with respect to the table."""
+    toy = learned[0]
+    slopes = toys.quick(lambda table: toys.law_gradients(table, parts.sampling), toy.table)
+    return slopes(toy.table)
 
 
 @pytest.fixture(scope='module')
@@ -60,11 +66,12 @@ def training(params, parts):
     return lambda reward, rate: np.asarray(compiled(params, reward, np.uint32(0), np.float32(rate)))
 
 
-def test_values_are_the_mean_reward_of_samples(training, rollouts):
-    """Before the first update."""
-    values, rewards = training(toys.rewards('answer', 0), 0.0), rollouts.reward
-    error = rewards.mean(-1).std() / np.sqrt(len(rewards))
-    assert_allclose(values, rewards.mean(), atol=4 * error)
+def test_values_are_the_expected_reward(training, law):
+    """Before the first update, as a mean over prompts."""
+    reward = toys.rewards('answer', 0)
+    values = training(reward, 0.0)
+    earned = (np.asarray(law[0]) * reward).sum(-1)  # [Q - 1]
+    assert_allclose(values, earned.mean(), rtol=1e-5)
     assert (values == values[0]).all()  # at a learning rate of 0
 
 
@@ -89,18 +96,34 @@ def test_random_rewards_are_earned_with_about_the_given_probability(share):
     assert not np.array_equal(reward, rewards_of_mass(law, share, seed=4))
 
 
-def test_the_exact_gradient_is_that_of_the_enumerated_law(learned, parts, rollouts):
+def random_rollout(toy, batching):
+    """Random completions of each prompt, with their rewards."""
+    rows = batching.rows
+    prompt = np.repeat(np.arange(toys.PROMPTS, dtype=np.int32), batching.group_size)[:, None]
+    completion = np.random.default_rng(2).integers(0, toys.SYMBOLS, (rows, toys.LENGTH))
+    return Rollout(
+        prompt=prompt,
+        prompt_mask=np.ones(prompt.shape, bool),
+        completion=completion.astype(np.int32),
+        scored=np.ones(completion.shape, bool),
+        commit_step=np.zeros(completion.shape, np.int32),
+        reward=np.asarray(toy.reward)[prompt[:, 0], toys.completion_index(completion)],
+        advantage=np.zeros(rows, np.float32),
+        example_id=np.arange(rows, dtype=np.uint32),
+    )
+
+
+def test_the_exact_gradient_is_that_of_the_enumerated_law(learned, parts, law):
     """Of one rollout, against derivatives of every probability one by one and the chain rule."""
     (toy, params), decoding, batching = learned, parts.sampling, parts.batching
-    first = jax.tree.map(lambda x: x[:1], rollouts)
-    slopes = toys.quick(lambda table: toys.law_gradients(table, decoding), toy.table)
-    law, of_logits = slopes(toy.table)
+    rollout = random_rollout(toy, batching)
+    law, of_logits = law
     of_law = np.asarray(toys.through_jacobian(of_logits, toy))  # [Q - 1, X, W]
     law = np.asarray(law)[..., None]
     of_log_law = np.where(law > 0, of_law / np.maximum(law, 1e-30), 0.0)
-    expected = -toy_directions.exact_updates(first, of_log_law, batching.group_size)[0]
+    rollouts = jax.tree.map(lambda x: x[None], rollout)
+    expected = -toy_directions.exact_updates(rollouts, of_log_law, batching.group_size)[0]
     gradient = exact_gradient(decoding, batching, better_only=False)
-    rollout = jax.tree.map(lambda x: x[0], first)
     compiled = toys.quick(gradient, params, rollout)
     flat, _ = jax.flatten_util.ravel_pytree(compiled(params, rollout))
     expected /= batching.rows * toys.LENGTH
