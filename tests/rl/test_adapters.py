@@ -15,6 +15,7 @@ from spg_jax.training import optimizers
 from spg_jax.training.train_state import apply_gradient, initial_state
 from tests.meshes import mesh_of
 from tests.rl.conftest import random_rollout
+from tests.rl.test_couplings import simple_objective
 from tests.rl.test_learner import (
     assert_trees_close,
     draws_of,
@@ -54,12 +55,13 @@ def test_the_gradient_of_adapters_is_that_of_the_kernels_they_change(policy, con
         return plain_loss(params | {'layers': layers}, policy, config, rollout, draws)
 
     loss, gradient = jax.jit(jax.value_and_grad(loss_of))(adapters)
-    pieces = make_gradient(adapted, assemble(config).objective, microbatch=4, draws_per_pass=1)
-    found, in_pieces, _ = jax.jit(pieces)(
+    # The test below has pieces of it.
+    at_once = make_gradient(adapted, assemble(config).objective, microbatch=8, draws_per_pass=0)
+    found, of_adapters, _ = jax.jit(at_once)(
         {COLLECTION: adapters}, {'params': params}, rollout, draws
     )
     assert_allclose(found, loss, rtol=1e-5)
-    assert_trees_close(in_pieces[COLLECTION], gradient, atol=5e-6)
+    assert_trees_close(of_adapters[COLLECTION], gradient, atol=5e-6)
 
 
 def test_dropout_is_the_same_in_pieces(policy, config):
@@ -73,7 +75,7 @@ def test_dropout_is_the_same_in_pieces(policy, config):
         pieces = jax.jit(
             make_gradient(
                 adapted,
-                assemble(config).objective,
+                simple_objective(4),
                 microbatch=microbatch,
                 draws_per_pass=draws_per_pass,
             )

@@ -2,18 +2,19 @@
 draws or meshes."""
 
 import dataclasses
-from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from numpy.testing import assert_allclose
 
 from spg_jax import sharding
 from spg_jax.assembly import assemble
 from spg_jax.diffusion import bounds
+from spg_jax.diffusion.corruption import Draws
 from spg_jax.models.transformer import Transformer
 from spg_jax.rl.gradient import elbo_spread, make_gradient
 from spg_jax.rl.learner import make_update
@@ -22,8 +23,8 @@ from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 from tests.parameters import random_params
-from tests.rl.conftest import MASK, learning, random_rollout
-from tests.rl.test_couplings import Config, Toy, parameters
+from tests.rl.conftest import EOS, MASK, VOCAB, learning, random_rollout
+from tests.rl.test_couplings import WIDTH, Config, Toy, parameters, simple_objective
 
 pytestmark = pytest.mark.numerical
 CORRUPTERS = {}
@@ -98,34 +99,57 @@ def test_gradient_in_pieces_is_the_plain_derivative(policy, config):
     assert_trees_close(in_pieces['params'], gradient, atol=2e-6)
 
 
+class ToyModule(nn.Module):
+    """The parameters of the toy as a module, whose axes say how a mesh splits them."""
+
+    @nn.compact
+    def __call__(self, *_):
+        zeros = nn.initializers.zeros_init()
+        for name, axes, shape in (
+            ('embedding', (None, 'embed'), (VOCAB, WIDTH)),
+            ('kernel', ('embed', 'vocab'), (WIDTH, VOCAB)),
+        ):
+            self.param(name, nn.with_logical_partitioning(zeros, axes), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigOfWhole(Config):
+    vocab_size = VOCAB
+
+
+class Whole(Toy):
+    """The toy with all that a train state asks of a policy."""
+
+    eos_id, model = EOS, ToyModule()
+
+
 @pytest.fixture(scope='module')
 def updates():
     """Compiled updates by mesh, which are compiled when they are first needed."""
     return {}
 
 
-def start(policy, config, updates, *sizes):
+def start(config, updates, *sizes):
     """The mesh, a state at step 0 on it, and the update that tests of this file share.
 
-    The policy has one layer, because two layers take longer to compile. The gradient of two on a
-    mesh is in tests/test_sharding.py, and their updates are in tests/test_going_on.py.
+    The policy is a toy, because a transformer takes longer to compile. The gradient of one on a
+    mesh is in tests/test_sharding.py, and its updates are in tests/test_going_on.py.
     """
-    policy = dataclasses.replace(policy, config=dataclasses.replace(policy.config, layers=1))
-    mesh = mesh_of(*sizes)
+    policy, mesh = Whole(ConfigOfWhole(None)), mesh_of(*sizes)
     optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
-    state = initial_state(variables_of(policy, mesh), optimizer, policy, mesh, average=False)
+    state = initial_state(parameters(False, mesh), optimizer, policy, mesh, average=False)
     if sizes not in updates:
         updates[sizes] = make_update(policy, *learning(config, optimizer), shardings_of(state))
     return mesh, state, updates[sizes]
 
 
-def test_update_is_the_same_on_a_mesh_and_in_microbatches(policy, config, updates):
+def test_update_is_the_same_on_a_mesh_and_in_microbatches(config, updates):
     """Parameters after two updates, each with fresh draws, are equal to 1e-5. More meshes, and
     adapters, are tested in tests/test_going_on.py."""
     outcomes = []
     for sizes, microbatch in ((1, 1, 1), 8), ((4, 2, 1), 4):
         config.rl.microbatch = microbatch
-        mesh, state, update = start(policy, config, updates, *sizes)
+        mesh, state, update = start(config, updates, *sizes)
         rollout = sharding.put_batch(mesh, jax.tree.map(np.asarray, random_rollout()))
         with jax.set_mesh(mesh):
             for _ in range(2):
@@ -146,8 +170,8 @@ def test_every_update_draws_afresh_and_a_row_keeps_its_draws_wherever_it_stands(
     assert (np.asarray(moved.masked) == first[order]).all()
 
 
-def test_a_non_finite_update_is_skipped_and_counted(policy, config, updates):
-    mesh, state, update = start(policy, config, updates, 1, 1, 1)
+def test_a_non_finite_update_is_skipped_and_counted(config, updates):
+    mesh, state, update = start(config, updates, 1, 1, 1)
     before = jax.device_get((state.trained, state.opt_state))
     rollout = jax.tree.map(np.asarray, random_rollout())
     for count, poison in ((1, np.nan), (2, np.inf)):
@@ -175,21 +199,19 @@ def test_the_spread_of_the_elbo_is_that_of_the_draws():
     assert_allclose(total, np.std([-1.0, -3.0], ddof=1), rtol=1e-6)
 
 
-def test_memory_is_flat_in_the_number_of_draws(config):
+def test_memory_is_flat_in_the_number_of_draws():
     """One draw in a pass: M = 8 needs at most 1.3 times the temporary and output bytes of M = 2.
 
-    The passes are the learner's, whatever the model; that of a toy compiles in no time.
+    The passes are the learner's, whatever the model and the loss; those of a toy compile in no
+    time.
     """
-    config.sampling.update(length=48, block_length=16)
     policy, variables = Toy(Config(None)), parameters(False, mesh_of())
     rollout = random_rollout(rows=32, length=48)
     needed = {}
     for draws in (2, 8):
-        config.corruption.draws = draws
-        gradient = make_gradient(
-            policy, assemble(config).objective, microbatch=32, draws_per_pass=1
-        )
-        draws_shapes = jax.eval_shape(partial(draws_of, config), rollout)
+        objective = simple_objective(draws)
+        gradient = make_gradient(policy, objective, microbatch=32, draws_per_pass=1)
+        draws_shapes = Draws(masked=jax.ShapeDtypeStruct((32, draws, 52), bool))
         lowered = jax.jit(gradient).lower(variables, {}, rollout, draws_shapes)
         memory = lowered.compile().memory_analysis()
         needed[draws] = memory.temp_size_in_bytes + memory.output_size_in_bytes
