@@ -246,10 +246,7 @@ def many_pairs(kind: str, times: str) -> tuple[np.ndarray, Draws]:
     return np.asarray(rollout.scored), jax.tree.map(np.asarray, draws)
 
 
-@pytest.mark.parametrize(
-    ('kind', 'times'),
-    [('uniform', 'independent'), ('uniform', 'stratified'), ('block', 'stratified')],
-)
+@pytest.mark.parametrize(('kind', 'times'), [('uniform', 'stratified'), ('block', 'independent')])
 def test_a_pair_covers_each_position_of_its_region_once(kind, times):
     scored, draws = many_pairs(kind, times)
     masked = draws.masked[..., 4:]  # [updates, B, M, C]
@@ -270,10 +267,9 @@ def test_a_pair_covers_each_position_of_its_region_once(kind, times):
     assert (draws.masked[:, :, ::2, :4] == draws.masked[:, :, 1::2, :4]).all()
 
 
-@pytest.mark.parametrize('times', ['independent', 'stratified'])
-def test_each_position_is_masked_as_often_as_its_share(times):
+def test_each_position_is_masked_as_often_as_its_share():
     """The number k in the first draw is uniform over 1 to n, so that a position has (n + 1)/2n."""
-    scored, draws = many_pairs('uniform', times)
+    scored, draws = many_pairs('uniform', 'stratified')
     assert scored[FULL].all()
     first = draws.masked[:, FULL, ::2, 4:].reshape(-1, 12)
     number = first.sum(-1)
@@ -354,7 +350,7 @@ def test_neutral_values_leave_the_objective_itself(name):
 
 @pytest.mark.parametrize(
     ('couples', 'pieces'),
-    [('row', (4, 1)), ('group', (4, 0)), ('batch', (4, 0))],
+    [('row', (4, 1)), ('group', (4, 0))],  # No method of the registry couples a whole batch.
 )
 def test_gradients_in_pieces_are_the_joint_one_with_all_plug_ins(couples, pieces):
     """By microbatches and passes over draws, to 1e-5; by adapters the base is the reference."""
@@ -402,17 +398,23 @@ def test_every_method_admits_a_plug_in_or_says_why_not(name):
 
 # What the methods need beside their published settings: no divergence and ratios of their own.
 CHANGES = {
-    **{name: {'kl': 0.0} for name in ('coupled_grpo', 'd1', 'd2', 'espo', 'gdsd', 'tracerl')},
+    **{name: {'kl': 0.0} for name in ('coupled_grpo', 'd1', 'd2', 'espo', 'tracerl')},
     'unigrpo': {'kl': 0.0, 'masking': 'random', 'masks': 2},
     'just_grpo': {'epsilon': 0.2},
 }
 
 
 # How far the log-probability of each token has moved, where e-fold ratios would be too much.
-SHIFTS = {'ebpo': 0.02, 'gdsd': 1e-5}
+SHIFTS = {'ebpo': 0.02}
 
 
-@pytest.mark.parametrize('name', sorted({*REGISTRY} - {'autoedit', 'dtm'}))
+# The divergence is added to a loss, whatever the method, by the rows or groups that it couples.
+WITH_KL = ('spg', 'vrpo')
+# Methods that refuse `rl.clip`, and those that edit.
+UNCLIPPED = {'autoedit', 'bgpo', 'dtm', 'gdsd', 'rspo'}
+
+
+@pytest.mark.parametrize('name', sorted({*REGISTRY} - UNCLIPPED))
 def test_admitted_plug_ins_change_the_loss_of_every_method(name):
     """On draws of the method; the ratios of some rows have left the range on either side."""
     rng, length = np.random.default_rng(0), 32
@@ -435,7 +437,9 @@ def test_admitted_plug_ins_change_the_loss_of_every_method(name):
     rollout = published_rollout(reward=reward, **extras.get(name, {}))
     batching = assemble(page.config_of(name)).batching
     batching = dataclasses.replace(batching, group_size=6, prompts=1, microbatch=6, inner_updates=2)
-    trials = [PlugIns(), PlugIns(kl=1.0)]
+    trials = [PlugIns()]
+    if name in WITH_KL:
+        trials.append(PlugIns(kl=1.0))
     if 'rl.clip' not in objective.refuses:
         trials.append(PlugIns(clip='unconditional'))
     losses = [with_plug_ins(objective, trial, name, batching).loss for trial in trials]
@@ -455,6 +459,7 @@ def test_admitted_plug_ins_change_the_loss_of_every_method(name):
         return [jax.value_and_grad(value)(logp, loss) for loss in losses]
 
     (plain, slope), *changed = jax.device_get(evaluate(logp, rollout, others))
+    assert changed
     for value, gradient in changed:
         assert np.isfinite(value) and np.isfinite(gradient).all()
         assert abs(value - plain) > 1e-5 * abs(plain)
