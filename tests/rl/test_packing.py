@@ -21,6 +21,7 @@ from spg_jax.rl.gradient import make_gradient, rows_at_once
 from spg_jax.rl.objectives import REGISTRY, Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import configured, over_groups, without_advantage
 from spg_jax.rl.packing import packed, rows_of_piece
+from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import corrupt, moments
 from tests.meshes import mesh_of
 from tests.rl.conftest import VOCAB, random_rollout
@@ -144,7 +145,6 @@ PIECES = [
     ('batch', 8, 1, (1, 1, 1), [2 * ROWS, 2 * 8, 2 * 8, 0]),
     ('row', 8, 1, (2, 2, 2), None),
     ('group', ROWS, 0, (2, 2, 2), None),
-    ('batch', ROWS, 0, (2, 2, 2), None),
 ]
 
 
@@ -250,8 +250,8 @@ def built(name: str, **settings) -> tuple[Objective, int]:
     return assemble(config).objective, config.sampling.steps
 
 
-def rows_of(objective: Objective) -> Batch:
-    """A batch with two groups whose rewards are equal, and what any objective looks at."""
+def sampled_rows() -> Rollout:
+    """A rollout with two groups whose rewards are equal, and the extras of any objective."""
     rng = np.random.default_rng(3)
     rollout, bits = random_rollout(ROWS), -(-VOCAB // 8)
     reward = np.float32(rng.integers(0, 2, ROWS))
@@ -264,27 +264,23 @@ def rows_of(objective: Objective) -> Batch:
         'log_ratio': rng.normal(size=ROWS).astype(np.float32),
     }
     commit_step = np.argsort(rng.random((ROWS, 12)), axis=1).astype(np.int32)
-    rollout = rollout.replace(
+    return rollout.replace(
         reward=reward,
         commit_step=commit_step,
         scored=np.ones((ROWS, 12), bool),
         extras=extras,
     )
 
-    @jax.jit
-    def prepared(rollout):
-        rollout = rollout.replace(advantage=objective.advantage(rollout.reward, GROUP))
-        moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
-        if objective.at_rollout:
-            extras = objective.at_rollout(read, rollout, moment)
-            rollout = rollout.replace(extras=rollout.extras | extras)
-        return rollout, corrupt(objective.corruption, rollout, moment)
 
-    rollout, draws = jax.device_get(prepared(rollout))
-    shape = (ROWS, objective.draws, 12)
-    names = ('behaviour', *objective.looks_at)
-    others = {name: np.float32(rng.normal(size=shape)) * np.float32(0.1) - 2 for name in names}
-    return Batch(rollout, draws, others, np.int32(0))
+def batch_of(objective: Objective, rollout: Rollout, others: dict) -> Batch:
+    """The rows as the loss sees them, with their advantages and draws."""
+    rollout = rollout.replace(advantage=objective.advantage(rollout.reward, GROUP))
+    moment = moments(0, rollout, jnp.int32(0), jnp.int32(0))
+    if objective.at_rollout:
+        extras = objective.at_rollout(read, rollout, moment)
+        rollout = rollout.replace(extras=rollout.extras | extras)
+    draws = corrupt(objective.corruption, rollout, moment)
+    return Batch(rollout, draws, others, jnp.int32(0))
 
 
 def read(name, draws):
@@ -303,21 +299,25 @@ CASES = [
 @pytest.mark.parametrize(('name', 'settings'), CASES, ids=str)
 def test_idle_rows_move_no_gradient_and_others_do(name, settings):
     objective, _ = built(name, **settings)
-    batch = rows_of(objective)
-    rng = np.random.default_rng(4)
-    noise = np.float32(rng.normal(size=(ROWS, objective.draws, 12)))
-    logp = batch.others['behaviour'] + np.float32(1e-3) * noise  # so near that nothing is clipped
+    rollout, rng = sampled_rows(), np.random.default_rng(4)
+    shape = (ROWS, objective.draws, 12)
+    others = {
+        name: np.float32(rng.normal(size=shape)) * np.float32(0.1) - 2
+        for name in ('behaviour', *objective.looks_at)
+    }
+    noise = np.float32(rng.normal(size=shape))
+    logp = others['behaviour'] + np.float32(1e-3) * noise  # so near that nothing is clipped
 
     @jax.jit
-    def evaluate(logp, batch):
-        """Which rows are idle, and the gradient; idle rows have other readouts the second time."""
-        idle = objective.idle(batch)
-        gradient = jax.grad(lambda logp: objective.loss(logp, batch).total)
-        other = jnp.where(idle[:, None, None], logp - 1.0, logp)
-        return idle, jax.lax.map(gradient, jnp.stack([logp, other]))
+    def evaluate(logp, rollout, others):
+        """Which rows are idle, and the gradient."""
+        batch = batch_of(objective, rollout, others)
+        return objective.idle(batch), jax.grad(lambda x: objective.loss(x, batch).total)(logp)
 
-    idle, (of_readouts, of_others) = jax.device_get(evaluate(logp, batch))
+    idle, of_readouts = jax.device_get(evaluate(logp, rollout, others))
     assert 0 < idle.sum() < ROWS
+    changed = np.where(idle[:, None, None], logp - np.float32(1.0), logp)  # idle rows alone
+    _, of_others = jax.device_get(evaluate(changed, rollout, others))
     largest = np.abs(of_readouts).max()
     assert np.abs(of_readouts[idle]).max() <= 1e-5 * largest
     assert_allclose(of_others[~idle], of_readouts[~idle], rtol=1e-5, atol=1e-9)
