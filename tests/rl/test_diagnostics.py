@@ -69,11 +69,10 @@ def moved(params):
     )
 
 
-def log_probs_of(policy, params, rollout, masked):
+def log_probs_of(apply, params, rollout, masked):
     sequence = jnp.concatenate([rollout.prompt, rollout.completion], axis=1)
     valid = jnp.concatenate([rollout.prompt_mask, jnp.ones(rollout.completion.shape, bool)], axis=1)
-    model = Transformer(policy.config)
-    logits = model.apply({'params': params}, jnp.where(masked, MASK, sequence), valid)
+    logits = apply({'params': params}, jnp.where(masked, MASK, sequence), valid)
     return np.asarray(jax.nn.log_softmax(logits[:, rollout.prompt.shape[1] :]))
 
 
@@ -105,7 +104,8 @@ def test_a_look_is_what_whole_distributions_give(policy, config, monkeypatch):
         probe,
         probe_shapes(8, 4, 12, VOCAB),
     )
-    whole = [log_probs_of(policy, params, rollout, masked) for params in policies[1:]]
+    apply = jax.jit(Transformer(policy.config).apply)
+    whole = [log_probs_of(apply, params, rollout, masked) for params in policies[1:]]
     whole = [whole[0], *whole]
     scored = np.asarray(rollout.scored)
     for number in (1, 2, 3):
