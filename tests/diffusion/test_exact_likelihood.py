@@ -198,10 +198,7 @@ MANY_ELBO = {
     name: jax.jit(jax.vmap(bounds.elbo, (0, 0, None, 0)))
     for name, bounds in (('paper', PAPER), ('released', RELEASED), ('block', BLOCKS))
 }
-MANY_EUBO = {
-    name: jax.jit(jax.vmap(bounds.eubo, (0, 0, None, 0, None)))
-    for name, bounds in (('paper', PAPER), ('block', BLOCKS))
-}
+MANY_EUBO = jax.jit(jax.vmap(PAPER.eubo, (0, 0, None, 0, None)))
 
 
 def repeated(draws, *arrays):
@@ -287,7 +284,7 @@ def expected_upper_bound(table, draws, beta):
     block = np.zeros((len(chosen), draws), np.int32)
     rows = np.resize(np.arange(len(chosen)), 4_000)
     logp, masked, block = repeated(8, logp[chosen][rows], masked[chosen][rows], block[rows])
-    estimates = MANY_EUBO['paper'](logp, masked, scored, block, beta)[: len(chosen)]
+    estimates = MANY_EUBO(logp, masked, scored, block, beta)[: len(chosen)]
     return weight @ np.asarray(estimates, np.float64)
 
 
@@ -302,10 +299,10 @@ def test_monte_carlo_bias_of_the_upper_bound_is_as_recorded_and_dies_out_with_dr
         assert_allclose(expected - value, recorded, atol=2e-3)
         logp, masked, block = drawn('uniform', draws, table, scored)
         logp, masked, block = repeated(8, logp, masked, block)
-        mean, error = mean_and_error(MANY_EUBO['paper'](logp, masked, scored, block, beta))
+        mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
         assert abs(mean - expected) < 4.5 * error
     logp, masked, block = drawn('uniform', 64, table, scored)
-    mean, error = mean_and_error(MANY_EUBO['paper'](logp, masked, scored, block, beta))
+    mean, error = mean_and_error(MANY_EUBO(logp, masked, scored, block, beta))
     assert abs(mean - value) < abs(BIAS[beta][8]) / 4 < abs(BIAS[beta][4]) / 4
 
 
@@ -347,7 +344,7 @@ def every_block_draw(table, n):
 def test_block_bounds_are_their_definitions_and_sandwich_the_block_likelihood(n):
     """From all draws the estimate is the enumerated sum over blocks, without bias or error."""
     rng = np.random.default_rng(11)
-    for beta, _ in product((1.0, 2.0, 4.0), range(20)):
+    for beta, _ in product((1.0, 2.0, 4.0), range(8)):
         table = random_table(rng, 4)
         log_p, lower, upper = block_truths(table, n, beta)
         draws = every_block_draw(table, n)
@@ -373,17 +370,12 @@ def test_block_elbo_is_unbiased_under_the_block_corruption_without_perturbation(
     assert abs(released_mean - lower) > 10 * error
 
 
-def test_block_upper_bound_tends_to_its_definition_and_weighs_each_block_once():
-    """With 64 draws the bias is small.
+def test_block_upper_bound_weighs_each_block_once():
+    """Of three draws over two blocks, two choose one block and one the other; each counts half.
 
-    Of three draws over two blocks, two choose one block and one the other; each block counts half.
+    From all draws it is its definition, as tested above.
     """
     table = random_table(np.random.default_rng(13), 4)
-    scored = np.ones(4, bool)
-    _, _, upper = block_truths(table, 4, 2.0)
-    logp, masked, block = drawn('block', 64, table, scored)
-    mean, error = mean_and_error(MANY_EUBO['block'](logp, masked, scored, block, 2.0))
-    assert abs(mean - upper) < 0.02 * abs(upper) + 4.5 * error
     logp, masked, scored, block = every_block_draw(table, 4)
     chosen = np.array([1, 3, 4])  # two draws of the first block and one of the second
 

@@ -91,9 +91,8 @@ def influence_of(confidence, commit_step, last, window):
     return influence
 
 
-@pytest.mark.parametrize(('eos_bias', 'window'), [(3.0, 3), (-20.0, 10)])
-def test_the_sampler_measures_influence_beyond_the_block(eos_bias, window):
-    toy, steps = Toy(eos_bias=eos_bias), 8
+def test_the_sampler_measures_influence_beyond_the_block():
+    toy, steps, window = Toy(eos_bias=3.0), 8, 3
     plain = SamplingConfig(length=16, steps=steps, block_length=4, temperature=1.0)
     recording = dataclasses.replace(
         plain, records=('influence', 'log_prob'), influence_window=window
@@ -118,7 +117,7 @@ def test_the_sampler_measures_influence_beyond_the_block(eos_bias, window):
         # The last step of a block influences the blocks after it alone.
         crosses += influence[(commit_step % 2 == 1) & (commit_step < last)].max(initial=0) > 0.01
     assert crosses > 1
-    assert (np.asarray(completion.commit_step) < 0).any() == (eos_bias > 0)
+    assert (np.asarray(completion.commit_step) < 0).any()
 
 
 # ---- Corruptions that prefer positions of little influence
@@ -134,7 +133,7 @@ def corrupted(corruption, keys):
     return draw(keys, PROMPT_MASK, SCORED, INFLUENCE)
 
 
-def draws_of(kind, keys=3_000, **options):
+def draws_of(kind, keys=12_000, **options):
     """masked [keys, C] of one draw each, and block [keys]."""
     corruption = Corruption(kind, 1, BLOCK, prompt_rate=0.0, **options)
     draws = corrupted(corruption, jax.random.split(jax.random.key(5), keys))
@@ -144,7 +143,7 @@ def draws_of(kind, keys=3_000, **options):
 @pytest.mark.parametrize('kind', ['block', 'uniform'])
 def test_as_many_positions_are_masked_in_the_same_regions(kind):
     plain, blocks = draws_of(kind)
-    informed, informed_blocks = draws_of(kind, informed=True, strength=4.0)
+    informed, informed_blocks = draws_of(kind, informed=True)
     assert_array_equal(blocks, informed_blocks)
     assert_array_equal(plain.sum(1), informed.sum(1))
     assert informed[:, ~SCORED].all()
@@ -159,7 +158,7 @@ def test_as_many_positions_are_masked_in_the_same_regions(kind):
 
 def test_subsets_are_drawn_without_replacement_from_the_softmax():
     """Block 1, influences 0, 0, 9, 0 at d = 1.5: pairs by the law of successive draws."""
-    masked, blocks = draws_of('block', keys=12_000, informed=True)
+    masked, blocks = draws_of('block', informed=True)
     masked = masked[blocks == 1, 4:8]
     pairs = masked[masked.sum(1) == 2]
     weight = np.exp([1.5, 1.5, 0.0, 1.5])  # (max - m) / (max - min) is 1 or 0
@@ -174,7 +173,7 @@ def test_subsets_are_drawn_without_replacement_from_the_softmax():
 
 def test_strength_zero_and_equal_influence_are_uniform():
     for options, block in (({'strength': 0.0}, 1), ({'strength': 1.5}, 0)):
-        masked, blocks = draws_of('block', keys=12_000, informed=True, **options)
+        masked, blocks = draws_of('block', informed=True, **options)
         masked = masked[blocks == block, BLOCK * block : BLOCK * (block + 1)]
         for size in (1, 2):
             subsets = masked[masked.sum(1) == size]

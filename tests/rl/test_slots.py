@@ -21,11 +21,11 @@ from tests.parameters import random_params
 ROWS = 8
 # Rows, slots, the shares of `slots.SHARES`, blocks, and how the setting differs from one batch by
 # low confidence. With fewer slots than rows others move in, and with as many the batch shrinks; the
-# state of a cache and of a rule has to follow. The rollout of tests/rl/test_rollout.py has rows that
-# move in without a cache, and the evaluation below has a batch of such rows that shrinks. Under the
-# second setting rows 0 and 4 end in the first block, so that the batch shrinks to the other two,
-# which move. Each size of a batch is a program, in which the prefix cache has a branch for each
-# block.
+# state of a cache and of a rule has to follow. The rollout of tests/rl/test_rollout.py has rows
+# that move in without a cache, and the evaluation below has a batch of such rows that shrinks.
+# Under the second setting rows 0 and 4 end in the first block, so that the batch shrinks to the
+# other two, which move. Each size of a batch is a program, in which the prefix cache has a branch
+# for each block.
 REMASK = {'sampler': 'remask', 'threshold': 0.5}
 KINDS = [
     (np.arange(ROWS), 2, (1,), 4, REMASK | {'cache': 'dual', 'refresh': 2}),
