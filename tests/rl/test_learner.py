@@ -132,14 +132,16 @@ def updates():
 def start(config, updates, *sizes):
     """The mesh, a state at step 0 on it, and the update that tests of this file share.
 
-    The policy is a toy, because a transformer takes longer to compile. The gradient of one on a
-    mesh is in tests/test_sharding.py, and its updates are in tests/test_going_on.py.
+    The policy and the loss are toys, because a transformer and SPG take longer to compile. The
+    gradient of a transformer on a mesh is in tests/test_sharding.py, and its updates are in
+    tests/test_going_on.py.
     """
     policy, mesh = Whole(ConfigOfWhole(None)), mesh_of(*sizes)
     optimizer = optimizers.for_rl(assemble(config).optimizer, 10)
     state = initial_state(parameters(False, mesh), optimizer, policy, mesh, average=False)
     if sizes not in updates:
-        updates[sizes] = make_update(policy, *learning(config, optimizer), shardings_of(state))
+        _, *rest = learning(config, optimizer)
+        updates[sizes] = make_update(policy, simple_objective(4), *rest, shardings_of(state))
     return mesh, state, updates[sizes]
 
 

@@ -7,9 +7,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from spg_jax import sharding
-from spg_jax.assembly import assemble
+from spg_jax.diffusion.corruption import Draws
 from spg_jax.rl import scores
-from spg_jax.rl.scores import Reader, corrupt, logit_pieces, moments
+from spg_jax.rl.scores import Reader, logit_pieces
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 from tests.rl.conftest import VOCAB, random_rollout
@@ -26,23 +26,18 @@ def test_the_fewest_pieces_that_hold_no_more_than_the_limit(monkeypatch):
     assert logit_pieces(10**6, 12, 100) == 12
 
 
-def test_a_gradient_in_pieces_is_the_one_at_once(policy, config, monkeypatch):
+def test_a_gradient_in_pieces_is_the_one_at_once(policy, monkeypatch):
     """With a label of its own for each draw, as where an edit is scored, on a mesh along all axes,
     where each device has a part of the vocabulary."""
-    objective, mesh = assemble(config).objective, mesh_of(2, 2, 2)
+    rng, mesh = np.random.default_rng(0), mesh_of(2, 2, 2)
     rollout = random_rollout()
-
-    @jax.jit
-    def draw(rows):
-        return corrupt(objective.corruption, rows, moments(0, rows, jnp.int32(0), jnp.int32(0)))
-
-    label = np.random.default_rng(0).integers(2, VOCAB, (8, objective.draws, 12))
-    draws = jax.device_get(draw(rollout)).replace(label=label.astype(np.int32))
+    label = rng.integers(2, VOCAB, (8, 4, 12))
+    draws = Draws(masked=rng.random((8, 4, 16)) < 0.5, label=label.astype(np.int32))
     weights = np.float32(np.random.default_rng(1).normal(size=label.shape))
     results, largest = [], []
     for limit in (2**40, 1):
         monkeypatch.setattr(scores, 'LARGEST_LOGITS', limit)
-        reader = Reader(policy, objective.readout)
+        reader = Reader(policy)
 
         def weighed(variables, rollout, draws, weights, reader=reader):
             return jnp.vdot(weights, reader(variables, rollout, draws, jnp.int32(0)))
