@@ -13,7 +13,6 @@ import pytest
 from numpy.testing import assert_allclose
 
 from spg_jax import sharding
-from spg_jax.models import splash
 from spg_jax.models.attention import _IMPLEMENTATIONS as implementations
 from spg_jax.models.attention import attention, cudnn_attention, resolve
 from spg_jax.models.splash import splash_attention
@@ -109,14 +108,6 @@ def test_gradients_equal_those_of_the_formula(implementation):
     slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(gradients, directions, strict=True))
     difference = weighted_sum_at(1e-5) - weighted_sum_at(-1e-5)
     assert_allclose(slope, difference / 2e-5, rtol=1e-5)
-
-
-def test_splash_over_several_blocks_equals_einsum(monkeypatch):
-    """There are two blocks, and the last is padded; in one row the first holds only padding."""
-    monkeypatch.setattr(splash, 'LARGEST_BLOCK', 128)
-    arrays = inputs(141, 4, 2, pads=(130, 0))
-    actual, expected = outcome('splash', *arrays), outcome('einsum', *arrays)
-    jax.tree.map(partial(assert_allclose, atol=2e-5), actual, expected)
 
 
 @pytest.mark.parametrize('implementation', ['splash', 'cudnn'])
