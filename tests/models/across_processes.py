@@ -49,17 +49,16 @@ def main(root: Path) -> None:
     distributed.start()
     mesh = make_mesh({'fsdp': 4, 'tensor': 2})
     _, _, params = load_checkpoint(TINY, mesh)
-    check_shards(params, load_checkpoint(TINY)[2])
+    config, _, whole = load_checkpoint(TINY)
+    check_shards(params, whole)
     out = root / str(jax.process_index())  # only the first process may write
     save_checkpoint(out, params, TINY, shard_bytes=40_000)
-    adapters = adapters_on(mesh)
-    adapted = dataclasses.replace(load_checkpoint(TINY)[0], lora=SIZES)
+    adapters = adapters_on(mesh, config)
+    adapted = dataclasses.replace(config, lora=SIZES)
     save_adapter(out / 'adapter', adapters, adapted, 'base')
     merged = root / 'merged' / str(jax.process_index())
     save_checkpoint(merged, params, TINY, adapters=adapters, lora=SIZES)
     export(root / '0', TINY, root / 'exported', whole=False)  # to one place from both
-    config, _, again = load_checkpoint(root / '0', mesh)
-    check_shards(again, load_checkpoint(TINY)[2])
     _, adapters = load_adapter(root / '0' / 'adapter', config, mesh)
     check_shards(adapters, load_adapter(root / '0' / 'adapter', config)[1])
 

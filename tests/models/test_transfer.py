@@ -25,13 +25,14 @@ from tests.processes import finish_all, start_pair
 def proportioned(tmp_path_factory):
     """A bfloat16 checkpoint, and the bytes of its largest tensor.
 
-    It has the proportions of LLaDA-8B with each width divided by 32. Its largest tensor is the
-    embedding, with two thirds of the bytes of the gate kernels of all 16 layers.
+    It has the proportions of LLaDA-8B with each width divided by 32, a quarter of its layers, and
+    its vocabulary divided by 64. Its largest tensor is the embedding, with two thirds of the bytes
+    of the gate kernels of all 8 layers.
     """
     directory = tmp_path_factory.mktemp('proportioned')
     published = json.loads((TINY / 'config.json').read_text())
-    published |= dict(d_model=128, n_layers=16, mlp_hidden_size=384, torch_dtype='bfloat16')
-    published |= dict(vocab_size=3952, embedding_size=3952)
+    published |= dict(d_model=128, n_layers=8, mlp_hidden_size=384, torch_dtype='bfloat16')
+    published |= dict(vocab_size=1976, embedding_size=1976)
     (directory / 'config.json').write_text(json.dumps(published))
     config, _ = read_config(directory / 'config.json')
     rng = np.random.default_rng(0)
