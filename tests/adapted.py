@@ -19,6 +19,7 @@ import pytest
 
 from configs import countdown
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
+from spg_jax.models.lora import COLLECTION
 from spg_jax.models.policy import Variables
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process import cli
@@ -134,13 +135,24 @@ def _apply(config: TransformerConfig, variables: Variables, tokens: jax.Array) -
     return Transformer(config).apply(variables, tokens, tokens >= 0)
 
 
-def logits(directory: Path, adapter: Path | None = None) -> np.ndarray:
+def logits(
+    directory: Path, adapter: Path | None = None, adapted_as: Path | None = None
+) -> np.ndarray:
     """What a policy on disk says about four rows of tokens, [4, 12, V].
 
-    Policies with adapters share one program, and those without share another.
+    Policies with adapters share one program, and those without share another. A policy without gets
+    adapters that are 0 and as large as those of the policy in `adapted_as`, whose program it then
+    shares.
     """
     with jax.set_mesh(mesh_of()):
         policy, _, variables = policies.load_policy(directory, mesh_of(), adapter)
+        if adapted_as:
+            policy, _, others = policies.load_policy(adapted_as, mesh_of())
+            zeros = jax.tree.map(
+                lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding),
+                others[COLLECTION],
+            )
+            variables = {'params': variables['params'], COLLECTION: zeros}
         tokens = np.random.default_rng(0).integers(5, 200, (4, 12)).astype(np.int32)
         return np.asarray(_apply(policy.config, variables, tokens))
 

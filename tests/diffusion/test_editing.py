@@ -223,8 +223,9 @@ def test_rows_may_be_in_different_blocks(decoded):
     keys = jax.random.split(jax.random.key(0), len(tokens))
     toy = Toy(eos_bias=1.0)
 
+    @jax.jit
     def begun(block):
-        return sampling.begin(tokens, mask, keys, config, MASK, VOCABULARY, jnp.asarray(block))
+        return sampling.begin(tokens, mask, keys, config, MASK, VOCABULARY, block)
 
     @jax.jit
     def advance(carry):
@@ -233,14 +234,14 @@ def test_rows_may_be_in_different_blocks(decoded):
         )
         return decoder.advance(carry)
 
-    first = advance(begun([0] * 5))
-    late = jnp.asarray([True, False, True, False, False])
-    choose = lambda x, y: jnp.where(late.reshape(-1, *(1,) * (x.ndim - 1)), x, y)  # noqa: E731
-    carry = jax.tree.map(choose, begun([0] * 5), first)
+    start = begun(np.zeros(5, np.int32))
+    late = np.array([True, False, True, False, False])
+    choose = lambda x, y: np.where(late.reshape(-1, *(1,) * (x.ndim - 1)), x, y)  # noqa: E731
+    carry = jax.tree.map(choose, start, advance(start))
     assert set(carry.block.tolist()) >= {0, 1}
     for _ in range(2):
         carry = advance(carry)
-    ended = sampling.completion_of(carry, EOS, config)
+    ended = jax.jit(lambda carry: sampling.completion_of(carry, EOS, config))(carry)
     assert_array_equal(ended.tokens, completion.tokens)
     assert_array_equal(ended.extras['edits'], completion.extras['edits'])
 
