@@ -1,7 +1,7 @@
 """Commands that one process runs one after the other, each in a fork of itself.
 
-Imports are most of what a command costs that is refused at once, and forks share them. Each fork
-runs its module as `python -m` does and ends as an interpreter ends.
+Imports are most of what a command costs that is refused at once or compiles nothing, and forks
+share them. Each fork runs its module as `python -m` does and ends as an interpreter ends.
 
     python -m tests.forks    # reads from standard input what `run_all` writes
 """
@@ -26,8 +26,9 @@ class Ended(NamedTuple):
     error: str
 
 
-def run_all(commands: list[tuple[str, Path, list[str]]]) -> list[Ended]:
-    """What commands of the repository leave, each a module, its directory and its arguments."""
+def run_all(commands: list[tuple[str, Path, list[str]]], **variables: str) -> list[Ended]:
+    """What commands of the repository leave, each a module, its directory and its arguments, in an
+    environment with more variables."""
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             (module, str(directory), arguments, f'{folder}/{number}')
@@ -37,7 +38,7 @@ def run_all(commands: list[tuple[str, Path, list[str]]]) -> list[Ended]:
             [sys.executable, '-m', 'tests.forks'],
             json.dumps(cases),
             cwd=REPOSITORY,
-            env=environment(),
+            env=environment(**variables),
         )
         assert server.returncode == 0, server.stderr
         return [

@@ -26,8 +26,6 @@ from spg_jax.training.train_state import initial_state, shardings_of
 from tests.meshes import mesh_of
 from tests.parameters import random_params, start_from_random_params
 
-# Most trainings here run the program of the fixture `whole`, which is compiled once.
-pytestmark = pytest.mark.compiled_as_users_do
 GOOD_LINE = json.dumps(
     {
         'example': {'numbers': [1, 2, 3], 'target': 6},

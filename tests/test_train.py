@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from spg_jax import score
-from tests import processes
+from tests import forks, processes
 from tests.processes import finish, start_module, tiny_run, wait_until
 
 pytestmark = pytest.mark.compiled_as_users_do
@@ -35,6 +36,8 @@ ELSEWHERE = {
     'spg_jax.evaluate --config=configs/gsm8k.py:llada_8b': 'tests/test_published.py',
     'spg_jax.export': 'tests/test_adapted_run.py',
 }
+# What other tests look at, beside the commands of the page.
+HELP, EXPORT = 'spg_jax.train --help', 'spg_jax.export --workdir=DIR --out'
 PROBLEMS = [{'input': '30,100,93', 'output': '23'}, {'input': '1,2,3', 'output': '6'}]
 GENERATION = {
     'question': '',
@@ -59,18 +62,11 @@ def runs_here(command: str) -> bool:
     return not any(command.startswith(beginning) for beginning in ELSEWHERE)
 
 
-def run(command: str, workdir: str, directory: Path) -> str:
-    """Runs the small form of a command in a directory; returns what it printed."""
-    command = re.sub(r'(configs/\w+\.py)(?!:)', r'\1:tiny', command).replace('DIR', workdir)
+def words_of(command: str, workdir: Path | None) -> list[str]:
+    """The module and the arguments of the small form of a command."""
+    command = re.sub(r'(configs/\w+\.py)(?!:)', r'\1:tiny', command).replace('DIR', str(workdir))
     # Splits at spaces outside of quotes, as a shell would.
-    words = [re.sub(r"'", '', word) for word in re.findall(r"(?:'[^']*'|\S)+", command)]
-    done = processes.run(
-        [sys.executable, '-m', *words],
-        cwd=directory,
-        env=processes.environment(**NOTEBOOK),
-    )
-    assert done.returncode == 0, (command, done.stderr)
-    return done.stdout
+    return [re.sub(r"'", '', word) for word in re.findall(r"(?:'[^']*'|\S)+", command)]
 
 
 def training(workdir: Path, *arguments: str) -> subprocess.Popen:
@@ -95,31 +91,46 @@ def newest_parameters(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-class Page:
-    """The README's commands in a directory of their own, of which each runs once."""
+class Page(NamedTuple):
+    """The README's commands in a directory of their own, where the main job has run."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.printed, self.workdir = directory, {}, None
-
-    def run(self, command: str) -> str:
-        self.printed[command] = out = run(command, str(self.workdir), self.directory)
-        return out
+    directory: Path
+    job: str  # the command
+    out: str  # what it has printed
+    workdir: Path  # which the other commands look at
+    metrics: str  # of the job
 
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
-    """The main job has run, which the other commands look at."""
-    page = Page(tmp_path_factory.mktemp('page'))
-    (page.directory / 'configs').symlink_to(REPOSITORY / 'configs')
-    processes.share_with_runs_in(page.directory)
-    out = page.run(next(filter(runs_here, commands())))
-    page.workdir = page.directory / re.search('^workdir (.*)$', out, re.MULTILINE)[1]
-    return page
+    directory = tmp_path_factory.mktemp('page')
+    (directory / 'configs').symlink_to(REPOSITORY / 'configs')
+    processes.share_with_runs_in(directory)
+    job = next(filter(runs_here, commands()))
+    words = [sys.executable, '-m', *words_of(job, None)]
+    done = processes.run(words, cwd=directory, env=processes.environment(**NOTEBOOK))
+    assert done.returncode == 0, done.stderr
+    workdir = directory / re.search('^workdir (.*)$', done.stdout, re.MULTILINE)[1]
+    metrics = (workdir / 'metrics.jsonl').read_text()
+    return Page(directory, job, done.stdout, workdir, metrics)
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(page):
-    return page.workdir, next(iter(page.printed.values()))
+    return page.workdir, page.out
+
+
+@pytest.fixture(scope='module')
+def ended(page, tmp_path_factory):
+    """What every other command of the page has left, and then the job once more and other tests'
+    commands, by command."""
+    (page.directory / 'countdown_test.jsonl').write_text('\n'.join(map(json.dumps, PROBLEMS)))
+    (page.directory / 'generations.jsonl').write_text(json.dumps(GENERATION) + '\n')
+    later = [command for command in commands() if runs_here(command) and command != page.job]
+    later += [page.job, HELP, f'{EXPORT}={tmp_path_factory.mktemp("export")}/out']
+    lines = [words_of(command, page.workdir) for command in later]
+    left = forks.run_all([(line[0], page.directory, line[1:]) for line in lines], **NOTEBOOK)
+    return dict(zip(later, left, strict=True))
 
 
 def test_every_command_is_run_here_or_elsewhere():
@@ -128,16 +139,13 @@ def test_every_command_is_run_here_or_elsewhere():
         assert (REPOSITORY / place).is_file()
 
 
-def test_the_commands_work_in_the_order_of_the_page(page):
-    (page.directory / 'countdown_test.jsonl').write_text('\n'.join(map(json.dumps, PROBLEMS)))
-    (page.directory / 'generations.jsonl').write_text(json.dumps(GENERATION) + '\n')
-    for command in filter(runs_here, commands()):
-        if command not in page.printed:
-            page.run(command)
-    printed = page.printed
-    modules = [command.split()[0] for command in printed]
-    assert modules.count('spg_jax.train') == 2 and modules.count('spg_jax.evaluate') == 2
-    for command, out in printed.items():
+def test_the_commands_work_in_the_order_of_the_page(page, ended):
+    rest = [command for command in ended if command in commands() and command != page.job]
+    modules = [command.split()[0] for command in rest]
+    assert modules.count('spg_jax.train') == 1 and modules.count('spg_jax.evaluate') == 2
+    for command in rest:
+        code, out, error = ended[command]
+        assert code == 0, (command, error)
         last = out.splitlines()[-1]
         if command.startswith(('spg_jax.evaluate', 'spg_jax.score')):
             figures = json.loads(last)
@@ -151,8 +159,8 @@ def test_the_commands_work_in_the_order_of_the_page(page):
             assert 'finished: test ' in out and 'spg_jax.evaluate' in last
         if command.startswith('spg_jax.generate'):
             assert 'step' in out
-    scored = next(out for command, out in printed.items() if command.startswith('spg_jax.score'))
-    assert json.loads(scored.splitlines()[-1])['accuracy'] == 1.0
+        if command.startswith('spg_jax.score'):
+            assert figures['accuracy'] == 1.0
 
 
 def test_a_run_leaves_everything_it_promises(uninterrupted):
@@ -174,10 +182,11 @@ def test_a_run_leaves_everything_it_promises(uninterrupted):
     assert result['card']['checkpoint'] == 'validation'
 
 
-def test_run_again_says_it_is_finished(page):
-    before = (page.workdir / 'metrics.jsonl').read_text()
-    assert 'finished' in run(next(iter(page.printed)), '', page.directory)
-    assert (page.workdir / 'metrics.jsonl').read_text() == before
+def test_run_again_says_it_is_finished(page, ended):
+    code, out, error = ended[page.job]
+    assert code == 0, error
+    assert 'finished' in out and out.splitlines()[-1] == page.out.splitlines()[-1]
+    assert (page.workdir / 'metrics.jsonl').read_text() == page.metrics
 
 
 @pytest.fixture(scope='module')
@@ -230,13 +239,12 @@ def test_a_trace_names_the_phases_of_one_rollout_and_one_update(cut):
     assert phases['rollout'][0]['ts'] < phases['update'][0]['ts']
 
 
-def test_help_names_the_command():
-    code, out, error = finish(start_module('spg_jax.train', '--help'))
+def test_help_names_the_command(ended):
+    code, out, error = ended[HELP]
     assert code == 1, error  # absl's exit status of --help
     assert 'python -m spg_jax.train' in out
 
 
-def test_a_small_policy_has_no_layout_for_others(uninterrupted, tmp_path):
-    arguments = (f'--workdir={uninterrupted[0]}', f'--out={tmp_path}/out')
-    code, _, error = finish(start_module('spg_jax.export', *arguments))
+def test_a_small_policy_has_no_layout_for_others(ended):
+    code, _, error = next(left for command, left in ended.items() if command.startswith(EXPORT))
     assert code == 1 and 'did not start from a published checkpoint' in error
