@@ -72,7 +72,7 @@ atexit.register(processes.end_all)
 @pytest.fixture(scope='session')
 def data_dir():
     """The folder of problems that whole runs share; a test that changes it takes a copy."""
-    return processes.SHARED / 'data'
+    return processes.shared_problems()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ against slow machines: an idle machine with two cores needs a tenth of them.
 """
 
 import contextlib
+import functools
+import importlib
 import os
 import signal
 import socket
@@ -14,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ['SPG_JAX_SHARED_BY_TESTS'])  # see tests/conftest.py
 # The slowest process of the tests needs about 40 s, compilation included.
@@ -22,7 +26,32 @@ HANG_SECONDS = 600
 # quadratic time on the 50,000 characters and more of the tests would need far more.
 LINEAR_SECONDS = 5
 
+TRAINING_PROBLEMS = 2048  # of each task, in place of up to 100,000
+
 _running: list[subprocess.Popen] = []
+
+
+def draw_few_problems(patch: pytest.MonkeyPatch) -> None:
+    """Lets Countdown and Sudoku have fewer problems to train on, and the same ones to evaluate."""
+    for task in ('countdown', 'sudoku'):
+        sizes = importlib.import_module(f'spg_jax.tasks.{task}.problems').SIZES
+        patch.setitem(sizes, 'train', TRAINING_PROBLEMS)
+
+
+@functools.cache
+def shared_problems() -> Path:
+    """The folder of problems that whole runs share.
+
+    There are few to train on, because making all and measuring their prompts takes longer than a
+    run needs otherwise. tests/tasks/test_source.py makes problems as a run does.
+    """
+    from spg_jax import tasks  # Most tests need no problems, and TFDS takes a second to import.
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_few_problems(patch)
+        for name in ('countdown', 'sudoku'):
+            tasks.get(name).source('train', SHARED / 'data')
+    return SHARED / 'data'
 
 
 def start(
@@ -65,7 +94,7 @@ def tiny_run(workdir: Path, *arguments: str) -> list[str]:
         'spg_jax.train',
         '--config=countdown:tiny',
         f'--workdir={workdir}',
-        f'--config.task.data_dir={SHARED}/data',
+        f'--config.task.data_dir={shared_problems()}',
         f'--config.base.cache={SHARED}/runs/base',
         *arguments,
     ]
@@ -73,6 +102,7 @@ def tiny_run(workdir: Path, *arguments: str) -> list[str]:
 
 def share_with_runs_in(directory: Path) -> None:
     """Lets runs that name no folders, in a directory, share problems and base policies as well."""
+    shared_problems()
     for name in ('data', 'runs/base'):
         (SHARED / name).mkdir(parents=True, exist_ok=True)
         (directory / name).parent.mkdir(exist_ok=True)

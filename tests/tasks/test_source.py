@@ -11,13 +11,15 @@ import pytest
 from spg_jax import tasks
 from spg_jax.tasks.countdown import problems as countdown
 from spg_jax.tasks.sudoku import problems as sudoku
+from tests import processes
 
 
 @pytest.fixture(scope='module', autouse=True)
 def drawn():
     """The problems of both tasks, by name; a folder that is made is made of the same ones."""
-    problems = {'sudoku': sudoku.generate(), 'countdown': countdown.generate()}
     with pytest.MonkeyPatch.context() as patch:
+        processes.draw_few_problems(patch)
+        problems = {'sudoku': sudoku.generate(), 'countdown': countdown.generate()}
         patch.setattr(sudoku, 'generate', lambda: problems['sudoku'])
         patch.setattr(countdown, 'generate', lambda: problems['countdown'])
         yield problems
@@ -137,7 +139,8 @@ def cut(path):
 
 def garble(path):
     data = bytearray(path.read_bytes())
-    data[100_000:100_100] = bytes(byte ^ 0xFF for byte in data[100_000:100_100])
+    middle = slice(len(data) // 2, len(data) // 2 + 100)
+    data[middle] = bytes(byte ^ 0xFF for byte in data[middle])
     path.write_bytes(data)
 
 
