@@ -334,23 +334,28 @@ def completions(policy, params, prompts, valid, decoding):
     return make_generate(policy, decoding)({'params': params}, prompts, valid, keys)
 
 
-def test_completions_of_llada2(checkpoint):
+@pytest.mark.parametrize(
+    ('cases', 'threshold', 'steps_per_block'),
+    [
+        # The EOS of these cases is the last token of one row, and the other rows have none.
+        (['v20_t0.5_s8', 'v20_eos_stop', 'v20_eos_nostop'], 0.5, 8),
+        # A step for each token and the high threshold are each in one of the other cases.
+        (['v20_t0.95_s5'], 0.95, 5),
+    ],
+)
+def test_completions_of_llada2(checkpoint, cases, threshold, steps_per_block):
     """Three prompts of different lengths in one batch, none of them a multiple of the block. The
-    published completions with an EOS are equal whether the loop stops there or not.
-
-    A schedule of several tokens a step is in tests/diffusion/test_samplers.py.
-    """
+    published completions with an EOS are equal whether the loop stops there or not."""
     numbers = golden('tiny_llada2_moe', 'generate')
     config, ids, params = load_checkpoint(checkpoint('tiny_llada2_moe'))
-    # The EOS of these cases is the last token of one row, and the other rows have none.
-    cases = ['v20_t0.5_s8', 'v20_eos_stop', 'v20_eos_nostop']
-    assert (numbers['eos_case_threshold'], numbers['eos_case_steps']) == (0.5, 8)
-    ids = ids._replace(eos=int(numbers['eos_case_id']))
+    if 'v20_eos_stop' in cases:
+        assert (numbers['eos_case_threshold'], numbers['eos_case_steps']) == (0.5, 8)
+        ids = ids._replace(eos=int(numbers['eos_case_id']))
     length, block = int(numbers['gen_length']), int(numbers['block'])
     blocks = -(-length // block)
     prompts, valid = left_padded([numbers[f'prompt{i}'] for i in range(3)], 14)
     decoding = SamplingConfig(
-        blocks * block, blocks * 8, block, 0.0, sampler='llada2', threshold=0.5
+        blocks * block, blocks * steps_per_block, block, 0.0, sampler='llada2', threshold=threshold
     )
     tokens = completions(policy_of(config, ids), params, prompts, valid, decoding).tokens
     compared = set()
