@@ -20,10 +20,10 @@ import pytest
 from configs import countdown
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
 from spg_jax.models.lora import COLLECTION
-from spg_jax.models.policy import Variables
+from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.process import cli
-from spg_jax.rl import evaluator
+from spg_jax.rl import collection, evaluator
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import plots, policies, preparation
 from spg_jax.tasks.countdown import Countdown
@@ -105,6 +105,28 @@ def evaluate_without_the_model(patch: pytest.MonkeyPatch) -> None:
         return lambda variables, prompt, prompt_mask, keys: program(prompt)
 
     patch.setattr(evaluator, 'make_generate', make_generate)
+
+
+def sample_without_the_model(patch: pytest.MonkeyPatch) -> None:
+    """No sampler is compiled: the tokens of a rollout are random numbers of the keys, shifted by
+    the adapters that sample if there are any, and are committed from left to right."""
+
+    def make_generate(policy: Policy, config: SamplingConfig) -> Any:
+        allowed = np.flatnonzero(policy.allowed)
+
+        @jax.jit
+        def generate(
+            variables: Variables, prompt: jax.Array, prompt_mask: jax.Array, keys: jax.Array
+        ) -> Completion:
+            shift = sum(x.sum() for x in jax.tree.leaves(variables.get(COLLECTION, {})))
+            numbers = jax.vmap(lambda key: jax.random.uniform(key, (config.length,)))(keys)
+            place = jnp.int32((numbers + shift) % 1 * len(allowed)) % len(allowed)
+            step = jnp.broadcast_to(jnp.arange(config.length), place.shape)
+            return Completion(jnp.asarray(allowed, jnp.int32)[place], step)
+
+        return generate
+
+    patch.setattr(collection, 'make_generate', make_generate)
 
 
 def share_programs(patch: pytest.MonkeyPatch, programs: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
@@ -29,11 +28,9 @@ from spg_jax.comparison.report import band, write_report
 from spg_jax.comparison.statistics import estimate, paired_difference, percent
 from spg_jax.comparison.tuning import best_rate, next_rate
 from spg_jax.data.tokenizers import WordTokenizer
-from spg_jax.diffusion.sampling import Completion
 from spg_jax.process.config_flag import UnusableConfig, read_config
 from spg_jax.process.files import write_whole
 from spg_jax.process.interruption import Interruption
-from spg_jax.rl import collection
 from spg_jax.runs import plots, policies, preparation
 from spg_jax.tasks.card import Card
 from spg_jax.tasks.countdown import Countdown
@@ -577,21 +574,6 @@ class CutAt(Interruption):
         return CutAt.left <= 0
 
 
-def make_random_generate(policy, config):
-    """A sampler that does not look at the parameters: its tokens are random numbers of its keys."""
-    allowed = np.flatnonzero(policy.allowed)
-
-    def random_tokens(key):
-        return jnp.asarray(allowed)[jax.random.randint(key, (config.length,), 0, len(allowed))]
-
-    @jax.jit
-    def generate(variables, prompt, prompt_mask, keys):
-        tokens = jax.vmap(random_tokens)(keys)
-        return Completion(tokens, jnp.zeros_like(tokens))
-
-    return generate
-
-
 def make_sum_update(policy, objective, optimizer, batching, seed, shardings):
     """An update without the model: parameters move by the mean token of prompts and completions,
     and a parameter is reported as the reward. Each row of metrics hence depends on all before."""
@@ -624,7 +606,7 @@ def cheap(monkeypatch, undrawn):
     problems = Listed(adapted.PROBLEMS, digest='few')
     monkeypatch.setattr(Countdown, 'source', lambda self, split, folder: problems)
     adapted.evaluate_without_the_model(monkeypatch)
-    monkeypatch.setattr(collection, 'make_generate', make_random_generate)
+    adapted.sample_without_the_model(monkeypatch)
     monkeypatch.setattr(preparation, 'make_update', make_sum_update)
     monkeypatch.setattr(plots, 'curves', lambda _: None)
     monkeypatch.setattr(compare, '_mesh_for', lambda *_: mesh_of())

@@ -8,15 +8,12 @@ objective there is.
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.diffusion.sampling import Completion
 from spg_jax.method import set_objective
 from spg_jax.process.interruption import Interruption
-from spg_jax.rl import collection
 from spg_jax.runs import policies
 from spg_jax.train import train
 from tests import adapted
@@ -53,25 +50,9 @@ def keep_one_layer(checkpoint):
     save_file(first_layer, weights)
 
 
-def make_quick_generate(policy, config):
-    """In place of the sampler, whose program would be compiled: tokens are random numbers of the
-    keys, shifted by the parameters that sample, and are committed from left to right."""
-    allowed = np.flatnonzero(policy.allowed)
-
-    @jax.jit
-    def generate(variables, prompt, prompt_mask, keys):
-        shift = sum(x.sum() for x in jax.tree.leaves(variables['lora']))
-        numbers = jax.vmap(lambda key: jax.random.uniform(key, (config.length,)))(keys)
-        place = jnp.int32((numbers + shift) % 1 * len(allowed)) % len(allowed)
-        step = jnp.broadcast_to(jnp.arange(config.length), place.shape)
-        return Completion(jnp.asarray(allowed, jnp.int32)[place], step)
-
-    return generate
-
-
 def test_a_run_that_is_cut_goes_on_bit_for_bit(tmp_path, monkeypatch):
     adapted.simplify(monkeypatch)
-    monkeypatch.setattr(collection, 'make_generate', make_quick_generate)
+    adapted.sample_without_the_model(monkeypatch)
     adapted.skip_evaluation(monkeypatch)
     adapted.share_programs(monkeypatch, {})
     config = adapted.get_config()
