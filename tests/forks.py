@@ -1,7 +1,7 @@
 """Commands that one process runs one after the other, each in a fork of itself.
 
-Imports are most of what a command costs that is refused at once or compiles nothing, and forks
-share them. Each fork runs its module as `python -m` does and ends as an interpreter ends.
+Imports are most of what a command costs that is refused at once, and some seconds of any other's;
+forks share them. Each fork runs its module as `python -m` does and ends as an interpreter ends.
 
     python -m tests.forks    # reads from standard input what `run_all` writes
 """

@@ -20,7 +20,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ['SPG_JAX_SHARED_BY_TESTS'])  # see tests/conftest.py
-# The slowest process of the tests needs about 40 s, compilation included.
+# The slowest process of the tests needs about a minute, compilation included.
 HANG_SECONDS = 600
 # Of a processor, for work whose time grows no faster than its input; it needs a tenth at most, and
 # quadratic time on the 50,000 characters and more of the tests would need far more.

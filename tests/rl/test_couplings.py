@@ -156,9 +156,9 @@ def joint_gradient(policy: Toy, objective: Objective) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    # Rows and draws differentiated at once; 0 takes all draws. One device, in other pieces, is in
-    # tests/rl/test_plug_ins.py, also for rows without adapters. The way of adapters is the same
-    # whatever is coupled.
+    # Rows and draws differentiated at once; 0 takes all draws. Rows and groups on one device, in
+    # other pieces and without adapters, are in tests/rl/test_plug_ins.py. The way of adapters is
+    # the same whatever is coupled.
     ('couples', 'microbatch', 'draws_per_pass', 'lora'),
     [
         ('group', 2, 1, None),
