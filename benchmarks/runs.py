@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spg_jax.comparison.shards import threads_with_cores
+from spg_jax.runs import policies
 
 Result = TypeVar('Result')
 
@@ -23,6 +24,17 @@ def train(config: str, workdir: Path, overrides: dict[str, Any]) -> dict[str, An
     if not path.is_file():
         raise RuntimeError(f'{workdir} was interrupted; run the same command to go on')
     return json.loads(path.read_text())
+
+
+def make_policy(module: str, config: str, directory: Path, overrides: dict[str, Any]) -> None:
+    """Makes a policy by an entry point; an interrupted one goes on, and one that is there stays.
+
+    Raises:
+      RuntimeError: it failed or was interrupted; its message is on standard error.
+    """
+    run(f'spg_jax.{module}', f'--config={config}', f'--workdir={directory}', *_flags(overrides))
+    if not policies.is_policy(directory):
+        raise RuntimeError(f'{directory} was interrupted; run the same command to go on')
 
 
 def at_once(jobs: int, calls: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -6,7 +6,8 @@
 A --workdir is a run, or a policy trained here. The first command decodes test problems at
 temperature 0 with each sampler of VARIANTS, in turn with the exact one, and prints a table and one
 JSON line. Accuracy is the mean over the policies, with its standard error over all problems.
-'same' is the share of completions that equal those of the exact sampler. 'speed' is the median over
+'same' is the share of completions that equal those of the exact sampler. 'tokens_per_pass' is how
+many tokens a pass commits in a row that has not ended, over the rows. 'speed' is the median over
 pairs of runs of how many times as fast a sampler is, with quartiles, and 'cpu' the same of the CPU
 seconds of this process, which other processes disturb less. The second command needs no policy: a
 random model, whose rows end at positions that are spread over the completion.
@@ -149,6 +150,7 @@ def compare_samplers(workdirs: Iterable[str], problems: int, count: int) -> Iter
             'sampler': name,
             'tokens_per_second': round(float(np.mean(figures['rate']))),
             'passes': float(np.mean(figures['passes'])),
+            'tokens_per_pass': float(np.mean(figures['tokens_per_pass'])),
             **speeds(np.array(figures['times'])),
             'accuracy': float(np.mean(figures['right'])),
             'standard_error': float(np.std(figures['right']) / len(figures['right']) ** 0.5),
@@ -195,6 +197,7 @@ def of_one_policy(
                     'times': times.tolist(),
                     'rate': [float((steps >= 0).sum() / np.median(times[:, 1, 0]))],
                     'passes': [passes_of(steps, parts.evaluation.headline)],
+                    'tokens_per_pass': [tokens_per_pass(steps, parts.evaluation.headline)],
                 },
             )
 
@@ -207,6 +210,12 @@ def passes_of(steps: np.ndarray, decoding: SamplingConfig) -> int:
     return sum(
         int(within[block == each].max() + 1) for each in range(decoding.blocks) if each in block
     )
+
+
+def tokens_per_pass(steps: np.ndarray, decoding: SamplingConfig) -> float:
+    """How many tokens a pass commits in a row, from commit steps [B, C], which are -1 elsewhere."""
+    passes = sum(passes_of(row[None], decoding) for row in steps)
+    return int((steps >= 0).sum()) / passes
 
 
 def compare_endings(count: int) -> Iterator[Figures]:
