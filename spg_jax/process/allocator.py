@@ -4,23 +4,30 @@ XLA on CPUs takes the outputs and temporaries of each execution from malloc and 
 glibc maps a large piece anew each time and unmaps it again, so that the kernel faults and zeroes
 every page at every execution. With the settings below it keeps the pages instead, with equal
 results; docs/performance.md says what that saves.
+
+Only the first heap of a process can hold pieces over 64 MiB, and a thread that starts later gets
+another one. Executions therefore run in the thread that calls them. The other way, one heap for all
+threads, is slow once something has been compiled: the compiler leaves tens of thousands of holes,
+among which every thread then searches in turn.
 """
 
 import ctypes
 import os
 import sys
 
+import jax
+
 # mallopt(3): the name of a setting, its number in malloc.h, and the value.
 _SETTINGS = (
     ('M_MMAP_MAX', -4, 0),  # large pieces come from the heap, which is kept
     ('M_TRIM_THRESHOLD', -1, -1),  # the heap is never given back
     ('M_TOP_PAD', -2, 256 * 2**20),  # bytes by which the heap grows at least
-    ('M_ARENA_MAX', -8, 1),  # one heap, because others cannot hold pieces over 64 MiB
 )
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory; call it before the first program runs.
+    """Tells glibc to keep freed memory, and JAX to execute programs on CPUs in the thread that
+    calls them; call it before JAX looks for devices.
 
     Nothing happens without glibc, or where the environment already has settings for its malloc.
     A line on standard error says if glibc refuses a setting; programs are then slower.
@@ -41,3 +48,4 @@ def keep_memory() -> None:
                 flush=True,
             )
             return
+    jax.config.update('jax_cpu_enable_async_dispatch', False)

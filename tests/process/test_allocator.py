@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from spg_jax.process import allocator
-from tests.processes import run
+from tests import processes
 
 # Prints the page faults of writing 50 pieces of 40 MB, one after the other.
 FAULTS = """
@@ -23,13 +23,30 @@ for _ in range(50):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
+# The same of 10 executions of a program that needs 100 MB of temporaries.
+EXECUTIONS = """
+import resource
+from spg_jax.process import allocator
+if {keep}:
+    allocator.keep_memory()
+import jax, jax.numpy as jnp
+program = jax.jit(lambda x: jnp.sin(x[:, None] * x) @ jnp.stack([x, x], 1))
+x = jnp.ones(5000)
+for count in range(12):
+    if count == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='glibc is on Linux only')
 
 
-def faults(keep: bool, **variables: str) -> int:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
-    command = [sys.executable, '-c', FAULTS.format(keep=keep)]
-    result = run(command, env=environment | variables)
+def faults(keep: bool, program: str = FAULTS, **variables: str) -> int:
+    environment = processes.environment(devices=1, **variables)
+    environment = {k: v for k, v in environment.items() if k in variables or k[:7] != 'MALLOC_'}
+    command = [sys.executable, '-c', program.format(keep=keep)]
+    result = processes.run(command, env=environment)
     assert not result.stderr
     return int(result.stdout)
 
@@ -38,6 +55,13 @@ def faults(keep: bool, **variables: str) -> int:
 def test_memory_is_used_twice():
     """Each piece has about 9,800 pages of 4 KiB; kept memory faults once for all fifty."""
     assert faults(keep=True) < faults(keep=False) / 3
+
+
+@linux
+def test_executions_use_memory_twice():
+    """Each has 24,400 pages of 4 KiB. The heaps of threads that JAX starts could not keep them."""
+    kept = faults(keep=True, program=EXECUTIONS)
+    assert kept < faults(keep=False, program=EXECUTIONS) / 10
 
 
 @linux
