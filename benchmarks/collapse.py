@@ -31,6 +31,7 @@ CASES = {
     'each': {'spg.baseline': 'each'},
 }
 COMMON = {'spg.negative': 'eubo', 'train.steps': STEPS, 'train.diagnose_every': 10}
+COMMON |= {'base.muon_rate': 0.0, 'base.batch_size': 128}  # the base policy of the records
 FLAGS = flags.FLAGS
 
 

@@ -40,6 +40,8 @@ BELOW: dict[str, Any] = {'ha': 'center', 'va': 'top', 'fontsize': 7, 'color': '0
 FLAGS = flags.FLAGS
 
 
+# Every model is trained by AdamW, as conversions are.
+ADAMW = {'base.muon_rate': 0.0, 'base.batch_size': 128}
 CAP = 2.0  # the weight that LLaDA2.0 recommends
 CONVERTED, WITH_CAP, JUMP = 'converted', 'converted, CAP', 'one jump'
 ACCURACIES = ('accuracy', 'grid_accuracy')
@@ -71,7 +73,7 @@ def measure(task: str, seed: int) -> list[dict[str, Any]]:
 
     def pretrain(directory: Path, updates: int, kind: str) -> None:
         stages = ((updates, 1.0),)
-        settings = {'base.kind': kind, 'base.seed': seed, 'base.stages': stages}
+        settings = ADAMW | {'base.kind': kind, 'base.seed': seed, 'base.stages': stages}
         runs.make_policy('pretrain', file, directory, settings)
 
     pretrain(start, START, 'autoregressive')
@@ -82,7 +84,7 @@ def measure(task: str, seed: int) -> list[dict[str, Any]]:
     records.append(of_scratch | in_parallel(scratch) | after_spg(file, scratch, seed))
     for name, own in phases.items():
         directory = folder / name.replace(', ', '-').replace(' ', '-')
-        settings = {'base.checkpoint': start, 'base.seed': seed, 'convert.phases': own}
+        settings = ADAMW | {'base.checkpoint': start, 'base.seed': seed, 'convert.phases': own}
         settings |= {'convert.validate_every': 20, 'convert.cap': CAP * (name == WITH_CAP)}
         runs.make_policy('convert', file, directory, settings)
         record = here | {'model': name, 'phases': own, 'steps': START} | losses_of(directory)
@@ -124,7 +126,7 @@ def in_parallel(directory: Path) -> dict[str, Any]:
 
 def after_spg(file: str, base: Path, seed: int) -> dict[str, Any]:
     """The accuracies of a base policy and of the main job's result from it."""
-    settings = {'base.checkpoint': base, 'train.seed': seed, 'evaluation.samples': 1}
+    settings = ADAMW | {'base.checkpoint': base, 'train.seed': seed, 'evaluation.samples': 1}
     result = runs.train(file, base.with_name(f'spg-{base.name}'), settings)
     return _accuracies(result, '', 'base_') | _accuracies(result, 'spg_')
 
@@ -145,7 +147,7 @@ def tokens_of(config: ml_collections.ConfigDict, phases: Sequence[tuple[int, int
 
 def tokens_of_base(config: ml_collections.ConfigDict) -> int:
     """The tokens that a step of the base policy reads."""
-    return config.base.batch_size * (config.sampling.prompt_length + config.sampling.length)
+    return ADAMW['base.batch_size'] * (config.sampling.prompt_length + config.sampling.length)
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -58,19 +58,22 @@ ARMS = {
     **{f'spg_inner_{updates}': f'rl.inner_updates={updates}' for updates in (1, 4, 8)},
 }
 
+# The base policies of all recorded tables, which are older than the use of Muon.
+OLDER_BASE = 'base.muon_rate=0.0 base.batch_size=128'
 # The configuration of each task, and changes of it. `train.steps` are the updates of the reference,
 # which say how large the budget is.
 CONFIGS = {
-    'countdown': 'countdown:small',
+    'countdown': f'countdown:small {OLDER_BASE}',
     # Half the batch of the main job, so that all runs fit into some hours.
-    'sudoku': 'sudoku:small rl.prompts=8 rl.microbatch=64 train.steps=100',
+    'sudoku': f'sudoku:small {OLDER_BASE} rl.prompts=8 rl.microbatch=64 train.steps=100',
     'countdown_tiny': 'countdown:tiny train.steps=6',
     # Base policies that were trained to correct answers as well, half of them as long as in the
     # main jobs. Every evaluation edits, and says how good the drafts were.
-    'sudoku_edited': 'sudoku:small base.edit_weight=1.0 base.stages=((500,1.0),(125,0.15)) '
-    'evaluation.sampler=autoedit rl.prompts=8 rl.microbatch=64 train.steps=60',
-    'countdown_edited': 'countdown:small base.edit_weight=1.0 base.stages=((650,1.0),(150,0.15)) '
-    'evaluation.sampler=autoedit train.steps=60',
+    'sudoku_edited': f'sudoku:small {OLDER_BASE} base.edit_weight=1.0 '
+    'base.stages=((500,1.0),(125,0.15)) evaluation.sampler=autoedit '
+    'rl.prompts=8 rl.microbatch=64 train.steps=60',
+    'countdown_edited': f'countdown:small {OLDER_BASE} base.edit_weight=1.0 '
+    'base.stages=((650,1.0),(150,0.15)) evaluation.sampler=autoedit train.steps=60',
 }
 
 # Settings of all runs: what only costs time here.

@@ -35,12 +35,13 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     on_a_laptop(config, length=12, block_length=4)
     config.sampling.prompt_length = 6
     config.base.update(stages=((1300, 1.0), (300, 0.15)), number_features=True)
+    config.base.update(muon_rate=0.01, batch_size=64)
     if preset == 'worked':
         # "93 + 30 = 123 ; 123 - 100 = 23 ;" comes before the answer: about 20 tokens, which depend
         # on each other over a distance, so that a faster sampler has more to save and to lose.
         config.task.format = 'worked'
         on_a_laptop(config, length=64, block_length=16)
-        config.base.update(stages=((700, 1.0), (120, 0.3)), batch_size=64)
+        config.base.update(stages=((700, 1.0), (120, 0.3)), muon_rate=0.0)
     if preset == 'tiny':
         tiny(config)
     return config

@@ -38,7 +38,7 @@ def get_config(preset: str = 'small') -> ml_collections.ConfigDict:
     # A prompt is 16 digits and a colon. An answer is a tag, 16 digits, a tag and EOS: 19 tokens.
     on_a_laptop(config, length=20, block_length=4)
     config.sampling.prompt_length = 17
-    config.base.stages = ((1000, 1.0), (250, 0.15))
+    config.base.update(stages=((1000, 1.0), (250, 0.15)), muon_rate=0.01, batch_size=64)
     config.spg.beta = 1.0
     if preset == 'tiny':
         tiny(config)

@@ -81,6 +81,8 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             stages=((1500, 1.0), (300, 0.3)),  # (steps, share of right answers) of each stage
             batch_size=128,  # demonstrations in the batch of one training step
             learning_rate=3e-3,  # the peak of the learning rate, from which it falls to a tenth
+            # Kernels of small models learn in fewer steps by Muon; the rest keeps AdamW.
+            muon_rate=0.0,  # the peak of Muon's learning rate for kernels of layers; 0: no Muon
             weight_decay=0.01,  # weight decay of all parameters except the scales of norms
             grad_clip=1.0,  # a gradient with a larger norm is scaled down to this norm
             ema=0.995,  # decay per step of the averaged parameters, which become the base policy

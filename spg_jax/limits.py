@@ -50,7 +50,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (
         (
-            'base.weight_decay',
+            *('base.muon_rate', 'base.weight_decay'),
             'base.keep_weight',
             'base.edit_weight',
             'optimizer.weight_decay',

@@ -189,7 +189,7 @@ def _pretrain(
     patience = min(config.train.max_skipped, total)
     base = config.base
     optimizer = optimizers.for_pretraining(
-        base.learning_rate, base.weight_decay, base.grad_clip, total
+        base.learning_rate, base.weight_decay, base.grad_clip, total, base.muon_rate
     )
     state = initial_state(variables, optimizer, policy, mesh, average=True)
     train_step = make_step(

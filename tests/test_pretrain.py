@@ -78,7 +78,7 @@ def config():
 def two_stages():
     config = countdown.get_config('tiny')
     config.base.stages = ((12, 1.0), (STEPS - 12, 0.3))
-    config.base.batch_size = 8
+    config.base.update(batch_size=8, muon_rate=0.02)
     return config
 
 
@@ -124,7 +124,7 @@ def test_the_model_sees_the_tokens_that_it_is_asked_for_as_mask(config):
     policy, tokenizer, variables = pretrain._starting_point(config, parts, mesh, None)
     base, rows = config.base, config.base.batch_size
     optimizer = optimizers.for_pretraining(
-        base.learning_rate, base.weight_decay, base.grad_clip, STEPS
+        base.learning_rate, base.weight_decay, base.grad_clip, STEPS, base.muon_rate
     )
     state = initial_state(variables, optimizer, policy, mesh, average=True)
     pairs = [(problem, parts.task.right_answer(problem)) for problem in PROBLEMS[:rows]]

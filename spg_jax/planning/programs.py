@@ -199,7 +199,9 @@ def make_plan(
 
 def _fine_tuner(base: ml_collections.ConfigDict, parts: Parts) -> optax.GradientTransformation:
     total = sum(stage.steps for stage in parts.stages)
-    return optimizers.for_pretraining(base.learning_rate, base.weight_decay, base.grad_clip, total)
+    return optimizers.for_pretraining(
+        base.learning_rate, base.weight_decay, base.grad_clip, total, base.muon_rate
+    )
 
 
 def planned_policy(config: ml_collections.ConfigDict, platform: str) -> Policy:

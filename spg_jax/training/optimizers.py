@@ -73,27 +73,64 @@ def for_rl(
 
 
 def for_pretraining(
-    learning_rate: float, weight_decay: float, grad_clip: float, total_steps: int
+    learning_rate: float,
+    weight_decay: float,
+    grad_clip: float,
+    total_steps: int,
+    muon_rate: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW with gradient clipping.
+    """AdamW with gradient clipping, or Muon for the kernels of the layers and, with Nesterov's
+    momentum, AdamW for the rest.
 
-    The learning rate rises over 1/40 of the steps, then falls along a cosine to 1/10 of its peak.
+    Learning rates rise over 1/40 of the steps, then fall along a cosine to 1/10 of their peak.
 
     Args:
-      learning_rate: the peak.
+      learning_rate: the peak of AdamW's.
       weight_decay: of all parameters except the scales of norms.
       grad_clip: a gradient with a larger norm is scaled down to this norm.
       total_steps: the steps of all stages together.
+      muon_rate: the peak of Muon's (Keller Jordan et al., 2024: kellerjordan.github.io/posts/muon);
+        0 leaves all parameters to AdamW.
     """
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0,
-        learning_rate,
-        warmup_steps=max(1, total_steps // 40),
-        decay_steps=max(2, total_steps),
-        end_value=learning_rate / 10,
-    )
-    adamw = optax.adamw(rate, b1=0.9, b2=0.98, weight_decay=weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.schedules.warmup_cosine_decay_schedule(
+            0.0,
+            peak,
+            warmup_steps=max(1, total_steps // 40),
+            decay_steps=max(2, total_steps),
+            end_value=peak / 10,
+        )
+
+    if muon_rate:
+        optimizer = optax.contrib.muon(
+            schedule(muon_rate),
+            weight_decay=weight_decay,
+            weight_decay_mask=decayed,
+            adam_learning_rate=schedule(learning_rate),
+            adam_b1=0.9,
+            adam_b2=0.98,
+            adam_weight_decay=weight_decay,
+            muon_weight_dimension_numbers=_kernels_of_layers,
+        )
+    else:
+        optimizer = optax.adamw(
+            schedule(learning_rate), b1=0.9, b2=0.98, weight_decay=weight_decay, mask=decayed
+        )
+    return optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
+
+
+def _kernels_of_layers(params: Any) -> Any:
+    """What Muon makes orthogonal: the last two axes of a parameter, behind that of the layers.
+
+    Embedding and scales are None, because they are no products of a layer.
+    """
+
+    def numbers(parameter: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        last = parameter.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(last - 1, last) if last > 1 else None
+
+    return jax.tree.map(numbers, params)
 
 
 def decayed(params: Any) -> Any:
@@ -118,11 +155,12 @@ def state_shardings(
       shardings: the shardings of these parameters.
       replicated: the sharding of everything else.
     """
+    places = dict(jax.tree_util.tree_leaves_with_path(shardings))
+
+    def place(path: tuple[Any, ...], _: Any) -> Any:
+        # The state repeats the tree of the parameters, or a part of it, in trees of its own.
+        ends = (path[start:] for start in range(len(path)))
+        return next((places[end] for end in ends if end in places), replicated)
+
     state = jax.eval_shape(optimizer.init, abstract_params)
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        state,
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
+    return jax.tree_util.tree_map_with_path(place, state)
