@@ -5,6 +5,7 @@ is a toy whose programs compile in no time; tests/rl/test_learner.py has the rea
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -138,8 +139,10 @@ def with_half(in_pieces: Any) -> Any:
     return run
 
 
-def joint_gradient(policy: Toy, objective: Objective) -> tuple[Any, Any]:
+@functools.cache
+def joint_gradient(couples: str, lora: LoRA | None) -> tuple[Any, Any]:
     """The plain derivative by the trained parameters of total / weight, from one forward pass."""
+    policy, objective = Toy(Config(lora)), objective_of(couples)
     variables = parameters(bool(policy.config.lora), mesh_of())
     rollout, draws, others = inputs(mesh_of())
     reader, trained = Reader(policy), policy.trained
@@ -155,27 +158,27 @@ def joint_gradient(policy: Toy, objective: Objective) -> tuple[Any, Any]:
     return jax.device_get(jax.jit(jax.value_and_grad(value))(variables[trained]))
 
 
+@pytest.mark.parametrize('couples', ['row', 'group', 'batch'])
 @pytest.mark.parametrize(
-    # Rows and draws differentiated at once; 0 takes all draws. Rows and groups on one device, in
-    # other pieces and without adapters, are in tests/rl/test_plug_ins.py. The way of adapters is
-    # the same whatever is coupled.
-    ('couples', 'microbatch', 'draws_per_pass', 'lora'),
+    # Rows and draws differentiated at once; 0 takes all draws.
+    ('sizes', 'microbatch', 'draws_per_pass', 'lora'),
     [
-        ('group', 2, 1, None),
-        ('batch', 2, 1, None),
-        ('row', 2, 0, LoRA(rank=2, alpha=2.0)),
+        ((1, 1, 1), 4, 0, None),
+        ((8, 1, 1), 8, 1, None),
+        ((2, 2, 2), 2, 1, None),
+        ((2, 2, 2), 2, 0, LoRA(rank=2, alpha=2.0)),
     ],
-    ids=['group', 'batch', 'row of adapters'],
+    ids=['1x1x1', '8x1x1', '2x2x2', 'adapters on 2x2x2'],
 )
-def test_the_gradient_in_pieces_is_the_joint_one(couples, microbatch, draws_per_pass, lora):
+def test_the_gradient_in_pieces_is_the_joint_one(sizes, microbatch, draws_per_pass, lora, couples):
     policy, objective = Toy(Config(lora)), objective_of(couples)
-    loss, gradient = joint_gradient(policy, objective)
+    mesh = mesh_of(*sizes)
+    loss, gradient = joint_gradient(couples, lora)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     assert largest > 1e-3
     in_pieces = make_gradient(
         policy, objective, microbatch=microbatch, draws_per_pass=draws_per_pass, group_size=GROUP
     )
-    mesh = mesh_of(2, 2, 2)
     with jax.set_mesh(mesh):
         frozen = parameters(bool(lora), mesh)
         trained = {policy.trained: frozen.pop(policy.trained)}
