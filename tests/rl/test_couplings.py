@@ -139,10 +139,8 @@ def with_half(in_pieces: Any) -> Any:
     return run
 
 
-@functools.cache
-def joint_gradient(couples: str, lora: LoRA | None) -> tuple[Any, Any]:
+def joint_gradient(policy: Toy, objective: Objective) -> tuple[Any, Any]:
     """The plain derivative by the trained parameters of total / weight, from one forward pass."""
-    policy, objective = Toy(Config(lora)), objective_of(couples)
     variables = parameters(bool(policy.config.lora), mesh_of())
     rollout, draws, others = inputs(mesh_of())
     reader, trained = Reader(policy), policy.trained
@@ -156,6 +154,12 @@ def joint_gradient(couples: str, lora: LoRA | None) -> tuple[Any, Any]:
         return loss.total / loss.weight
 
     return jax.device_get(jax.jit(jax.value_and_grad(value))(variables[trained]))
+
+
+@functools.cache
+def joint_gradient_of(couples: str, lora: LoRA | None) -> tuple[Any, Any]:
+    """`joint_gradient`, once for all meshes."""
+    return joint_gradient(Toy(Config(lora)), objective_of(couples))
 
 
 @pytest.mark.parametrize('couples', ['row', 'group', 'batch'])
@@ -173,7 +177,7 @@ def joint_gradient(couples: str, lora: LoRA | None) -> tuple[Any, Any]:
 def test_the_gradient_in_pieces_is_the_joint_one(sizes, microbatch, draws_per_pass, lora, couples):
     policy, objective = Toy(Config(lora)), objective_of(couples)
     mesh = mesh_of(*sizes)
-    loss, gradient = joint_gradient(couples, lora)
+    loss, gradient = joint_gradient_of(couples, lora)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     assert largest > 1e-3
     in_pieces = make_gradient(
