@@ -59,9 +59,10 @@ def test_memory_is_used_twice():
 
 @linux
 def test_executions_use_memory_twice():
-    """Each has 24,400 pages of 4 KiB. The heaps of threads that JAX starts could not keep them."""
+    """Each has 24,400 pages of 4 KiB. The heaps of threads that JAX starts could not keep them; the
+    heap of the main thread may still grow once or twice."""
     kept = faults(keep=True, program=EXECUTIONS)
-    assert kept < faults(keep=False, program=EXECUTIONS) / 10
+    assert kept < faults(keep=False, program=EXECUTIONS) / 3
 
 
 @linux
