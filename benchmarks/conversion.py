@@ -37,14 +37,12 @@ START, FIRST = 800, ((1, 60, 1.0), (2, 40, 1.0), (4, 40, 1.0))
 WHOLE, LAST = 200, ((4, 100, 0.3),)
 THRESHOLD = 'threshold 0.9'  # of benchmarks.samplers
 BELOW: dict[str, Any] = {'ha': 'center', 'va': 'top', 'fontsize': 7, 'color': '0.4'}
-FLAGS = flags.FLAGS
-
-
-# Every model is trained by AdamW, as conversions are.
-ADAMW = {'base.muon_rate': 0.0, 'base.batch_size': 128}
 CAP = 2.0  # the weight that LLaDA2.0 recommends
 CONVERTED, WITH_CAP, JUMP = 'converted', 'converted, CAP', 'one jump'
+# Every model is trained by AdamW, as conversions are.
+ADAMW = {'base.muon_rate': 0.0, 'base.batch_size': 128}
 ACCURACIES = ('accuracy', 'grid_accuracy')
+FLAGS = flags.FLAGS
 
 
 def main(_: Sequence[str]) -> None:
@@ -109,15 +107,18 @@ def losses_of(directory: Path) -> dict[str, Any]:
 def evaluated(directory: Path) -> dict[str, Any]:
     """The accuracies of a policy."""
     out = directory.with_name(f'evaluation-{directory.name}')
-    line = runs.run('spg_jax.evaluate', f'--workdir={directory}', f'--out={out}')
-    return _accuracies(json.loads(line), '')
+    if not (out / 'result.json').is_file():
+        runs.run('spg_jax.evaluate', f'--workdir={directory}', f'--out={out}')
+    return _accuracies(json.loads((out / 'result.json').read_text()), '')
 
 
 def in_parallel(directory: Path) -> dict[str, Any]:
     """The share that is solved and the tokens a pass where a threshold decides how many."""
-    arguments = (f'--workdir={directory}', f'--sampler={THRESHOLD}', '--pairs=1')
-    lines = runs.run('benchmarks.samplers', *arguments).splitlines()
-    of_threshold = json.loads(lines[-1])['results'][-1]
+    path = directory.with_name(f'parallel-{directory.name}.json')
+    if not path.is_file():
+        arguments = (f'--workdir={directory}', f'--sampler={THRESHOLD}', '--pairs=1')
+        write_whole(path, runs.run('benchmarks.samplers', *arguments).splitlines()[-1])
+    of_threshold = json.loads(path.read_text())['results'][-1]
     return {
         'parallel_accuracy': of_threshold['accuracy'],
         'tokens_per_pass': of_threshold['tokens_per_pass'],
@@ -169,11 +170,13 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         end = 0
         for block, updates, _ in steps:
             axis.axvline(end, color='0.8', lw=0.8, zorder=0)
-            words = f'blocks\nof {block}' if block else 'whole length'
+            words = str(block) if block else 'whole length'
             place = (end + updates / 2, 0.97)
             axis.text(*place, words, transform=axis.get_xaxis_transform(), **BELOW)
             end += updates
-        axis.set(title=task.capitalize(), xlabel='updates', yscale='log')
+        axis.set(
+            title=task.capitalize(), xlabel='updates (above: size of the blocks)', yscale='log'
+        )
         axis.set_ylabel('loss on validation, nats a token')
         axis.legend(fontsize=8, loc='center right')
     figure.savefig(path, dpi=110)
