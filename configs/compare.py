@@ -84,10 +84,10 @@ OTHERS = ('agrpo', 'bgpo', 'coupled_grpo', 'd2', 'dmpo', 'ebpo', 'espo', 'gdpo',
 OTHERS += ('just_grpo', 'rspo', 'tracerl', 'vrpo')
 
 
-def _ablation(prefix: str, *more: str) -> dict:
-    """SPG beside the arms of an ablation, on Countdown."""
-    arms = [name for name in ARMS if name.startswith(prefix)]
-    return dict(methods=' '.join(['spg_mixture', *arms, *more]), budget='updates')
+def _ablation(*beginnings: str, budget: str = 'updates') -> dict:
+    """SPG beside the arms of ablations, on Countdown."""
+    arms = [name for name in ARMS if name.startswith(beginnings)]
+    return dict(methods=' '.join(['spg_mixture', *arms]), budget=budget)
 
 
 PRESETS = {
@@ -137,12 +137,9 @@ PRESETS = {
         validations=4,
         own_bases=True,
     ),
-    'negative': _ablation('spg_none', 'spg_elbo', 'spg_eubo'),
-    'masking': _ablation('spg_uniform', 'spg_informed'),
-    'beta': _ablation('spg_beta'),
-    'omega': _ablation('spg_omega'),
-    'draws': _ablation('spg_draws') | dict(budget='sequences'),
-    'inner': _ablation('spg_inner') | dict(budget='sequences'),
+    'negative': dict(methods=' '.join(BOUNDS), budget='updates'),
+    'ablations': _ablation('spg_uniform', 'spg_informed', 'spg_beta', 'spg_omega'),
+    'draws_and_inner': _ablation('spg_draws', 'spg_inner', budget='sequences'),
 }
 
 
