@@ -35,12 +35,14 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from spg_jax.process import allocator  # noqa: E402
 from tests import compiling, processes  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 if not ON_CPUS:  # Their products of float32 numbers would keep fewer bits.
     jax.config.update('jax_default_matmul_precision', 'highest')
 
+allocator.collect_seldom()
 compiling.use_older_emitters_where_optimizations_are_off()
 
 

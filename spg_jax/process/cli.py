@@ -124,6 +124,7 @@ def chosen_mesh(configured: Mapping[str, int]) -> Mesh:
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses flags and runs `main`; an error that a user can mend is one line and exit status 1."""
     streams.outlive_readers()
+    allocator.collect_seldom()
     allocator.keep_memory()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # after the imports of the package
     if libtpu.is_installed() and libtpu.surely_absent():
