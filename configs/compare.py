@@ -1,6 +1,6 @@
 """Which methods `spg_jax.compare` compares on which tasks; docs/compare.md explains the protocol.
 
-python -m spg_jax.compare --config=configs/compare.py:smoke    # does it all run? two minutes
+python -m spg_jax.compare --config=configs/compare.py:smoke    # does it all run? a minute
 python -m spg_jax.compare --config=configs/compare.py          # quick: eight methods, Countdown
 python -m spg_jax.compare --config=configs/compare.py:full     # every method, Countdown and Sudoku
 python -m spg_jax.compare --config=compare --config.methods=spg_mixture,d1 --config.seeds=2

@@ -8,6 +8,27 @@ import jax.numpy as jnp
 from jax import Array
 
 
+def likeliest(scores: Array) -> Array:
+    """The id of the highest score, [..., V] -> [...] int32, and of equal ones the first.
+
+    NaN counts as the highest. On CPUs `jnp.argmax` compares one number after the other, and does
+    so in the loop that makes the scores, noise included.
+    """
+    return jax.lax.platform_dependent(scores, cpu=_first_highest, default=_argmax)
+
+
+def _argmax(scores: Array) -> Array:
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _first_highest(scores: Array) -> Array:
+    """`_argmax` in two passes, each of which compares several numbers at once."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    highest = scores.max(-1, keepdims=True)
+    is_highest = (scores == highest) | jnp.isnan(scores)
+    return jnp.where(is_highest, ids, scores.shape[-1] - 1).min(-1)
+
+
 def kept_ids(logits: Array, temperature: float, top_k: int, top_p: float) -> Array:
     """The ids that are left after truncation, [..., V] bool; the likeliest id is among them.
 

@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spg_jax.diffusion import samplers
 from spg_jax.diffusion.samplers.rules import View, commitment
 from spg_jax.diffusion.sampling import CachedModel, SamplingConfig, generate
+from spg_jax.diffusion.token_law import likeliest
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.collection import make_generate
@@ -130,6 +131,18 @@ def test_each_rule_is_the_plain_loop(name, temperature, steps, bias):
         assert_allclose(completion.extras['confidence'][row], sureness, rtol=1e-4)
     if steps == 12:  # Some step commits more than one, be it what was taken back.
         assert any(len(set(row[:4])) < 4 for row in committed.tolist())
+
+
+def test_the_likeliest_id_is_the_first_of_the_highest_scores():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, (50, 3, 9)).astype(np.float32)  # with many ties
+    scores[rng.random(scores.shape) < 0.2] = -np.inf
+    scores[:5] = -np.inf
+    scores[5:10, 1, 4:] = np.nan  # which counts as the highest for NumPy as well
+    scores[10:15, 2] = np.inf
+    ids = jax.jit(likeliest)(scores)
+    assert ids.dtype == jnp.int32
+    assert_array_equal(ids, scores.argmax(-1))
 
 
 def test_a_row_alone_gets_what_it_gets_beside_slower_rows():

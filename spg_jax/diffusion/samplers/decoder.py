@@ -412,7 +412,7 @@ def draw(
             drawable = jnp.where(kept, choosable, -jnp.inf)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(key_of(0))
         noisy = drawable + config.temperature * noise
-    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)  # [B, b]
+    token = token_law.likeliest(noisy)  # [B, b]
     nothing = jnp.zeros(keys.shape, jnp.int32)
     view = rules.View(
         logits=logits,

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from spg_jax.diffusion.token_law import likeliest
+
 
 @struct.dataclass
 class View:
@@ -109,7 +111,7 @@ def entropy(view: View, config: Any) -> Array:
 
 def margin(view: View, config: Any) -> Array:
     """The positions whose two likeliest allowed tokens differ most in probability."""
-    best_id = jnp.argmax(view.choosable, axis=-1)[:, None]  # [b, 1]
+    best_id = likeliest(view.choosable)[:, None]  # [b, 1]
     ids = jnp.arange(view.logits.shape[-1])[None, :]  # [1, V]
     second = jnp.where(ids == best_id, -jnp.inf, view.choosable).max(-1)  # [b]
     return jnp.exp(view.choosable.max(-1) - view.log_z) - jnp.exp(second - view.log_z)
@@ -207,7 +209,7 @@ def least_sure(confidence: Array, committed: Array, left: Array, config: Any) ->
 
 def surer_token(view: View, tokens: Array, config: Any) -> Array:
     """Where another token is the likeliest, and more probable than `edit_threshold` (LLaDA2.1)."""
-    return (jnp.argmax(view.choosable, axis=-1) != tokens) & (view.largest > config.edit_threshold)
+    return (likeliest(view.choosable) != tokens) & (view.largest > config.edit_threshold)
 
 
 def doubtful_token(view: View, tokens: Array, config: Any) -> Array:
@@ -218,7 +220,7 @@ def doubtful_token(view: View, tokens: Array, config: Any) -> Array:
     present = jnp.take_along_axis(view.logits, tokens[:, None], axis=-1)[:, 0] - view.log_z
     doubtful = jnp.exp(present) < config.keep_threshold
     if config.temperature == 0.0:
-        doubtful &= jnp.argmax(view.choosable, axis=-1) != tokens
+        doubtful &= likeliest(view.choosable) != tokens
     return doubtful | surer_token(view, tokens, config)
 
 
