@@ -1,5 +1,6 @@
 """Samplers that commit several tokens a step against plain loops, and caches against the model."""
 
+import dataclasses
 import sys
 from functools import cache, partial
 
@@ -156,6 +157,16 @@ def test_a_row_alone_gets_what_it_gets_beside_slower_rows():
         alone = toy.generate(tokens[copies], mask[copies], keys[copies], config)
         assert_array_equal(alone.tokens[0], batch.tokens[row])
         assert_array_equal(alone.commit_step[0], batch.commit_step[row])
+
+
+def test_what_is_taken_back_is_committed_by_the_last_step_of_every_schedule():
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.key(5), len(tokens))
+    toy, config = Counting(eos_bias=-20.0), config_of('remask', schedule='timesteps')
+    config = dataclasses.replace(config, threshold=1.0, remasks=9)  # No token is ever sure.
+    completion = toy.generate(tokens, mask, keys, config)
+    assert np.all(np.asarray(completion.tokens) != MASK)
+    assert np.all(np.asarray(completion.commit_step) >= 0)
 
 
 def test_a_block_ends_with_its_last_token_and_not_with_its_last_step():

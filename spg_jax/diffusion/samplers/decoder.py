@@ -429,7 +429,8 @@ def draw(
 def _due(masked: Array, turn: Array, config: SamplingConfig) -> Array:
     """How many of the masked tokens [B] of each row a step of a block commits at least."""
     if config.schedule == 'timesteps':
-        return jnp.minimum(masked, scheduled_commits(config)[turn])
+        is_last = turn + 1 >= config.steps_per_block  # which also commits what was taken back
+        return jnp.where(is_last, masked, jnp.minimum(masked, scheduled_commits(config)[turn]))
     # What is left is spread evenly, and the first steps of an uneven block commit one more.
     left = config.steps_per_block - turn
     if config.edits_in_blocks:  # None of the rounds after the last step has a mask left.
