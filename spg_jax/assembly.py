@@ -297,6 +297,14 @@ def _prompt_lengths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     return lengths
 
 
+def _rule_settings() -> set[str]:
+    """The settings of the group sampling that evaluations share: neither how much is decoded, nor
+    by which rule and law, nor what is approximate or recorded."""
+    own = {'length', 'steps', 'block_length', 'temperature', 'sampler'}
+    of_rollouts = {'cache', 'refresh', 'top_k', 'top_p', 'records', 'influence_window'}
+    return set(_fields(SamplingConfig)) - own - of_rollouts
+
+
 def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
     lengths, steps = config.evaluation.lengths, config.evaluation.steps
     if len(lengths) != len(steps) or not lengths:
@@ -304,6 +312,16 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
             f'evaluation.lengths {tuple(lengths)} and evaluation.steps {tuple(steps)} must pair '
             'up; give one number of steps for each length'
         )
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(
+            f'evaluation.lengths {tuple(lengths)} names a length twice, whose figures would share '
+            'a name; give each length once'
+        )
+    sampler = config.evaluation.sampler
+    # Whatever else the rule reads, such as its thresholds, is that of the group sampling.
+    of_rollouts = {name: config.sampling[name] for name in _rule_settings()}
+    if not sampler:
+        del of_rollouts['commit']  # The default is that of published evaluations.
     try:
         decodings = tuple(
             SamplingConfig(
@@ -311,20 +329,16 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
                 steps=number,
                 block_length=config.evaluation.block_length,
                 temperature=0.0,
-                guidance=config.sampling.guidance,
-                stop_early=config.sampling.stop_early,
-                sampler=config.evaluation.sampler,
-                threshold=config.sampling.threshold,
-                schedule=config.sampling.schedule,
-                edit_threshold=config.sampling.edit_threshold,
-                post_steps=config.sampling.post_steps,
-                edit_rounds=config.sampling.edit_rounds,
-                keep_threshold=config.sampling.keep_threshold,
+                sampler=sampler,
+                **of_rollouts,
             )
             for length, number in zip(lengths, steps, strict=True)
         )
     except ValueError as error:
-        raise ValueError(str(error).replace('sampling.', 'evaluation.')) from None
+        message = str(error).replace('sampling.length', 'evaluation.lengths')
+        for name in ('steps', 'block_length', 'sampler'):
+            message = message.replace(f'sampling.{name}', f'evaluation.{name}')
+        raise ValueError(message) from None
     return Evaluation(
         decodings=decodings,
         trained_length=config.sampling.length,

@@ -83,12 +83,41 @@ def test_informed_masks_of_spg_follow_the_influence_in_the_rollout():
     assert 40 < (chosen.sum(1) < 3).sum() < 120
 
 
+def test_an_evaluation_reads_all_settings_of_its_rule():
+    config = default_config()
+    settings = {'threshold': 0.8, 'factor': 0.7, 'entropy_bound': 0.3, 'remasks': 2}
+    settings |= {'edit_threshold': 0.4, 'post_steps': 3, 'edit_rounds': 2, 'keep_threshold': 0.1}
+    config.sampling.update(settings, commit='entropy', schedule='timesteps', top_k=5)
+    config.evaluation.sampler = 'entropy_bounded'
+    decoding = assemble(config).evaluation.headline
+    assert {name: getattr(decoding, name) for name in settings} == settings
+    assert (decoding.rule_name, decoding.schedule) == ('entropy_bounded', 'timesteps')
+    assert (decoding.temperature, decoding.top_k, decoding.cache) == (0.0, 0, '')
+    config.evaluation.sampler = ''
+    assert assemble(config).evaluation.headline.rule_name == 'low_confidence'
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'evaluation.lengths': (64, 64), 'evaluation.steps': (32, 64)}, 'names a length twice'),
+        ({'evaluation.lengths': (100,), 'evaluation.steps': (64,)}, 'evaluation.lengths 100 is'),
+        ({'evaluation.sampler': 'entropi'}, 'evaluation.sampler'),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused_by_the_names_of_its_settings(change, message):
+    config = default_config()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        assemble(config)
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         ({'corruption.kind': 'full'}, "corruption.kind 'full'.* use uniform or block"),
         ({'corruption.window': 0}, 'corruption.window is 0; use a positive integer'),
-        ({'spg.estimator': 'block'}, "rl.estimator 'block' needs positions masked uniformly"),
+        ({'spg.estimator': 'block'}, "spg.estimator 'block' needs positions masked uniformly"),
         ({'sampling.top_p': 1.5}, 'sampling.top_p is 1.5'),
     ],
 )

@@ -97,7 +97,7 @@ def check_pairing(name: str, corruption: Corruption) -> None:
         )
     if name != 'released' and corruption.informed:
         raise ValueError(
-            f'rl.estimator {name!r} needs positions masked uniformly, found corruption.informed '
+            f'spg.estimator {name!r} needs positions masked uniformly, found corruption.informed '
             "True; turn it off, or use estimator 'released'"
         )
 
