@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from spg_jax.data.batches import PromptBatch
-from spg_jax.process import libtpu
+from spg_jax.process import distributed, libtpu
 from spg_jax.rl.rollout import Rollout
 from spg_jax.runs.preparation import Programs, Update
 from spg_jax.training.train_state import TrainState
@@ -30,7 +30,8 @@ def prepare_tracing() -> None:
 def profiled(programs: Programs, update: int, workdir: Path) -> Programs:
     """Programs that trace the first rollout from an update on, and the update that follows it.
 
-    The phases are named `rollout`, in it `generate` and `decode and reward`, and `update`.
+    The phases are named `rollout`, in it `generate` and `decode and reward`, and `update`. Of
+    several processes the leader alone traces, because they share the folder.
 
     Args:
       programs: of the run.
@@ -38,7 +39,7 @@ def profiled(programs: Programs, update: int, workdir: Path) -> Programs:
       workdir: gets the folder FOLDER. If it is there already, nothing is traced.
     """
     folder = workdir / FOLDER
-    if not update or folder.exists():
+    if not update or folder.exists() or not distributed.is_leader():
         return programs
     trace = _Trace(folder, update)
 
