@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -226,10 +225,11 @@ def check_rewards(task: Task, rewards: Sequence[float], texts: Sequence[str]) ->
     """Refuses rewards that no update could use, which the task of a user may give by mistake.
 
     Raises:
-      ValueError: a reward is no number, NaN or infinite.
+      ValueError: a reward is no number, NaN, or infinite in float32.
     """
+    largest = float(np.finfo(np.float32).max)
     for reward, text in zip(rewards, texts, strict=True):
-        if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        if not isinstance(reward, numbers.Real) or not abs(reward) <= largest:
             raise ValueError(
                 f'the reward of task {task.name} is {reading.shown(reward)} for the completion '
                 f'{reading.shown(text)}; return a finite number for every text'
