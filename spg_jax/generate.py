@@ -30,6 +30,7 @@ from rich.console import Console
 from spg_jax.assembly import assemble
 from spg_jax.data.batches import left_pad, padded_length
 from spg_jax.data.tokenizers import Tokenizer
+from spg_jax.diffusion.samplers.editing import DRAFT
 from spg_jax.diffusion.sampling import Completion
 from spg_jax.method import complete
 from spg_jax.process import cli
@@ -90,10 +91,11 @@ def main(_: list[str]) -> None:
         policy, _, variables = policies.load_policy(directory, mesh, adapter, **parts.execution)
         keys = example_keys(FLAGS.seed, Purpose.SAMPLE, 0, np.zeros(1, np.uint32))
         completion = make_generate(policy, decoding)(variables, tokens, valid, keys)
-    tokens, commit_step = np.asarray(completion.tokens)[0], np.asarray(completion.commit_step)[0]
     if FLAGS.trace:
-        show_trace(tokens, commit_step, lambda token: tokenizer.decode([token], True), Console())
-    print(tokenizer.decode(tokens.tolist()))
+        steps = np.asarray(completion.commit_step)[0]
+        committed = np.asarray(completion.extras.get(DRAFT, completion.tokens))[0]
+        show_trace(committed, steps, lambda token: tokenizer.decode([token], True), Console())
+    print(tokenizer.decode(np.asarray(completion.tokens)[0].tolist()))
 
 
 class Request(NamedTuple):

@@ -186,9 +186,11 @@ class Evaluator:
         return decode(self._tokenizer, completions.tokens)
 
     def trace(self, variables: Variables, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        """The headline completion of one example: tokens [C] and commit steps [C], both int32."""
+        """The headline completion of one example as it was committed, before any edit: tokens [C]
+        and commit steps [C], both int32."""
         completions = self._generate(variables, [example], self._evaluation.headline, samples=1)
-        return completions.tokens[0], completions.commit_step[0]
+        drafts = completions.tokens if completions.draft is None else completions.draft
+        return drafts[0], completions.commit_step[0]
 
     def _keep(
         self,
