@@ -74,6 +74,7 @@ def made_of(config: ml_collections.ConfigDict, task: Task) -> Settings:
     # For the same reason settings of the second loss are there only with that loss.
     unread = () if config.base.edit_weight else ('edit_weight', 'wrong_share', 'random_rate')
     unread += () if config.base.keep_weight else ('keep_weight',)
+    unread += () if config.base.muon_rate else ('muon_rate',)  # AdamW, as before there was Muon
     return files | {
         'task': {'name': task.name, 'format': task.format, 'template': task.template},
         'model': {name: x for name, x in config.model.items() if name not in EXECUTION},
