@@ -82,7 +82,13 @@ def main(_: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / 'regime.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
+    updates = {(point.axis, point.level): point.longer * FLAGS.updates for point in POINTS}
+    # Records of another --updates stay in the file, and are no part of these tables.
+    records = [
+        record
+        for record in map(json.loads, lines)
+        if record['updates'] == updates[record['axis'], record['level']]
+    ]
     done = {(record['axis'], record['level'], record['arm']) for record in records}
     params = toys.learn(range(TUNED.stop))  # A toy depends on its seed alone.
     # Laws and their derivatives take longest, so they come last.

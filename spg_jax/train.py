@@ -173,7 +173,8 @@ def collect(
 ) -> tuple[Arrays, Metrics]:
     """The arrays with completions of the next batches of prompts, from which updates learn.
 
-    The metrics say how far an approximate sampler is from the model; an exact one has none.
+    The metrics say how far the log-probabilities that a sampler records are from the model's, where
+    it records any; of several batches the last one is measured.
     """
     state, rollout, probe = arrays
     gap: Metrics = {}

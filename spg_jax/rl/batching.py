@@ -71,8 +71,8 @@ class Batching:
         """
         if self.draws_per_pass < 0 or (self.draws_per_pass and draws % self.draws_per_pass):
             raise ValueError(
-                f'rl.draws_per_pass {self.draws_per_pass} does not divide corruption.draws '
-                f'{draws}; use 1, or 0 for all at once'
+                f'rl.draws_per_pass {self.draws_per_pass} does not divide the {draws} draws of a '
+                'row; use 1, or 0 for all at once'
             )
 
     def local_prompts(self, mesh: Mesh) -> np.ndarray:

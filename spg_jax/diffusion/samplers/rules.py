@@ -1,7 +1,7 @@
 """The rules by which a denoising step commits tokens, each a function of one row.
 
 A rule gives each position of the block a score, and the step commits the masked positions of
-highest score: as many as the even schedule asks for (`View.count`), and all that the rule is sure
+highest score: as many as the schedule asks for (`View.count`), and all that the rule is sure
 of. So every rule ends within `sampling.steps`, and a rule that is sure of more ends sooner.
 
 Shapes: `b` positions of the current block, `V` vocabulary; `[]` is a scalar.
