@@ -46,8 +46,8 @@ class Slots:
 def can_stream(policy: Policy, config: sampling.SamplingConfig, mesh: Mesh) -> bool:
     """Whether completions can be generated in slots: rows end early, on one shard of rows.
 
-    Slots have no blocks that are counted from the prompt, and blocks of one token are too short for
-    the host to look at the batch after each.
+    Models that see blocks, the autoregressive ones among them, have no slots: their blocks are
+    counted from the prompt, or have one token.
     """
     processes = {device.process_index for device in mesh.devices.flat}
     alone = row_shards(mesh) == len(processes) == 1
