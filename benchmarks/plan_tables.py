@@ -53,8 +53,9 @@ OBJECTIVES = f"""## Every objective on {DRAWS_ON}
 GSM8K with 96 completions a rollout and 4 updates on it, each objective with its own numbers of
 draws. Some keep a policy beside the trained one, which stays on the chips, and some read rollouts
 out when they arrive (`arrival`), or look at the reference or a teacher in every update. Peaks are
-in GiB a chip, by formula and without the code of the programs; FLOPs are of all chips together. `--topologies=` prints this table
-alone, and `--topologies= --objectives=spg,d1` compiles these updates too.
+in GiB a chip, by formula and without the code of the programs; FLOPs are of all chips together.
+`--topologies=` prints this table alone, and `--topologies= --objectives=spg,d1` compiles these
+updates too.
 
 Of these updates spg's was compiled to its end: 5.33 GiB with its code. Two more were compiled up to
 their buffers (the total of `*memory-usage-report.txt` in XLA's dump), without the code, of which

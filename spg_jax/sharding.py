@@ -280,6 +280,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def constrain_rows(tree: Any) -> Any:
+    """A pytree of arrays [B, ...] whose rows are split as `constrain` does; scalars stay."""
+    return jax.tree.map(
+        lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)) if x.ndim else x, tree
+    )
+
+
 def _dividing_spec(name: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh) -> P:
     """`partition_spec` of a tensor, if the mesh axes divide its shape; raises ValueError if not."""
     spec = list(partition_spec(name, axes))

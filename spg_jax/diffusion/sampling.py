@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from spg_jax.diffusion.samplers import REGISTRY, editing
+from spg_jax.diffusion.samplers import editing
 from spg_jax.diffusion.samplers.decoder import CachedModel, Carry, Decoder, is_generated_eos
 from spg_jax.diffusion.samplers.settings import RECORDS, SamplingConfig
 from spg_jax.models.windows import Window
 
 __all__ = [
-    'COMMITS',
     'RECORDS',
     'CachedModel',
     'Carry',
@@ -35,9 +34,6 @@ __all__ = [
     'generate',
     'record_shapes',
 ]
-
-# The rules that commit what the even schedule says.
-COMMITS = tuple(name for name, sampler in REGISTRY.items() if sampler.even)
 
 
 @struct.dataclass

@@ -25,7 +25,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import Advantage
 from spg_jax.rl.rollout import DRAFT_REWARD, DRAFT_SCORED, Rollout
 from spg_jax.rl.slots import Part, can_refill, can_stream, functions_of, make_stream
-from spg_jax.sharding import constrain, own_rows, own_values, put_batch
+from spg_jax.sharding import constrain, constrain_rows, own_rows, own_values, put_batch
 from spg_jax.tasks import reading
 from spg_jax.tasks.task import Example, Task
 
@@ -61,7 +61,7 @@ def make_generate(policy: Policy, config: sampling.SamplingConfig) -> Generate:
             policy.allowed,
             cached,
         )
-        return jax.tree.map(lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)), completion)
+        return constrain_rows(completion)
 
     return generate
 

@@ -32,7 +32,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives.objective import View
 from spg_jax.rl.rollout import Rollout, rollout_shapes
 from spg_jax.rl.scores import Reader
-from spg_jax.sharding import constrain
+from spg_jax.sharding import constrain_rows
 from spg_jax.training.train_state import Metrics, TrainState
 
 TOKENS = 128  # the largest K; the vocabularies of models for a laptop are smaller
@@ -93,7 +93,7 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
             lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), (rows, draws)
         )
         return jax.tree.map(
-            lambda x: _rows(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])),
+            lambda x: constrain_rows(jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])),
             jax.lax.map(read_part, pieces),
         )
 
@@ -101,7 +101,7 @@ def make_diagnosis(policy: Policy, batching: Batching, block_length: int, seed: 
         rows = rollout.replace(extras={})
         draws = masks(seed, rows)
         base = read(state, rows, draws, lambda logits, view: sketch(_log_probs(logits)))
-        return Probe(rows=jax.tree.map(_rows, rows), base=base, before=base)
+        return Probe(rows=constrain_rows(rows), base=base, before=base)
 
     def look(seed: Array, state: TrainState, probe: Probe) -> tuple[Probe, Metrics]:
         def readout(logits: Array, view: View) -> tuple[Sketch, dict[str, Array]]:
@@ -168,7 +168,3 @@ def probe_shapes(rows: int, prompt_length: int, length: int, vocab_size: int) ->
 def _log_probs(logits: Array) -> Array:
     """[1, C, V] logits of one draw -> [C, V] float32."""
     return jax.nn.log_softmax(logits[0].astype(jnp.float32), axis=-1)
-
-
-def _rows(x: Array) -> Array:
-    return constrain(x, 'rows', *(None,) * (x.ndim - 1))

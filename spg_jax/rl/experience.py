@@ -19,7 +19,7 @@ from spg_jax.rl.batching import Batching
 from spg_jax.rl.objectives import Objective, Ring
 from spg_jax.rl.rollout import Rollout, draft_shapes, rollout_shapes
 from spg_jax.rl.scores import BIRTH
-from spg_jax.sharding import constrain
+from spg_jax.sharding import constrain_rows
 from spg_jax.training.train_state import TrainState
 
 
@@ -35,7 +35,7 @@ def rows_of_update(ring: Ring | None, seed: int, step: Array, experience: Rollou
     if ring.first is not None:
         order = order[jnp.argsort(~ring.first(experience)[order], stable=True)]
     order = order[: ring.rows]
-    return jax.tree.map(lambda x: constrain(x[order], 'rows', *(None,) * (x.ndim - 1)), experience)
+    return constrain_rows(jax.tree.map(lambda x: x[order], experience))
 
 
 def collections_due(objective: Objective, batching: Batching, step: int) -> int:
@@ -129,19 +129,14 @@ def make_keep(
     def write(experience: Rollout, fresh: Rollout, first: Array) -> Rollout:
         def replace(old: Array, new: Array) -> Array:
             start = (first,) + (0,) * (old.ndim - 1)
-            rows = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
-            return constrain(rows, 'rows', *(None,) * (old.ndim - 1))
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
 
-        return jax.tree.map(replace, experience, fresh)
+        return constrain_rows(jax.tree.map(replace, experience, fresh))
 
     @jax.jit
     def begin(fresh: Rollout) -> Rollout:
-        return jax.tree.map(
-            lambda x: constrain(
-                jnp.zeros((rows, *x.shape[1:]), x.dtype), 'rows', *(None,) * (x.ndim - 1)
-            ),
-            fresh,
-        )
+        empty = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), fresh)
+        return constrain_rows(empty)
 
     def keep(experience: Rollout | None, fresh: Rollout, step: int, collected: int) -> Rollout:
         born = jnp.full(fresh.reward.shape, step, jnp.int32)

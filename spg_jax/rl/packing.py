@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from spg_jax.rl.objectives.objective import Batch, Loss, over_units
-from spg_jax.sharding import constrain
+from spg_jax.sharding import constrain_rows
 
 # Where all rows fit into one microbatch, idle rows are left out in steps of a quarter of the batch.
 # Smaller pieces would save more, but they take longer where no row is idle (docs/performance.md).
@@ -81,9 +81,7 @@ class Packed(Pieces):
         # piece. This order makes it deal out the rows of `order` piece by piece.
         dealt = self.order.reshape(self.number, -1, self.unit)
         dealt = dealt.transpose(1, 0, 2).reshape(-1)
-        return super().split(
-            jax.tree.map(lambda x: constrain(x[dealt], 'rows', *(None,) * (x.ndim - 1)), rows)
-        )
+        return super().split(constrain_rows(jax.tree.map(lambda x: x[dealt], rows)))
 
     def join(self, pieces: Any) -> Any:
         place = jnp.argsort(self.order)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from spg_jax.diffusion import sampling
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.windows import Window
-from spg_jax.sharding import constrain, own_values, row_shards
+from spg_jax.sharding import constrain_rows, own_values, row_shards
 
 # A batch shrinks to a half, a quarter or an eighth of its slots: each size is a program of its own.
 SHARES = (1, 2, 4, 8)
@@ -97,7 +97,7 @@ def make_stream(
         carry = sampling.begin(
             prompt, prompt_mask, keys, config, policy.mask_id, policy.allowed.size, block
         )
-        return _by_rows(Slots(prompt_mask, keys, carry))
+        return constrain_rows(Slots(prompt_mask, keys, carry))
 
     def decoder_of(variables: Variables, slots: Slots) -> sampling.Decoder:
         hidden, unembed, cached = functions_of(policy, variables)
@@ -117,7 +117,7 @@ def make_stream(
     def advance(variables: Variables, slots: Slots) -> tuple[Slots, Array]:
         decoder = decoder_of(variables, slots)
         carry = decoder.advance(slots.carry)
-        return _by_rows(slots.replace(carry=carry)), decoder.ended(carry)
+        return constrain_rows(slots.replace(carry=carry)), decoder.ended(carry)
 
     @jax.jit
     def take(slots: Slots, index: Array) -> Slots:
@@ -199,9 +199,3 @@ def _filled(index: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     """An index [n] with its first entry repeated up to the next of some sizes."""
     size = next(size for size in sizes if size >= len(index))
     return np.append(index, np.full(size - len(index), index[0]))
-
-
-def _by_rows(slots: Any) -> Any:
-    return jax.tree.map(
-        lambda x: constrain(x, 'rows', *(None,) * (x.ndim - 1)) if x.ndim else x, slots
-    )

@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from spg_jax.diffusion import token_law
-from spg_jax.diffusion.sampling import COMMITS, SamplingConfig, generate
+from spg_jax.diffusion.sampling import SamplingConfig, generate
 
 pytestmark = pytest.mark.numerical
 
@@ -223,7 +223,7 @@ DECODINGS = [
     decoding(sampler='remask', steps=3, threshold=0.7, remasks=1),
 ]
 # `test_sampling` has the same rows as a plain loop where one of these rules decides.
-OTHERS = [decoding(commit) for commit in COMMITS if commit in ('entropy', 'margin')]
+OTHERS = [decoding(commit) for commit in ('entropy', 'margin')]
 
 
 def name_of(config):
