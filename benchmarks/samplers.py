@@ -107,7 +107,13 @@ class Ending(Policy):
         return jnp.concatenate([hidden, window.cut(mark) if window else mark], axis=-1)
 
     def hidden_with_cache(
-        self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array
+        self,
+        variables: Variables,
+        tokens: Array,
+        valid: Array,
+        cache: Cache,
+        start: Array,
+        window: Window | None = None,
     ) -> tuple[Array, Cache]:
         raise NotImplementedError
 

@@ -64,10 +64,18 @@ class Policy:
         return self.model.apply(variables, tokens, valid, dropout, window, noise, method='hidden')
 
     def hidden_with_cache(
-        self, variables: Variables, tokens: Array, valid: Array, cache: Cache, start: Array
+        self,
+        variables: Variables,
+        tokens: Array,
+        valid: Array,
+        cache: Cache,
+        start: Array,
+        window: Window | None = None,
     ) -> tuple[Array, Cache]:
         """`Transformer.hidden_with_cache`, without dropout."""
-        return self.model.apply(variables, tokens, valid, cache, start, method='hidden_with_cache')
+        return self.model.apply(
+            variables, tokens, valid, cache, start, window, method='hidden_with_cache'
+        )
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """A cache for B = `rows` sequences of L = `length` positions, of zeros."""

@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         else:
             left = int(config.shift_logits)
             source = Window(jnp.maximum(window.start - left, 0), window.size)
-            x = self._layers_in_window(x, rotary, valid, dropout, source)
+            x, _ = self._layers_in_window(x, rotary, valid, source, dropout)
         x = self.final_norm(x)
         if not config.shift_logits:
             return x
@@ -323,12 +323,15 @@ class Transformer(nn.Module):
         x: Array,
         rotary: tuple[Array, Array],
         valid: Array | Visibility,
-        dropout: Array | None,
         window: Window,
-    ) -> Array:
+        dropout: Array | None = None,
+        cache: Cache | None = None,
+        start: Array | None = None,
+    ) -> tuple[Array, Cache | None]:
         """`self.layers` with outputs of the last one in a window only: [B, L, D] -> [B, size, D].
 
         dropout: [layers, B, L] keys of the tokens in each of these layers, or None.
+        cache, start: as in `hidden_with_cache`; only for layers that are unrolled.
         """
         config = self.config
         collections = {
@@ -336,14 +339,14 @@ class Transformer(nn.Module):
             for name, values in self.layers.variables.items()
             if name in ('params', COLLECTION)
         }
-        stacked = (collections, dropout)  # with a leading axis of layers
+        stacked = (collections, dropout, cache)  # with a leading axis of layers
         number = len(jax.tree.leaves(collections)[0])
         unrolled = config.scan_unroll >= number
         block = Block(config, bool(config.experts), parent=None)
 
-        def layer(window: Window | None, x: Array, part: tuple) -> Array:
-            variables, keys = part
-            return block.apply(variables, x, rotary, valid, keys, None, None, window)[0]
+        def layer(window: Window | None, x: Array, part: tuple) -> tuple[Array, Cache | None]:
+            variables, keys, cache = part
+            return block.apply(variables, x, rotary, valid, keys, cache, start, window)
 
         whole, last = functools.partial(layer, None), functools.partial(layer, window)
         if config.remat:  # as in `_stack`; the last layer is in no loop
@@ -354,28 +357,37 @@ class Transformer(nn.Module):
             at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
             return jax.tree.map(at, stacked)
 
-        if number > 1 and unrolled:
+        caches = None
+        if unrolled:
             first = jax.tree.map(lambda leaf: leaf[:-1], stacked)
-            x, _ = jax.lax.scan(lambda x, part: (whole(x, part), None), x, first, unroll=number)
+            x, caches = jax.lax.scan(whole, x, first, unroll=number)
         elif number > 1:
             # A scan over all kernels but the last would copy them, and this loop does not.
-            x = jax.lax.fori_loop(0, number - 1, lambda i, x: whole(x, part_at(i)), x)
-        return last(x, part_at(number - 1))
+            x = jax.lax.fori_loop(0, number - 1, lambda i, x: whole(x, part_at(i))[0], x)
+        x, of_last = last(x, part_at(number - 1))
+        join = lambda first, last: jnp.concatenate([first, last[None]])  # noqa: E731
+        return x, jax.tree.map(join, caches, of_last)
 
     def hidden_with_cache(
-        self, tokens: Array, valid: Array, cache: Cache, start: Array
+        self,
+        tokens: Array,
+        valid: Array,
+        cache: Cache,
+        start: Array,
+        window: Window | None = None,
     ) -> tuple[Array, Cache]:
-        """Final hidden states of a window of w positions, with the keys and values of all others.
+        """Final hidden states of w positions in a row, with the keys and values of all others.
 
         Args:
           tokens: [B, w] int32, at the positions from `start`.
           valid: [B, L] bool, False on padding, as in `hidden`.
           cache: keys and values [layers, B, L, K, H] of earlier passes, the keys rotated already.
           start: [] or [B] int32.
+          window: which of the w positions the states are asked for; None is all.
 
         Returns:
-          [B, w, D], and the cache with the keys and values of the window. With w = L the states are
-          those of `hidden`, and nothing of the cache is read.
+          [B, w, D], or [B, size, D] of a window, and the cache with the keys and values of the w
+          positions. With w = L the states are those of `hidden`, and nothing of the cache is read.
         """
         config = self.config
         table = constrain(self.embedding.astype(config.dtype), 'vocab', None)  # [V, D]
@@ -384,7 +396,13 @@ class Transformer(nn.Module):
             valid, config.rotary_dims or config.head_dim, config.rope_theta, config.rope_scaling
         )
         rotary = tuple(cut(table, start, tokens.shape[1]) for table in rotary)
-        x, cache = self.layers(x, rotary, valid, None, cache, start)
+        if window is None or window.size == tokens.shape[1]:
+            x, cache = self.layers(x, rotary, valid, None, cache, start)
+        elif config.scan_unroll >= config.layers:
+            x, cache = self._layers_in_window(x, rotary, valid, window, cache=cache, start=start)
+        else:  # The cache of a loop over layers is the loop's, so that no layer leaves it.
+            x, cache = self.layers(x, rotary, valid, None, cache, start)
+            x = window.cut(x)
         return self.final_norm(x), cache
 
     def unembed(self, hidden: Array) -> Array:

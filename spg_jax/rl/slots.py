@@ -70,7 +70,7 @@ def functions_of(
     """What the sampler needs of a policy: its hidden states, its logits, and its cache."""
     cached = sampling.CachedModel(
         empty=policy.empty_cache,
-        read=lambda *window: policy.hidden_with_cache(variables, *window),
+        read=lambda *arguments: policy.hidden_with_cache(variables, *arguments),
     )
 
     def hidden(tokens: Array, valid: Array, window: Window) -> Array:

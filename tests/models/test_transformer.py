@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spg_jax.models.attention import attention
 from spg_jax.models.layers import RMSNorm, rotary_table, rotate
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.models.windows import Window
 from tests.parameters import random_params
 
 pytestmark = pytest.mark.numerical
@@ -131,6 +132,26 @@ def test_every_valid_token_reaches_every_position():
         moved = np.abs(np.asarray(run(params, changed, valid)) - before).max(-1)
         assert (moved[1, 4:] > 1e-4).all()
         assert_array_equal(moved[0], 0)
+
+
+@pytest.mark.parametrize('unroll', [1, 2])
+def test_a_window_of_a_pass_with_a_cache_has_its_states_and_the_whole_cache(unroll):
+    """Positions 2 to 5 of 7 are read, and the states of 3 and 4 asked for."""
+    config = dataclasses.replace(CONFIG, scan_unroll=unroll)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 19, (3, 4)).astype(np.int32)
+    valid = np.arange(7)[None, :] >= np.arange(3)[:, None]
+    cache = tuple(rng.normal(size=(2, 2, 3, 7, 2, 4)).astype(np.float32))
+
+    def read(window):
+        arguments = (tokens, valid, cache, jnp.int32(2), window)
+        return Transformer(config).apply({'params': make()}, *arguments, method='hidden_with_cache')
+
+    whole, expected = jax.jit(lambda: read(None))()
+    part, caches = jax.jit(lambda start: read(Window(start, 2)))(1)  # counted from position 2
+    assert_allclose(part, whole[:, 1:3], atol=1e-5)
+    for ours, theirs in zip(caches, expected, strict=True):
+        assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_unrolled_and_rematerialised_layers_give_equal_gradients():

@@ -32,13 +32,14 @@ class CachedModel:
 
     Attributes:
       empty: (B, L) -> a cache, a pytree whose values do not matter.
-      read: (tokens [B, w] at the positions from `start`, valid [B, L], cache, start [] or [B]) ->
-        (hidden states [B, w, D], cache), where keys and values of the w positions are new and those
-        of all others are the cache's. With w = L nothing of the cache is read.
+      read: (tokens [B, w] at the positions from `start`, valid [B, L], cache, start [] or [B],
+        window of the w positions) -> (hidden states [B, b, D] of the window, cache), where keys and
+        values of the w positions are new and those of all others are the cache's. With w = L
+        nothing of the cache is read.
     """
 
     empty: Callable[[int, int], Any]
-    read: Callable[[Array, Array, Any, Array], tuple[Array, Any]]
+    read: Callable[[Array, Array, Any, Array, Window], tuple[Array, Any]]
 
 
 @struct.dataclass
@@ -284,19 +285,21 @@ class Decoder:
         config, tokens = self.config, steps.carry.tokens
         place = self.prompt_length + start  # [] or [B]
 
+        block = Window(0, config.block_length)
+
         def refresh(cache: Any) -> tuple[Array, Any]:
-            hidden, cache = self.cached.read(tokens, self.valid, cache, jnp.int32(0))
-            return cut(hidden, place, config.block_length), cache
+            window = block._replace(start=place)
+            return self.cached.read(tokens, self.valid, cache, jnp.int32(0), window)
 
         def dual(cache: Any) -> tuple[Array, Any]:
-            window = cut(tokens, place, config.block_length)
-            return self.cached.read(window, self.valid, cache, place)
+            of_block = cut(tokens, place, config.block_length)
+            return self.cached.read(of_block, self.valid, cache, place, block)
 
-        def prefix(block: int, cache: Any) -> tuple[Array, Any]:
-            # The size of the window must be known to the compiler, so each block has a branch.
-            first = self.prompt_length + block * config.block_length
-            hidden, cache = self.cached.read(tokens[:, first:], self.valid, cache, jnp.int32(first))
-            return hidden[:, : config.block_length], cache
+        def prefix(number: int, cache: Any) -> tuple[Array, Any]:
+            # How much is read must be known to the compiler, so each block has a branch.
+            first = self.prompt_length + number * config.block_length
+            rest = tokens[:, first:]
+            return self.cached.read(rest, self.valid, cache, jnp.int32(first), block)
 
         def suffix(cache: Any) -> tuple[Array, Any]:
             branches = [lambda cache, j=j: prefix(j, cache) for j in range(config.blocks)]
