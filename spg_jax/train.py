@@ -83,6 +83,8 @@ def make_run(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh) -> bo
     with claimed(workdir, identity(config), finished), jax.set_mesh(mesh):
         if finished:
             return True
+        if distributed.is_leader():  # A run that is made longer is not finished, whoever asks.
+            (workdir / RESULT).unlink(missing_ok=True)
         with Interruption() as interruption:
             return train(config, workdir, mesh, interruption)
 

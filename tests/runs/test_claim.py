@@ -6,12 +6,14 @@ import json
 import pytest
 
 from configs import countdown
+from spg_jax import train
 from spg_jax.process.files import locked
 from spg_jax.process.interruption import Interruption
 from spg_jax.runs import claim
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import identity
 from spg_jax.runs.report import is_finished
+from tests.meshes import mesh_of
 
 pytestmark = pytest.mark.fast
 SETTINGS = {'task': {'name': 'countdown'}, 'mesh': {'data': 1}}
@@ -60,6 +62,14 @@ def test_a_finished_run_is_made_longer_from_a_checkpoint_only(tmp_path):
     assert '\n' not in str(error.value)
     (tmp_path / 'checkpoints' / '8').mkdir(parents=True)
     assert not is_finished(tmp_path, 9)
+
+
+def test_a_run_that_is_made_longer_has_no_result_until_it_has_ended(tmp_path, monkeypatch):
+    """The launchers and `score` take a result for the end of a run."""
+    monkeypatch.setattr(train, 'is_finished', lambda *_: False)
+    monkeypatch.setattr(train, 'train', lambda *_: (tmp_path / train.RESULT).exists())
+    (tmp_path / train.RESULT).write_text('{}')
+    assert not train.make_run(countdown.get_config('tiny'), tmp_path, mesh_of())
 
 
 def test_a_name_that_nothing_could_be_read_from_is_refused_before_any_work(tmp_path):
