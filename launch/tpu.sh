@@ -238,7 +238,7 @@ start_everywhere() {
   on_workers "$(at_work start "$mount" "$workdir" "${training[@]}")"
 }
 
-# Prints missing, failed, finished, active or inactive: of the workers' answers the first of these.
+# Prints finished, missing, failed, active or inactive: of the workers' answers the first of these.
 run_state() {
   local answers state
   answers=$(on_workers "if [ -e spg-jax/.installed ]; then $(at_work state "$workdir"); \

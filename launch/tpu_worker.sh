@@ -49,7 +49,12 @@ mount_nfs() {
 # outlives the training that saves into it.
 mount_for_good() {
   sudo mkdir -p "$2"
-  grep -q " $2 " /etc/fstab || echo "$1 $2 $3 $4 0 0" | sudo tee --append /etc/fstab >/dev/null
+  if grep " $2 " /etc/fstab | grep -vq "^$1 "; then
+    echo "$(hostname): $2 is where $(grep " $2 " /etc/fstab | cut -d' ' -f1) is mounted, not $1;" \
+      "use another mount point, or a new slice" >&2
+    exit 1
+  fi
+  grep -q "^$1 $2 " /etc/fstab || echo "$1 $2 $3 $4 0 0" | sudo tee --append /etc/fstab >/dev/null
   sudo systemctl daemon-reload
   sudo systemctl start "$2"
   mountpoint --quiet "$2"
