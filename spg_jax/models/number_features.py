@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from spg_jax.models.policy import Params
 
@@ -27,7 +28,9 @@ def with_number_features(params: Params, words: Sequence[str], first_id: int) ->
     Raises:
       ValueError: if the width is too small for the waves.
     """
-    embedding = np.array(params['embedding'])  # [V, D]
+    table = params['embedding']
+    # Whole on every process, whoever holds which part of it.
+    embedding = np.array(multihost_utils.process_allgather(table, tiled=True))  # [V, D]
     waves = 2 * len(PERIODS)
     if embedding.shape[1] < waves:
         raise ValueError(
@@ -42,4 +45,6 @@ def with_number_features(params: Params, words: Sequence[str], first_id: int) ->
             embedding[id, :waves] = (
                 WAVE_GAIN * deviation * np.concatenate([np.cos(angle), np.sin(angle)])
             )
-    return params | {'embedding': jnp.asarray(embedding, params['embedding'].dtype)}
+    values = embedding.astype(table.dtype)
+    place = jax.make_array_from_callback(values.shape, table.sharding, values.__getitem__)
+    return params | {'embedding': place}
