@@ -30,6 +30,7 @@ from spg_jax.models.published import (
     check_overrides,
     check_plain,
     read_contents,
+    rope_type,
     token_ids,
     transformer_config,
 )
@@ -166,6 +167,12 @@ def _finish(
         fields = published.fields() | own_fields()
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
+    if published.scaling is not None:
+        raise ValueError(
+            f'{path}: rotary wavelengths are scaled by {rope_type(published.scaling)!r}, which is '
+            'not supported in this family; use a checkpoint without it'
+        )
+    rotary_share = (published.rope_parameters or {}).get('partial_rotary_factor', rotary_share)
     head_dim = fields['head_size'] or fields['width'] // fields['heads']
     if rotary_share < 1:
         fields['rotary_dims'] = int(head_dim * rotary_share)
@@ -176,7 +183,8 @@ def _finish(
 def _ids(path: Path, published: HFConfig, config: TransformerConfig) -> SpecialIds:
     """The special ids, of which config.json has only some."""
     eos = published.eos_token_id
-    eos = eos[-1] if isinstance(eos, list) else eos
+    if isinstance(eos, list):
+        eos = eos[-1] if eos else None
     pad = published.pad_token_id
     eos = pad if eos is None else eos
     eos = EOS_ID if eos is None else eos

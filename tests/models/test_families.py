@@ -710,6 +710,11 @@ def test_a_quantised_base_computes_with_the_kernels_that_its_codes_stand_for(che
         ('tiny_llama/untied', {'mlp_bias': True}, 'mlp_bias is True, expected False'),
         ('tiny_llada2_moe', {'use_qk_norm': False}, 'use_qk_norm is False, expected True'),
         ('tiny_llada2_moe', {'n_group': 3}, '16 experts in 3 groups'),
+        (
+            'tiny_llada2_moe',
+            {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4.0}},
+            "scaled by 'yarn', which is not supported",
+        ),
         ('tiny_llada2_moe', {'num_experts_per_tok': 9}, '9 experts per token of 8'),
         ('tiny_llada2_moe', {'num_experts': 12}, 'experts.12.*is surplus.*num_experts 12'),
         ('tiny_llada2_moe', {'mask_token_id': 'absent'}, 'no tokenizer beside it has <.mask.>'),
