@@ -202,8 +202,9 @@ def _mendable(error: Exception) -> str | None:
         return message
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in message:
         return (
-            f'out of memory ({message[:300]}); use a smaller rl.microbatch, rl.generation_batch or '
-            'evaluation.batch, or more devices'
+            f'out of memory ({message[:300]}); use more devices, or less at once: '
+            'rl.microbatch, rl.generation_batch and evaluation.batch in reinforcement learning, '
+            'base.batch_size in pretrain, convert.batch_size in convert'
         )
     return None
 

@@ -163,7 +163,8 @@ class Evaluator:
         examples: Sequence[Example],
         transcripts: list[Transcript] | None = None,
     ) -> float:
-        """Share of problems that at least one of k completions, sampled as in rollouts, solves."""
+        """Share of problems that at least one of k completions solves, which are sampled at the
+        temperature of rollouts by the rule of evaluations."""
         evaluation, samples = self._evaluation, self._evaluation.samples
         decoding = dataclasses.replace(evaluation.headline, temperature=evaluation.temperature)
         completions = self._generate(variables, examples, decoding, samples)
