@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax.models.lora import COLLECTION, LoRA
-from spg_jax.models.transformer import Cache, Transformer, TransformerConfig
+from spg_jax.models.transformer import Cache, LayerCaches, Transformer, TransformerConfig
 from spg_jax.models.visibility import Visibility
 from spg_jax.models.windows import Window
 from spg_jax.random import Purpose, root_key
@@ -68,20 +68,23 @@ class Policy:
         variables: Variables,
         tokens: Array,
         valid: Array,
-        cache: Cache,
+        cache: Cache | LayerCaches,
         start: Array,
         window: Window | None = None,
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Cache | LayerCaches]:
         """`Transformer.hidden_with_cache`, without dropout."""
         return self.model.apply(
             variables, tokens, valid, cache, start, window, method='hidden_with_cache'
         )
 
-    def empty_cache(self, rows: int, length: int) -> Cache:
+    def empty_cache(self, rows: int, length: int) -> Cache | LayerCaches:
         """A cache for B = `rows` sequences of L = `length` positions, of zeros."""
         config = self.config
-        shape = (config.layers, rows, length, config.kv_heads, config.head_dim)
-        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+        shape = (rows, length, config.kv_heads, config.head_dim)
+        if not config.caches_by_layer:
+            shape = (config.layers, *shape)
+        pair = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+        return (pair,) * config.layers if config.caches_by_layer else pair
 
     def unembed(self, variables: Variables, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""

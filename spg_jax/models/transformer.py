@@ -16,6 +16,7 @@ length, `V` vocabulary, `D` width, `N` heads, `K` key/value heads, `H` head dim,
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,8 @@ EXECUTION = ('remat', 'scan_unroll', 'attention', 'quantize')
 
 
 Cache = tuple[Array, Array]  # keys and values, [layers, B, L, K, H] or those of one layer
+# Those of each layer. In one array all of it would be copied whenever one block of it changes.
+LayerCaches = tuple[Cache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,11 @@ class TransformerConfig:
     def autoregressive(self) -> bool:
         """Whether no position sees a later one."""
         return self.visible_block == 1
+
+    @property
+    def caches_by_layer(self) -> bool:
+        """Whether each layer has a cache of its own, because layers are in no loop."""
+        return self.scan_unroll >= self.layers
 
     @property
     def cheap_window_gradient(self) -> bool:
@@ -307,7 +315,7 @@ class Transformer(nn.Module):
         else:
             left = int(config.shift_logits)
             source = Window(jnp.maximum(window.start - left, 0), window.size)
-            x, _ = self._layers_in_window(x, rotary, valid, source, dropout)
+            x = self._layers_in_window(x, rotary, valid, dropout, source)
         x = self.final_norm(x)
         if not config.shift_logits:
             return x
@@ -323,30 +331,22 @@ class Transformer(nn.Module):
         x: Array,
         rotary: tuple[Array, Array],
         valid: Array | Visibility,
+        dropout: Array | None,
         window: Window,
-        dropout: Array | None = None,
-        cache: Cache | None = None,
-        start: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
+    ) -> Array:
         """`self.layers` with outputs of the last one in a window only: [B, L, D] -> [B, size, D].
 
         dropout: [layers, B, L] keys of the tokens in each of these layers, or None.
-        cache, start: as in `hidden_with_cache`; only for layers that are unrolled.
         """
         config = self.config
-        collections = {
-            name: values
-            for name, values in self.layers.variables.items()
-            if name in ('params', COLLECTION)
-        }
-        stacked = (collections, dropout, cache)  # with a leading axis of layers
-        number = len(jax.tree.leaves(collections)[0])
+        stacked = (self._kernels, dropout)  # with a leading axis of layers
+        number = len(jax.tree.leaves(self._kernels)[0])
         unrolled = config.scan_unroll >= number
         block = Block(config, bool(config.experts), parent=None)
 
-        def layer(window: Window | None, x: Array, part: tuple) -> tuple[Array, Cache | None]:
-            variables, keys, cache = part
-            return block.apply(variables, x, rotary, valid, keys, cache, start, window)
+        def layer(window: Window | None, x: Array, part: tuple) -> Array:
+            variables, keys = part
+            return block.apply(variables, x, rotary, valid, keys, None, None, window)[0]
 
         whole, last = functools.partial(layer, None), functools.partial(layer, window)
         if config.remat:  # as in `_stack`; the last layer is in no loop
@@ -357,31 +357,57 @@ class Transformer(nn.Module):
             at = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
             return jax.tree.map(at, stacked)
 
-        caches = None
-        if unrolled:
+        if number > 1 and unrolled:
             first = jax.tree.map(lambda leaf: leaf[:-1], stacked)
-            x, caches = jax.lax.scan(whole, x, first, unroll=number)
+            x, _ = jax.lax.scan(lambda x, part: (whole(x, part), None), x, first, unroll=number)
         elif number > 1:
             # A scan over all kernels but the last would copy them, and this loop does not.
-            x = jax.lax.fori_loop(0, number - 1, lambda i, x: whole(x, part_at(i))[0], x)
-        x, of_last = last(x, part_at(number - 1))
-        join = lambda first, last: jnp.concatenate([first, last[None]])  # noqa: E731
-        return x, jax.tree.map(join, caches, of_last)
+            x = jax.lax.fori_loop(0, number - 1, lambda i, x: whole(x, part_at(i)), x)
+        return last(x, part_at(number - 1))
+
+    def _layers_with_caches(
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        valid: Array,
+        caches: LayerCaches,
+        start: Array,
+        window: Window | None,
+    ) -> tuple[Array, LayerCaches]:
+        """`self.layers`, one after the other, with outputs of the last one in a window only."""
+        block = Block(self.config, bool(self.config.experts), parent=None)
+        after = []
+        for number, cache in enumerate(caches):
+            kernels = jax.tree.map(lambda leaf, number=number: leaf[number], self._kernels)
+            asked = window if number + 1 == len(caches) else None
+            x, cache = block.apply(kernels, x, rotary, valid, None, cache, start, asked)
+            after.append(cache)
+        return x, tuple(after)
+
+    @property
+    def _kernels(self) -> dict[str, Any]:
+        """The collections of `self.layers`, whose leaves have a leading axis of layers."""
+        return {
+            name: values
+            for name, values in self.layers.variables.items()
+            if name in ('params', COLLECTION)
+        }
 
     def hidden_with_cache(
         self,
         tokens: Array,
         valid: Array,
-        cache: Cache,
+        cache: Cache | LayerCaches,
         start: Array,
         window: Window | None = None,
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Cache | LayerCaches]:
         """Final hidden states of w positions in a row, with the keys and values of all others.
 
         Args:
           tokens: [B, w] int32, at the positions from `start`.
           valid: [B, L] bool, False on padding, as in `hidden`.
-          cache: keys and values [layers, B, L, K, H] of earlier passes, the keys rotated already.
+          cache: keys and values of earlier passes, the keys rotated already: [layers, B, L, K, H],
+            or where layers are unrolled a pair [B, L, K, H] for each layer (`empty_cache`).
           start: [] or [B] int32.
           window: which of the w positions the states are asked for; None is all.
 
@@ -396,13 +422,13 @@ class Transformer(nn.Module):
             valid, config.rotary_dims or config.head_dim, config.rope_theta, config.rope_scaling
         )
         rotary = tuple(cut(table, start, tokens.shape[1]) for table in rotary)
-        if window is None or window.size == tokens.shape[1]:
+        if window is not None and window.size == tokens.shape[1]:
+            window = None
+        if config.caches_by_layer:
+            x, cache = self._layers_with_caches(x, rotary, valid, cache, start, window)
+        else:
             x, cache = self.layers(x, rotary, valid, None, cache, start)
-        elif config.scan_unroll >= config.layers:
-            x, cache = self._layers_in_window(x, rotary, valid, window, cache=cache, start=start)
-        else:  # The cache of a loop over layers is the loop's, so that no layer leaves it.
-            x, cache = self.layers(x, rotary, valid, None, cache, start)
-            x = window.cut(x)
+            x = x if window is None else window.cut(x)
         return self.final_norm(x), cache
 
     def unembed(self, hidden: Array) -> Array:

@@ -134,24 +134,27 @@ def test_every_valid_token_reaches_every_position():
         assert_array_equal(moved[0], 0)
 
 
-@pytest.mark.parametrize('unroll', [1, 2])
-def test_a_window_of_a_pass_with_a_cache_has_its_states_and_the_whole_cache(unroll):
-    """Positions 2 to 5 of 7 are read, and the states of 3 and 4 asked for."""
-    config = dataclasses.replace(CONFIG, scan_unroll=unroll)
+def test_a_pass_with_a_cache_is_the_same_in_a_loop_over_layers_and_for_a_window():
+    """Positions 2 to 5 of 7 are read, and the states of 3 and 4 asked for or all."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 19, (3, 4)).astype(np.int32)
     valid = np.arange(7)[None, :] >= np.arange(3)[:, None]
-    cache = tuple(rng.normal(size=(2, 2, 3, 7, 2, 4)).astype(np.float32))
+    stacked = tuple(rng.normal(size=(2, 2, 3, 7, 2, 4)).astype(np.float32))  # keys and values
 
-    def read(window):
-        arguments = (tokens, valid, cache, jnp.int32(2), window)
-        return Transformer(config).apply({'params': make()}, *arguments, method='hidden_with_cache')
+    @partial(jax.jit, static_argnames=('unroll', 'size'))
+    def read(cache, start, unroll, size):
+        transformer = Transformer(dataclasses.replace(CONFIG, scan_unroll=unroll))
+        arguments = (tokens, valid, cache, jnp.int32(2), Window(start, size))
+        return transformer.apply({'params': make()}, *arguments, method='hidden_with_cache')
 
-    whole, expected = jax.jit(lambda: read(None))()
-    part, caches = jax.jit(lambda start: read(Window(start, 2)))(1)  # counted from position 2
-    assert_allclose(part, whole[:, 1:3], atol=1e-5)
-    for ours, theirs in zip(caches, expected, strict=True):
-        assert_allclose(ours, theirs, atol=1e-5)
+    whole, expected = read(stacked, 0, unroll=1, size=4)
+    of_layers = tuple(zip(*stacked, strict=True))
+    for unroll, cache in ((1, stacked), (2, of_layers)):
+        part, after = read(cache, 1, unroll=unroll, size=2)
+        assert_allclose(part, whole[:, 1:3], atol=1e-5)
+        after = after if unroll == 1 else tuple(map(np.stack, zip(*after, strict=True)))
+        for ours, theirs in zip(after, expected, strict=True):
+            assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_unrolled_and_rematerialised_layers_give_equal_gradients():
