@@ -40,15 +40,23 @@ def final_answer(completion: str) -> str | None:
     completion has no answer, and neither has a tag with boxes that differ.
     """
     answer = extraction.last_answer(completion)
-    if answer is None or extraction.BOX in answer:
-        text = completion if answer is None else answer
-        if extraction.BOX not in text:
-            return None
-        boxes = {box.partition('}')[0].strip() for box in text.split(extraction.BOX)[1:]}
-        if answer is not None and len(boxes) > 1:
-            return None
-        answer = extraction.last_box(text)
+    if answer is None:
+        answer = extraction.last_box(completion) if extraction.BOX in completion else None
+    elif extraction.BOX in answer:
+        boxes = {_box(start) for start in answer.split(extraction.BOX)[1:]}
+        answer = boxes.pop() if len(boxes) == 1 else None
     return (answer or '').strip() or None
+
+
+def _box(start: str) -> str:
+    """Returns the content of the box that starts before this text, or '' if it never closes.
+
+    Each box is read by itself: `extraction.last_box` prefers one with a space wherever it stands,
+    and takes what follows such a box for its content even if there are braces.
+    """
+    braced = start.lstrip()
+    box = extraction.last_box(extraction.BOX + (braced if braced.startswith('{') else start))
+    return (box or '').strip()
 
 
 def plain_arithmetic(text: str) -> str:

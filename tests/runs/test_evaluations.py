@@ -139,7 +139,8 @@ def test_unlike_evaluations_share_no_column(tmp_path):
     result = score.score(None, [str(zero), str(three)], apart=True)
     assert [column['files'] for column in result['columns']] == [[str(zero)], [str(three)]]
     mended = score.score(None, [str(zero)], rules='mended')
-    assert mended['card'] == result['columns'][0]['card'] | {'scorer': 'mended'}
+    scorer = {'scorer': 'mended', 'version': cards.VERSIONS['mended']}
+    assert mended['card'] == result['columns'][0]['card'] | scorer
 
 
 def test_like_evaluations_have_a_row_each(tmp_path, capsys):

@@ -260,6 +260,25 @@ def test_an_answer_has_to_be_given_once(name, truth, answer):
 
 
 @pytest.mark.parametrize(
+    ('answer', 'right'),
+    [
+        (r'\boxed{\frac{1}{2}} or \boxed{\frac{1}{3}}', False),
+        (r'\boxed{\frac{1}{3}} or \boxed{\frac{1}{2}}', False),
+        (r'\boxed{\frac{1}{3}}, that is \boxed{ \frac{1}{3} }', True),
+        (r'\boxed {\frac{1}{3}}, that is \boxed{\frac{1}{3}}', True),
+        (r'\boxed {\frac{1}{2}}, that is \boxed{\frac{1}{3}}', False),
+        (r'$\boxed \frac{1}{3}$, that is $\boxed \frac{1}{3}$', True),
+        (r'$\boxed \frac{1}{2}$, that is $\boxed \frac{1}{3}$', False),
+        (r'$\boxed \frac{1}{2}$, that is \boxed{\frac{1}{3}}', False),
+        (r'\boxed{\boxed{\frac{1}{3}}}', False),
+        (r'\boxed{\frac{1}{2} or \boxed{\frac{1}{3}}', False),
+    ],
+)
+def test_boxes_are_compared_up_to_the_brace_that_closes_them(answer, right):
+    assert verdict('math500', r'\frac{1}{3}', f'<answer>{answer}</answer>') == right
+
+
+@pytest.mark.parametrize(
     ('answer', 'right_cells'),
     [
         (SOLUTION, 8),
