@@ -125,6 +125,16 @@ def test_a_task_without_wrong_answers_says_so():
         task.check_corrections(0.5)
 
 
+def test_wrong_answers_of_countdown_have_no_steps_to_write():
+    """`100 - 30 / 93` has a remainder, and `9 / ( 7 - 7 )` has no value at all."""
+    task = tasks.get('countdown', 'worked')
+    task.check_corrections(0.0)
+    tasks.get('countdown').check_corrections(0.5)
+    with pytest.raises(ValueError, match='^base.edit_weight .*task.format worked.*; use ') as error:
+        task.check_corrections(0.5)
+    assert '\n' not in str(error.value)
+
+
 class TokenTable(Policy):
     """Logits at a position are the row of the embedding table that its token names."""
 

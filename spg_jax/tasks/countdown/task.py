@@ -140,6 +140,15 @@ class Countdown(FormattedTask):
         """Returns the numbers in the order of the prompt, added up."""
         return ' + '.join(map(str, self.listed(example)))
 
+    def check_corrections(self, wrong_share: float) -> None:
+        super().check_corrections(wrong_share)
+        if wrong_share and self.format == 'worked':
+            raise ValueError(
+                f'base.edit_weight with base.wrong_share {wrong_share} shows wrong answers, and '
+                'task.format worked cannot write their steps, which may leave remainders; use '
+                'task.format compact, or base.wrong_share 0'
+            )
+
     def wrong_answer(self, example: Example, rng: np.random.Generator) -> str:
         """Returns the canonical expression with a mistake, in as many words.
 
