@@ -137,10 +137,14 @@ def score(
       several with a card. If `apart`, all of that for each column, as the list 'columns'.
 
     Raises:
-      ValueError: the task is unknown, the judge cannot judge it or is not installed, a file is
-        given twice, cards are unlike, or a file or a line is wrong; the message is one line that
-        says which.
+      ValueError: the task is unknown, the judge cannot judge it or is not installed, judge and
+        rules name two scorers, a file is given twice, cards are unlike, keys are given for a file
+        with a card, or a file or a line is wrong; the message is one line that says which.
     """
+    if judged_by and rules and (judged_by, rules) != ('published', 'released'):
+        raise ValueError(
+            f'found --judge={judged_by} and --rules={rules}, each of which names a scorer; give one'
+        )
     columns = reading.with_own_keys(COLUMNS, fields, '--fields')
     files = [str(cards.completions_at(Path(path))) for path in paths]
     _check_distinct(files)
@@ -176,6 +180,11 @@ def _scored(
         raise ValueError(
             f'{path} has completions of task {card.task} by its card, found --task={name}; leave '
             '--task out'
+        )
+    if columns != COLUMNS:
+        raise ValueError(
+            f'{path} has a card, and so the keys that evaluations write, found --fields; leave '
+            '--fields out, or score files with other keys by themselves'
         )
     task = _task(card.task, card.scorer, judged_by, rules)
     examples, scores = [], []

@@ -184,6 +184,14 @@ WRONG = [
     (['--task=countdown', '--fields=answer:x', COUNTDOWN], '--fields is'),
     (['--tusk=countdown', COUNTDOWN], "Unknown command line flag 'tusk'"),
     (['--task=countdown', '--rules=new', COUNTDOWN], 'flag --rules=new'),
+    (
+        ['--task=math500', '--judge=math-verify', '--rules=mended', MATH500],
+        'found --judge=math-verify and --rules=mended, each of which names a scorer; give one',
+    ),
+    (
+        ['--task=math500', '--judge=published', '--rules=mended', MATH500],
+        'found --judge=published and --rules=mended, each of which names a scorer; give one',
+    ),
     (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
 ]
 

@@ -166,6 +166,9 @@ def test_completions_without_a_card_are_no_match_for_those_with_one(tmp_path):
         score.score(None, [other])
     with pytest.raises(ValueError, match='of task countdown by its card, found --task=sudoku'):
         score.score('sudoku', [str(tmp_path)])
+    with pytest.raises(ValueError, match='has a card.*, found --fields; leave ') as error:
+        score.score(None, [str(tmp_path)], fields='completion:x')
+    assert '\n' not in str(error.value)
 
 
 def test_completions_that_were_changed_are_refused(tmp_path):
