@@ -10,12 +10,14 @@ gets the prompt as one user turn of its chat template.
 
 --prompts completes a file, evaluation.batch prompts at a time, and prints one JSON object for each.
 A FILE has a prompt on each line, or JSON lines such as {"prompt": "100 93 30 = 23 :"}, or problems
-of the task in any form that `evaluate --data` reads. Completions of problems are printed as
-`spg_jax.score` reads them.
+of the task in any form that `evaluate --data` reads: JSON lines, a JSON list, a table whose header
+has the keys of the task, or Parquet. Completions of problems are printed as `spg_jax.score` reads
+them.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,10 +45,12 @@ from spg_jax.runs.directory import chosen_policy
 from spg_jax.sharding import own_values, put_batch, row_shards
 from spg_jax.tasks import reading
 from spg_jax.tasks.card import to_records
+from spg_jax.tasks.formats import FormattedTask
 from spg_jax.tasks.task import Task
 
 FLAGS = flags.FLAGS
 TABLES = ('.csv', '.tsv', '.parquet')  # files that hold problems and no prompts
+_LIST = re.compile(r'\s*\[\s*\{')  # the start of a list of problems; a prompt may begin with [
 
 
 def main(_: list[str]) -> None:
@@ -115,16 +119,18 @@ def read_requests(path: str, task: Task) -> list[Request]:
     """
     if Path(path).is_fifo():
         raise ValueError(f'--prompts={path} is a pipe, and the file is read twice; save it first')
-    if Path(path).suffix in TABLES:
+    columns = task.columns if isinstance(task, FormattedTask) else {}
+    if Path(path).suffix in TABLES or reading.is_table(path, columns):
+        return _problems(path, task)
+    text = reading.read_text(path)
+    if _LIST.match(text):
         return _problems(path, task)
     lines = [
         (f'{path}:{number}', line)
-        for number, line in enumerate(reading.read_text(path).split('\n'), 1)
+        for number, line in enumerate(text.split('\n'), 1)
         if line.strip()
     ]
     first_where, first = lines[0]
-    if first.lstrip().startswith('['):
-        return _problems(path, task)
     if not first.lstrip().startswith('{'):
         return [Request(where, line, {'prompt': line}, is_problem=False) for where, line in lines]
     if 'prompt' not in reading.parse_json(first, first_where):

@@ -42,6 +42,35 @@ def test_problems_come_with_what_a_scorer_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('words', 'text'),
+    [
+        (['countdown'], 'input;output\n30 100 93;23\n'),
+        (['countdown'], json.dumps(PROBLEMS, indent=1)),
+        (['sudoku'], '\n"Puzzle"\t"Solution"\n0040423100030104\t1342423124133124\n'),
+        (['math500', 'published_eval'], 'problem,answer\nWhat is 2 + 3?,5\n'),
+    ],
+)
+def test_the_contents_tell_that_a_file_holds_problems(tmp_path, words, text):
+    (tmp_path / 'file').write_text(text)
+    requests = generate.read_requests(str(tmp_path / 'file'), tasks.get(*words))
+    assert requests and all(request.is_problem for request in requests)
+
+
+def test_parquet_needs_no_suffix(tmp_path):
+    pyarrow, parquet = map(pytest.importorskip, ('pyarrow', 'pyarrow.parquet'))
+    parquet.write_table(pyarrow.Table.from_pylist(PROBLEMS), tmp_path / 'file')
+    requests = generate.read_requests(str(tmp_path / 'file'), TASK)
+    assert [request.prompt for request in requests] == ['100 93 30 = 23 :', '3 2 1 = 6 :']
+
+
+@pytest.mark.parametrize('prompt', ['[INST] Add 2 and 3. [/INST]', '[1, 2]', '[ 3 2 1 = 6 :'])
+def test_a_prompt_may_begin_with_a_bracket(tmp_path, prompt):
+    (tmp_path / 'file').write_text(f'{prompt}\n1 = 1 :\n')
+    requests = generate.read_requests(str(tmp_path / 'file'), TASK)
+    assert [request.prompt for request in requests] == [prompt, '1 = 1 :']
+
+
+@pytest.mark.parametrize(
     ('text', 'message'),
     [
         ('{"prompt": "1 = 1 :"}\nnonsense', ":2: found 'nonsense', expected JSON"),
@@ -49,6 +78,9 @@ def test_problems_come_with_what_a_scorer_reads(tmp_path):
         ('{"prompt": "1 = 1 :"}\n{"prompt": 5}', ':2: found '),
         ('{"prompt": "1 = 1 :"}\n[1]', ':2: found [1], expected'),
         ('{"input": "30,100,93", "output": "x"}', ':1: found '),
+        ('[\n {"input": "30,100,93", "output": "23"},\n', ":1: found '[', expected JSON"),
+        ('input,output\n"30,100,93",x', ':2: found '),
+        ('input,result\n"30,100,93",23', ":1: found 'input,result', expected JSON"),
         ('', 'the file is empty'),
     ],
 )

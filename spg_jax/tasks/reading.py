@@ -90,6 +90,19 @@ def records(
         yield from _json_lines(text, path)
 
 
+def is_table(path: str | Path, columns: Columns) -> bool:
+    """Whether a file is Parquet, or its first line is a header with a key of any column.
+
+    Raises:
+      ValueError: as `read_text`.
+    """
+    contents = _read_bytes(path)
+    if contents.startswith(_PARQUET):
+        return True
+    keys = tuple(key for column in columns.values() for key in column)
+    return _delimiter(_decoded(contents, path), {'any': keys}) is not None
+
+
 def with_own_keys(columns: Columns, setting: str, name: str = 'task.fields') -> Columns:
     """Returns `columns` with the keys of a setting such as 'question:problem,answer:solution'.
 
