@@ -46,8 +46,8 @@ def changed_settings(
 ) -> list[str]:
     """The settings in which a training differs from its saved ones, in words.
 
-    A setting that did not exist when the others were saved has its default. The path of a file or
-    directory may differ, if the contents are the same.
+    A setting that is missing from the saved or the wanted ones has its default. The path of a file
+    or directory may differ, if the contents are the same.
 
     Raises:
       ValueError: a setting differs that changes what is learned; the message names the first.
@@ -58,14 +58,23 @@ def changed_settings(
     saved = _with_group(saved, group_of(objective))
     saved_files, wanted_files = saved.get(FILES, {}), wanted.get(FILES, {})
     keys = [(group, name) for group in wanted for name in wanted[group]]
+    # A training leaves out settings that it does not read, which the saved one may have read.
+    keys += [
+        (group, name)
+        for group in wanted
+        for name in saved.get(group, {})
+        if name not in wanted[group]
+        and name in defaults.get(group, {})
+        and f'{group}.{name}' not in FREE
+    ]
     keys.sort(key=lambda key: key != ('rl', 'objective'))  # The cause of other differences.
     for group, name in keys:
         if group == FILES and group not in saved:
             continue
         if group == 'rl' and objective == SPG and name in wanted.get(SPG, {}):
             continue  # another name of the same setting
-        value, key = wanted[group][name], f'{group}.{name}'
-        old = saved.get(group, {}).get(name, defaults.get(group, {}).get(name))
+        key, default = f'{group}.{name}', defaults.get(group, {}).get(name)
+        value, old = (settings.get(group, {}).get(name, default) for settings in (wanted, saved))
         if old == value or (group == FILES and old is None):  # fetched since the start
             continue
         has_moved = bool(saved_files.get(key)) and saved_files[key] == wanted_files.get(key)

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from configs import countdown
+from spg_jax.assembly import assemble
+from spg_jax.pretrain import made_of
 from spg_jax.runs.claim import claimed
 from spg_jax.runs.directory import identity
 from spg_jax.runs.identity import FREE, GROWING, changed_settings, digest_path
@@ -123,6 +125,32 @@ def test_a_setting_that_is_newer_than_the_training_has_its_default():
     config.task.fields = 'target:goal'
     with pytest.raises(ValueError, match="task.fields '', asked for 'target:goal'"):
         changed_settings('DIR', old, saved(config), 'config.json')
+
+
+@pytest.mark.parametrize(
+    ('on', 'first'),
+    [
+        ({'muon_rate': 0.01}, 'muon_rate 0.01, asked for 0.0'),
+        ({'keep_weight': 0.5}, 'keep_weight 0.5, asked for 0.0'),
+        ({'edit_weight': 1.0, 'wrong_share': 0.1}, 'edit_weight 1.0, asked for 0.0'),
+    ],
+)
+def test_what_a_base_policy_no_longer_names_is_off(on, first):
+    """Settings of a loss or an optimizer that is off are left out of what makes a policy."""
+    config = countdown.get_config('tiny')
+    config.base.muon_rate = 0.0
+    task = assemble(config).task
+    without = made_of(config, task)
+    config.base.update(on)
+    with pytest.raises(ValueError, match=f'holds a training with base.{first};'):
+        changed_settings('DIR', made_of(config, task), without, 'config.json')
+
+
+def test_what_no_longer_exists_or_is_free_may_be_missing():
+    wanted = saved(countdown.get_config('tiny'))
+    old = wanted | {'base': wanted['base'] | {'gone': 1}, 'model': wanted['model'] | {'remat': 7}}
+    wanted = wanted | {'model': {k: v for k, v in wanted['model'].items() if k != 'remat'}}
+    assert changed_settings('DIR', old, wanted, 'config.json') == []
 
 
 def test_a_file_that_has_moved_is_the_same_file(tmp_path):
