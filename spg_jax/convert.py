@@ -94,7 +94,12 @@ def convert(
     check_rows('convert.batch_size', config.convert.batch_size, mesh)
     check_start(start_from, parts, conversion)
     origin = {'checkpoint': str(start_from), 'demonstrations': digest({'records': records})}
-    settings = made_of(config, parts.task) | {'convert': config.convert.to_dict(), 'given': origin}
+    settings = made_of(config, parts.task) | {
+        'convert': config.convert.to_dict(),
+        # It says how many examples are validated on, and of given ones these are not learned from.
+        'evaluation': {'problems': config.evaluation.problems},
+        'given': origin,
+    }
 
     def make(training: Path) -> bool:
         return _convert(

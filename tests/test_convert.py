@@ -150,6 +150,24 @@ def test_a_conversion_that_is_cut_goes_on_exactly(config, start, whole, tmp_path
     assert notes[0] == notes[1]
 
 
+def test_problems_held_out_belong_to_a_conversion(config, start, whole):
+    """They are not learned from. A conversion that did not save how many they are goes on."""
+    problems = config.evaluation.problems
+    config.evaluation.problems = problems + 1
+    said = f'training with evaluation.problems {problems}, asked for {problems + 1};'
+    with pytest.raises(ValueError, match=said) as error:
+        run(config, whole, start)
+    assert '\n' not in str(error.value)
+    saved = whole.with_name('converted.training') / 'config.json'
+    text = saved.read_text()
+    older = {group: x for group, x in json.loads(text).items() if group != 'evaluation'}
+    try:
+        saved.write_text(json.dumps(older))
+        assert run(config, whole, start)
+    finally:
+        saved.write_text(text)
+
+
 def test_the_result_is_the_mean_of_the_best_of_the_last_phase(whole):
     training = whole.with_name('converted.training')
     rows = read_rows(training / 'metrics.jsonl')

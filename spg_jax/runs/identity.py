@@ -36,6 +36,8 @@ FREE = frozenset(
 # A training may be made longer, and not shorter; one that collapsed may be allowed to go back.
 GROWING = frozenset({'train.steps', 'guard.rollbacks'})
 FILES = 'files'  # the group in which the digests of files are compared
+# Groups that some trainings did not save at first; what these had in place of them is not known.
+LATER = (FILES, 'evaluation')
 
 WHOLE = 64 * 2**20  # bytes up to which a file is digested as a whole
 SAMPLE, SAMPLES = 2**20, 64  # bytes of a part of a larger file, and how many of them are digested
@@ -69,7 +71,7 @@ def changed_settings(
     ]
     keys.sort(key=lambda key: key != ('rl', 'objective'))  # The cause of other differences.
     for group, name in keys:
-        if group == FILES and group not in saved:
+        if group in LATER and group not in saved:
             continue
         if group == 'rl' and objective == SPG and name in wanted.get(SPG, {}):
             continue  # another name of the same setting
