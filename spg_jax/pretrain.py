@@ -53,7 +53,7 @@ from spg_jax.random import Purpose, root_key
 from spg_jax.runs import policies
 from spg_jax.runs.directory import Settings, digest, policy_of_run
 from spg_jax.runs.examples import lessons_of
-from spg_jax.runs.identity import FILES, digest_task
+from spg_jax.runs.identity import FILES, digest_path, digest_start, digest_task
 from spg_jax.runs.making import follow_update, make_at, restored_state
 from spg_jax.runs.run import Run
 from spg_jax.tasks.task import Task
@@ -153,6 +153,11 @@ def pretrain(
     else:
         imitated['adapters'] = None
     settings = made_of(config, parts.task) | {'given': imitated}
+    if start_from:
+        # '' stands for no adapter, because a file that is not named now would not be compared.
+        adapter = digest_path(parts.adapter) if parts.lora and parts.adapter else ''
+        files = digest_start(start_from) | {'lora.adapter': adapter}
+        settings[FILES] = settings.get(FILES, {}) | files
 
     def make(training: Path) -> bool:
         return _pretrain(

@@ -196,6 +196,39 @@ def test_another_training_is_not_continued_in_the_place_of_one(config, whole):
         run(config, whole)
 
 
+@pytest.mark.parametrize('name', ['', 'adapter'])
+def test_fine_tuning_goes_on_only_from_the_same_files(config, tmp_path, monkeypatch, name):
+    """A training that did not save their digests goes on."""
+    files, tuned = ('published', 'adapter', 'another'), tmp_path / 'tuned'
+    for place in files:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'weights').write_text(place)
+    monkeypatch.setattr(pretrain, '_pretrain', lambda *_: True)
+    config.lora.update(rank=2, adapter=str(tmp_path / name) if name else '')
+    assert run(config, tuned, tmp_path / 'published')
+    (tmp_path / 'tuned.training' / 'checkpoints' / '4').mkdir(parents=True)
+    assert run(config, tuned, tmp_path / 'published')
+
+    def refused(key):
+        with pytest.raises(ValueError, match=f'holds a training with another {key};') as error:
+            run(config, tuned, tmp_path / 'published')
+        assert '\n' not in str(error.value)
+
+    adapter = config.lora.adapter
+    for other in ('', *files[1:]):
+        if other != name:
+            config.lora.adapter = str(tmp_path / other) if other else ''
+            refused('lora.adapter')
+    config.lora.adapter = adapter
+    (tmp_path / 'published' / 'weights').write_text('other')
+    refused('base.checkpoint')
+    saved = tmp_path / 'tuned.training' / 'config.json'
+    settings = json.loads(saved.read_text())
+    del settings['files']
+    saved.write_text(json.dumps(settings))
+    assert run(config, tuned, tmp_path / 'published')
+
+
 def test_a_training_that_only_skips_stops_with_its_state_saved(config, tmp_path, monkeypatch):
     """At its second start as well, when it has no step left."""
     monkeypatch.setattr(pretrain, 'CHECKPOINT_EVERY', STEPS - 1)

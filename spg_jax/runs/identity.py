@@ -127,16 +127,21 @@ def digest_files(
     if config.task.prompt_template:
         digests['task.prompt_template'] = digest_path(Path(config.task.prompt_template))
     if config.base.checkpoint:
-        directory = policy_at(Path(config.base.checkpoint))
-        digests['base.checkpoint'] = digest_path(directory)
-        if policies.is_policy(directory) and policies.base_of(directory) != directory:
-            digests['base of base.checkpoint'] = digest_path(policies.base_of(directory))
+        digests |= digest_start(policy_at(Path(config.base.checkpoint)))
     task = assemble(config).task
     digests |= digest_task(task)
     for file in task.given_files(Path(config.task.data_dir)):
         digests[f'{file.name} in task.data_dir'] = digest_path(file)
     if config.lora.adapter:
         digests['lora.adapter'] = digest_path(Path(config.lora.adapter))
+    return digests
+
+
+def digest_start(directory: Path) -> dict[str, str]:
+    """A digest of the policy that a training starts from, and one of the policy that it adapts."""
+    digests = {'base.checkpoint': digest_path(directory)}
+    if policies.is_policy(directory) and policies.base_of(directory) != directory:
+        digests['base of base.checkpoint'] = digest_path(policies.base_of(directory))
     return digests
 
 
