@@ -64,6 +64,28 @@ def export(directory: Path, source: Path, out: Path, whole: bool) -> None:
     )
 
 
+def source_of(checkpoint: Path) -> Path:
+    """The published checkpoint that a run started from, by way of other runs if it did.
+
+    Args:
+      checkpoint: base.checkpoint of the run, which may be another run or a policy.
+
+    Returns:
+      The checkpoint; without one, the policy that was trained from scratch. A conversion makes a
+      model of another kind, and therefore counts as one that was.
+
+    Raises:
+      FileNotFoundError, ValueError: a policy on the way is gone or damaged.
+    """
+    source, passed = policies.base_of(policy_of_run(checkpoint)), []
+    while source not in passed and policies.is_policy(source):
+        passed.append(source)
+        start = run_config(source).base.checkpoint
+        if start and 'conversion' not in policies.policy_notes(source):
+            source = policies.base_of(policy_of_run(Path(start)))
+    return source
+
+
 def _refuse_links(directory: Path, copied: Iterable[Path]) -> None:
     """Refuses links among the files to copy that lead out of their directory.
 
@@ -94,7 +116,7 @@ def main(_: list[str]) -> None:
             f'{workdir} did not start from a published checkpoint, and other programs cannot read '
             f'its model; use {policy_of_run(workdir)} as it is'
         )
-    source = policies.base_of(Path(checkpoint))
+    source = source_of(Path(checkpoint))
     export(policy_of_run(workdir), source, Path(FLAGS.out), FLAGS.merge)
     print(f'exported  {FLAGS.out}')
 

@@ -1,8 +1,11 @@
 """Adapters on a published checkpoint through a whole run and out again: train, save, resume,
 export, load."""
 
+import dataclasses
 import itertools
+import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
+from spg_jax import export as export_module
 from spg_jax.export import export
 from spg_jax.models import weights
 from spg_jax.pretrain import pretrain
@@ -118,6 +122,25 @@ def test_what_is_exported_acts_as_what_was_trained(run):
     assert_allclose(adapted.logits(run / 'merged'), expected, atol=1e-5)
     with pytest.raises(ValueError, match='peft exists; give a new directory'):
         export(best, published, run / 'peft', whole=False)
+
+
+def test_what_started_from_another_run_is_exported_as_that_run_would_be(run, tmp_path, monkeypatch):
+    """The first run has adapters, and the second every parameter; only the third is exported."""
+    config, best = config_in(tmp_path), run / 'run' / 'best'
+    policy, tokenizer, variables = policies.load_policy(best, mesh_of())
+    whole = dataclasses.replace(policy.config, lora=None)
+    for name, start in (('second', run / 'run'), ('third', tmp_path / 'second')):
+        config.base.checkpoint, place = str(start), tmp_path / name / 'best'
+        notes = {'config': config.to_dict()}
+        policies.save_policy(place, {'params': variables['params']}, whole, tokenizer, notes)
+        shutil.copytree(run / 'run' / 'checkpoints', tmp_path / name / 'checkpoints')
+        (tmp_path / name / 'config.json').write_text(json.dumps(notes['config']))
+        flags = types.SimpleNamespace(workdir=tmp_path / name, out=tmp_path / f'{name} out')
+        flags.merge = False
+        monkeypatch.setattr(export_module, 'FLAGS', flags)
+        export_module.main([])
+        found, expected = (adapted.logits(x) for x in (flags.out, run / 'published'))
+        assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
