@@ -29,6 +29,7 @@ from spg_jax.rl.evaluator import Evaluator, Transcript
 from spg_jax.runs import policies
 from spg_jax.runs.directory import CONFIG, chosen_policy, digest
 from spg_jax.runs.evaluations import chosen_by, write_evaluation
+from spg_jax.runs.identity import digest_path
 from spg_jax.tasks.source import SPLITS
 
 FLAGS = flags.FLAGS
@@ -72,7 +73,12 @@ def main(_: list[str]) -> None:
         table.add_row(*map(str, sizes), f'{accuracy:.3f}')
     Console(stderr=True).print(table)
     report |= {'files': [FLAGS.data or f'{FLAGS.split} split']}
-    identity = {'directory': str(directory), 'digest': policies.digest_of(directory)}
+    identity: dict[str, Any] = {
+        'directory': str(directory),
+        'digest': policies.digest_of(directory),
+    }
+    if adapter:
+        identity['adapter'] = {'directory': str(adapter), 'digest': digest_path(adapter)}
     card = write_evaluation(
         out, config, examples, transcripts, chosen_by(directory), report | {'policy': identity}
     )

@@ -13,13 +13,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
+from spg_jax import evaluate, score
 from spg_jax import export as export_module
 from spg_jax.export import export
 from spg_jax.models import weights
 from spg_jax.pretrain import pretrain
+from spg_jax.process import cli
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.runs import policies
+from spg_jax.runs.identity import digest_path
 from spg_jax.train import train
 from tests import adapted
 from tests.meshes import mesh_of
@@ -110,6 +113,27 @@ def test_only_adapters_are_saved_and_all_of_them_learned(run):
     assert not (best / 'params').exists()
     saved = sum(path.stat().st_size for path in (run / 'run' / 'checkpoints' / '2').rglob('*'))
     assert saved < (run / 'published' / 'model.safetensors').stat().st_size
+
+
+@pytest.mark.parametrize('added', [True, False])
+def test_an_evaluation_says_which_adapter_was_added(run, tmp_path, monkeypatch, added):
+    adapted.simplify(monkeypatch)
+    adapted.evaluate_without_the_model(monkeypatch)
+    published, adapter = str(run / 'published'), run / 'run' / 'best' / 'adapter'
+    policy = dict(workdir='', checkpoint=published, adapter=str(adapter) if added else '')
+    asked = dict(
+        config=config_in(tmp_path), data='', split='test', samples=None, out=f'{tmp_path}/out'
+    )
+    monkeypatch.setattr(cli, 'chosen_mesh', lambda _: mesh_of())
+    monkeypatch.setattr(cli, 'compile_cache', lambda: None)
+    monkeypatch.setattr(evaluate, 'FLAGS', types.SimpleNamespace(**policy, **asked))
+    evaluate.main([])
+    found = json.loads((tmp_path / 'out' / 'result.json').read_text())['policy']
+    expected = {'directory': published, 'digest': ''}
+    if added:
+        expected['adapter'] = {'directory': str(adapter), 'digest': digest_path(adapter)}
+    assert found == expected
+    assert score.score(None, [str(tmp_path / 'out')])['total'] == len(adapted.PROBLEMS)
 
 
 def test_what_is_exported_acts_as_what_was_trained(run):
