@@ -108,18 +108,24 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader finds the old content or all of the new, whenever it looks.
 
-    The content goes to a file beside `path`, reaches the disk, and then takes the name.
+    The content goes to a file beside `path`, reaches the disk, and then takes the name. Of several
+    processes that write one file at once, the last to finish wins.
 
     Args:
       path: the file, in a directory that exists.
       content: text, which is written as UTF-8, or bytes.
     """
-    unfinished = path.with_name(path.name + '.new')
-    with unfinished.open('wb') as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(f'{path.name}.{os.getpid()}.new')
+    try:
+        with unfinished.open('wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # What went wrong before is the error to report.
+            unfinished.unlink()
+        raise
 
 
 def drop_unused(folder: Path, most_bytes: int) -> None:

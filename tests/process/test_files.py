@@ -98,6 +98,36 @@ def test_a_path_that_the_locale_cannot_express_is_refused(tmp_path, monkeypatch)
     assert files.with_home('~/run') == f'{os.fsdecode(folder)}/run'  # an ordinary file can be read
 
 
+# --- whole files ----------------------------------------------------------------------------------
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    """The second writes all of it while the first waits for the disk."""
+    path, fsync = tmp_path / 'result.json', os.fsync
+
+    def other(number):
+        fsync(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'fsync', fsync)
+            patch.setattr(os, 'getpid', lambda: 1)
+            files.write_whole(path, 'second')
+            assert path.read_text() == 'second'
+
+    monkeypatch.setattr(os, 'fsync', other)
+    files.write_whole(path, 'first')
+    assert path.read_text() == 'first'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_could_not_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / 'result.json'
+    path.write_text('old')
+    monkeypatch.setattr(os, 'fsync', lambda _: os.stat('/nowhere'))
+    with pytest.raises(FileNotFoundError):
+        files.write_whole(path, 'new')
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
 # --- caches ---------------------------------------------------------------------------------------
 
 
