@@ -221,13 +221,16 @@ class ComplementaryPairs:
         first = half(moment.row, row.prompt_mask, row.scored)
         region = jnp.broadcast_to(row.scored, (half.draws, row.scored.size))  # [M / 2, C]
         if half.kind == 'block':
-            block_of_position = jnp.arange(row.scored.size) // half.block_length
-            region &= block_of_position[None, :] == first.block[:, None]
+            position = jnp.arange(row.scored.size)[None, :]
+            if first.offset is not None:
+                position = position + first.offset[:, None]  # [M / 2, C]
+            region &= position // half.block_length == first.block[:, None]
         prompt = jnp.zeros((half.draws, row.prompt_mask.size), bool)
         rest = first.masked ^ jnp.concatenate([prompt, region], axis=1)  # [M / 2, L]
         return Draws(
             masked=jnp.stack([first.masked, rest], axis=1).reshape(2 * half.draws, -1),
             block=jnp.repeat(first.block, 2),
+            offset=None if first.offset is None else jnp.repeat(first.offset, 2),
         )
 
 

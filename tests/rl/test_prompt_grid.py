@@ -14,7 +14,10 @@ from spg_jax.diffusion.bounds import completion_log_probs, estimator
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.rl.plug_ins import ComplementaryPairs
+from spg_jax.rl.scores import corrupt, moments
 from tests.parameters import random_params
+from tests.rl.conftest import random_rollout
 
 pytestmark = pytest.mark.numerical
 
@@ -124,6 +127,21 @@ def test_corruption_masks_the_blocks_that_the_model_sees():
     draws = jax.device_get(draw(jax.random.key(1), valid, np.arange(5) < 2))
     assert set(np.asarray(draws.block).tolist()) == {0, 1}
     assert np.asarray(draws.masked)[:, 5 + 2 :].all()
+
+
+def test_pairs_cover_the_blocks_that_the_model_sees():
+    corruption = Corruption('block', 4, 4, 0.0, perturb_completion=False, from_prompt=True)
+    rollout, pairs = random_rollout(), ComplementaryPairs(corruption)
+    draws = jax.jit(lambda rows: corrupt(pairs, rows, moments(0, rows, jnp.int32(0), jnp.int32(0))))
+    draws = jax.device_get(draws(rollout))
+    offset = np.asarray(rollout.prompt_mask).sum(1) % 4
+    assert len({*offset}) > 1
+    assert (draws.offset == offset[:, None]).all()
+    block_of_position = (np.arange(12) + offset[:, None]) // 4  # [B, C]
+    region = block_of_position[:, None] == draws.block[:, :, None]  # [B, M, C]
+    region &= np.asarray(rollout.scored)[:, None]
+    masked = draws.masked[:, :, rollout.prompt.shape[1] :]
+    assert ((masked[:, ::2] ^ masked[:, 1::2]) == region[:, ::2]).all()
 
 
 def test_every_reader_of_shifted_logits_gets_the_prediction_of_its_position(policy):
