@@ -122,8 +122,8 @@ def fit_to_model(
     blocks, corruptions count their blocks as the model does.
 
     Raises:
-      ValueError: if the model is autoregressive, or sees blocks of another length than those that
-        are decoded; the message says what to do.
+      ValueError: if the model is autoregressive, sees blocks of another length than those that are
+        decoded, or gives a row draws that do not split into passes; the message says what to do.
     """
     if model.autoregressive:
         key = 'base.checkpoint' if config.base.checkpoint else 'base.kind'
@@ -140,6 +140,7 @@ def fit_to_model(
         dataclasses.replace(model, lora=lora)  # Raises if the model cannot have these adapters.
     if model.visible_block:
         objective = _objective(config, parts.sampling, parts.batching, from_prompt=True)
+        parts.batching.check_draws(objective.draws)  # A rollout has more steps.
     return dataclasses.replace(parts, lora=lora, objective=objective)
 
 

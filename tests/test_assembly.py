@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spg_jax.assembly import assemble
+from spg_jax.assembly import assemble, fit_to_model
 from spg_jax.config import default_config
+from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.scores import corrupt, moments
 from tests.rl.conftest import random_rollout
@@ -168,3 +169,13 @@ def test_discrete_tilt_matching_compares_nothing():
     config = default_config('dtm')
     config.rl.update(group_size=1, microbatch=16)
     assert assemble(config).batching.group_size == 1
+
+
+def test_draws_that_a_model_with_blocks_adds_must_split_into_passes():
+    """TraceRL has a draw for each 8 of 128 steps, and of the 16 that a block more takes."""
+    config = default_config('tracerl')
+    config.rl.draws_per_pass = 16
+    model = TransformerConfig(10, 16, 2, 2, 1, 32, visible_block=config.sampling.block_length)
+    parts = assemble(config)
+    with pytest.raises(ValueError, match='rl.draws_per_pass 16 does not divide the 18 draws'):
+        fit_to_model(config, parts, model)

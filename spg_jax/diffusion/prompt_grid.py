@@ -20,6 +20,15 @@ from spg_jax.diffusion.sampling import CachedModel, Completion, SamplingConfig, 
 from spg_jax.models.windows import Window
 
 
+def on_prompt_grid(config: SamplingConfig) -> SamplingConfig:
+    """How completions of `config` are decoded on the grid: with a block more, and its steps."""
+    return dataclasses.replace(
+        config,
+        length=config.length + config.block_length,
+        steps=config.steps + config.steps_per_block,
+    )
+
+
 def generate_on_prompt_grid(
     hidden_fn: Callable[[Array, Array, Window], Array],
     unembed_fn: Callable[[Array], Array],
@@ -56,9 +65,7 @@ def generate_on_prompt_grid(
         tokens[:, :first],
         valid[:, :first],
         keys,
-        dataclasses.replace(
-            config, length=length + size, steps=config.steps + config.steps_per_block
-        ),
+        on_prompt_grid(config),
         mask_id,
         eos_id,
         allowed,

@@ -1,4 +1,5 @@
-"""Blocks counted from the prompt: bounds against enumerated likelihoods, and the shift of Dream."""
+"""Blocks counted from the prompt: bounds against enumerated likelihoods, pairs of masks and states
+of rollouts; and the shift of Dream."""
 
 import dataclasses
 from functools import partial
@@ -12,8 +13,12 @@ from numpy.testing import assert_allclose
 
 from spg_jax.diffusion.bounds import completion_log_probs, estimator
 from spg_jax.diffusion.corruption import Corruption
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import Transformer, TransformerConfig
+from spg_jax.rl.batching import Batching
+from spg_jax.rl.collection import make_generate
+from spg_jax.rl.objectives import REGISTRY, Protocol
 from spg_jax.rl.plug_ins import ComplementaryPairs
 from spg_jax.rl.scores import corrupt, moments
 from tests.parameters import random_params
@@ -142,6 +147,63 @@ def test_pairs_cover_the_blocks_that_the_model_sees():
     region &= np.asarray(rollout.scored)[:, None]
     masked = draws.masked[:, :, rollout.prompt.shape[1] :]
     assert ((masked[:, ::2] ^ masked[:, 1::2]) == region[:, ::2]).all()
+
+
+@pytest.fixture(scope='module')
+def sampled(policy):
+    """(decoding, a rollout on the grid); the last blocks of its prompts have 1 and 0 free
+    positions."""
+    policy, variables = policy
+    records = ('entropy', 'kept', 'log_prob')
+    decoding = SamplingConfig(4, 4, BLOCK, 1.0, 'random', stop_early=False, records=records)
+    prompt = np.int32([[5, 3, 1, 4], [3, 1, 4, 2]])
+    valid = np.array([[False, True, True, True], [True] * 4])
+    keys = jax.random.split(jax.random.key(0), 2)
+    completion = make_generate(policy, decoding)(variables, prompt, valid, keys)
+    rows = jax.tree.map(lambda x: x[:2], random_rollout(length=4))
+    return decoding, rows.replace(
+        prompt=prompt,
+        prompt_mask=valid,
+        completion=completion.tokens,
+        scored=np.ones((2, 4), bool),
+        commit_step=completion.commit_step,
+        extras=completion.extras,
+    )
+
+
+@pytest.mark.parametrize(
+    ('name', 'settings'),
+    [
+        ('d2', {'segments': 3}),
+        ('tracerl', {'shrink': 2}),
+        ('agrpo', {'states': 24, 'importance': 'uniform'}),
+    ],
+)
+def test_states_of_a_rollout_on_the_grid_reach_its_last_step(sampled, name, settings):
+    decoding, rollout = sampled
+    assert np.asarray(rollout.commit_step).max() == 5  # though there are sampling.steps 4
+    batching = Batching(
+        compact=False,
+        prompts=1,
+        group_size=2,
+        inner_updates=1,
+        generation_batch=0,
+        microbatch=2,
+        draws_per_pass=0,
+    )
+    corruption = Corruption('full', 1, BLOCK, from_prompt=True)
+    method = REGISTRY[name]
+    objective = method.build(method.settings(**settings), Protocol(corruption, decoding, batching))
+
+    @jax.jit
+    def draw(rows):
+        return corrupt(objective.corruption, rows, moments(0, rows, jnp.int32(0), jnp.int32(0)))
+
+    target = np.asarray(draw(rollout).target)
+    assert target.shape[1] == objective.draws
+    assert target.any(axis=1).all()
+    if name != 'agrpo':  # which draws states, also twice
+        assert (target.sum(axis=1) == 1).all()
 
 
 def test_every_reader_of_shifted_logits_gets_the_prediction_of_its_position(policy):

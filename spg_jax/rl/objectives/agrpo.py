@@ -88,7 +88,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
         )
 
     def corruption(row: Rollout, moment: Moment) -> Draws:
-        law = step_law(row, protocol.sampling.steps, settings.importance)  # [steps]
+        law = step_law(row, protocol.rollout_steps, settings.importance)  # [steps]
         order = jax.random.permutation(moment.shared, rows * settings.states)
         own = jax.lax.dynamic_slice_in_dim(order, moment.rank * settings.states, settings.states)
         noise = jax.random.uniform(moment.row, own.shape)

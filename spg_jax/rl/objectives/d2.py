@@ -59,7 +59,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
     Raises:
       ValueError: if a segment would hold no step.
     """
-    segments, steps = settings.segments, protocol.sampling.steps
+    segments, steps = settings.segments, protocol.rollout_steps
     if not 1 <= segments <= steps:
         raise ValueError(
             f'd2.segments is {segments}, of the {steps} steps of a rollout (sampling.steps); '

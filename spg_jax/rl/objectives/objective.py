@@ -19,6 +19,7 @@ from jax import Array
 
 from spg_jax.diffusion.bounds import completion_log_probs
 from spg_jax.diffusion.corruption import Corruption, Draws
+from spg_jax.diffusion.prompt_grid import on_prompt_grid
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.rl.advantages import group_advantages
 from spg_jax.rl.batching import Batching
@@ -266,6 +267,15 @@ class Protocol:
     corruption: Corruption  # as configured; methods with a corruption of their own leave it
     sampling: SamplingConfig  # of rollouts
     batching: Batching
+
+    @property
+    def rollout_steps(self) -> int:
+        """The steps that `Rollout.commit_step` counts.
+
+        A model whose blocks are counted from the prompt takes more than `sampling.steps`.
+        """
+        on_grid = self.corruption.from_prompt
+        return (on_prompt_grid(self.sampling) if on_grid else self.sampling).steps
 
 
 def setting(default: Any, meaning: str) -> Any:

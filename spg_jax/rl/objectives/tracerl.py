@@ -77,7 +77,7 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             'would drop every prompt; use 0 and 1 to keep all'
         )
     group_size = protocol.batching.group_size
-    states = -(-protocol.sampling.steps // settings.shrink)
+    states = -(-protocol.rollout_steps // settings.shrink)
 
     def corruption(row: Rollout, moment: Moment) -> Draws:
         starts = settings.shrink * jnp.arange(states)  # [M]
