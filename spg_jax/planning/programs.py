@@ -30,11 +30,11 @@ from spg_jax.models.transformer import check_heads
 from spg_jax.random import root_key
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.collection import make_generate
-from spg_jax.rl.experience import experience_shapes
+from spg_jax.rl.experience import collected_shapes, experience_shapes
 from spg_jax.rl.gradient import rows_at_once
 from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.objectives.objective import token_log_probs
-from spg_jax.rl.rollout import Rollout, rollout_shapes
+from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import logit_pieces
 from spg_jax.runs import policies
 from spg_jax.training import optimizers
@@ -265,9 +265,13 @@ def program(plan: Plan, name: str) -> tuple[Any, tuple[Any, ...]]:
         )
         return step, (plan.state, batch)
     if name == 'arrival':
-        lengths = plan.prompt_length, parts.sampling.length
-        by_rows = sharding.batch_sharding(plan.mesh)
-        collected = rollout_shapes(parts.batching.rows, *lengths, by_rows)
+        collected = collected_shapes(
+            parts.batching.rows,
+            plan.prompt_length,
+            parts.sampling,
+            policy.config.vocab_size,
+            sharding.batch_sharding(plan.mesh),
+        )
         arrival = make_arrival(policy, parts.objective, parts.batching, plan.seed)
         return arrival, (plan.state, collected)
     if name == 'update':

@@ -66,6 +66,22 @@ def first_row(objective: Objective, batching: Batching, step: int, collected: in
     return place % (ring.prompts // batching.prompts) * batching.rows
 
 
+def collected_shapes(
+    rows: int, prompt_length: int, decoding: SamplingConfig, vocab_size: int, sharding: Any = None
+) -> Rollout:
+    """The shapes of a rollout when it is collected, with what the sampler recorded.
+
+    Args:
+      rows: B.
+      prompt_length, decoding, vocab_size, sharding: as in `experience_shapes`.
+    """
+    extras = record_shapes(decoding, rows, vocab_size)
+    if decoding.edits:
+        extras |= draft_shapes(rows, decoding.length)
+    shapes = rollout_shapes(rows, prompt_length, decoding.length).replace(extras=extras)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
 def experience_shapes(
     objective: Objective,
     batching: Batching,
@@ -87,11 +103,7 @@ def experience_shapes(
       vocab_size: V, of the model.
       sharding: of every field.
     """
-    shapes = rollout_shapes(batching.rows, prompt_length, decoding.length, sharding)
-    extras = record_shapes(decoding, batching.rows, vocab_size)
-    if decoding.edits:
-        extras |= draft_shapes(batching.rows, decoding.length)
-    shapes = shapes.replace(extras=extras)
+    shapes = collected_shapes(batching.rows, prompt_length, decoding, vocab_size)
     if arrival:
         shapes = jax.eval_shape(arrival, state, shapes)
     ring = objective.experience

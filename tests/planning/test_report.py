@@ -10,6 +10,7 @@ import pytest
 
 from configs import gsm8k
 from spg_jax import sharding
+from spg_jax.method import set_objective
 from spg_jax.planning import report as reports
 from spg_jax.planning.collectives import read_traffic
 from spg_jax.planning.machines import find_machine
@@ -135,6 +136,27 @@ def test_logits_of_llada_8b_are_of_few_of_the_scored_positions():
     pieces = logit_pieces(plan.rows_at_once // shards, config.sampling.length, 126_464 // tensor)
     assert positions == plan.rows_at_once * config.sampling.length // pieces
     assert 4 * positions // shards * 126_464 // tensor <= LARGEST_LOGITS
+
+
+@pytest.mark.parametrize('informed', [True, False])
+def test_what_is_read_at_arrival_sees_what_the_sampler_recorded(config, informed):
+    """The influence of tokens with informed masks, and otherwise drafts and their edits; the shapes
+    are those of the rollout that updates learn from."""
+    config.rl.clip, config.corruption.informed = 'ppo', informed
+    if not informed:
+        config.sampling.sampler = 'autoedit'
+        with config.unlocked():
+            set_objective(config, 'autoedit')
+    plan = make_plan(config, sharding.make_mesh({}, jax.devices()[:1]), 'cpu')
+    run, arguments = program(plan, 'arrival')
+    with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
+        arrived = jax.eval_shape(run, *arguments)
+    found, expected = (
+        jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (arrived, plan.rollout)
+    )
+    assert found == expected
+    placed = jax.tree.leaves(jax.tree.map(lambda x: x.sharding, arguments[1]))
+    assert set(placed) == {sharding.batch_sharding(plan.mesh)}
 
 
 def largest_logits(shapes, vocabulary, widths):
