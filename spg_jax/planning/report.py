@@ -198,13 +198,14 @@ def remedy(report: Report, config: ml_collections.ConfigDict, chip: Chip) -> str
         )
     largest = max(parts, key=parts.get)
     wider = 'a larger mesh.tensor' if largest in ('tables', 'attention', 'logits') else 'more chips'
+    run = assemble(config)
     if name == 'evaluation':
         change = f'evaluation.batch below {config.evaluation.batch}, or {wider}'
     elif name == 'rollout':
-        change = f'rl.generation_batch below {assemble(config).batching.rows_at_once}, or {wider}'
+        change = f'rl.generation_batch below {run.batching.rows_at_once}, or {wider}'
     elif not config.model.remat:
         change = 'model.remat=True'
-    elif config.rl.draws_per_pass != 1 < config.corruption.draws:
+    elif run.batching.draws_per_pass != 1 < run.objective.draws:
         change = 'rl.draws_per_pass=1'
     elif largest == 'gradients':
         change = 'a larger mesh.fsdp or mesh.tensor'

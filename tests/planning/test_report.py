@@ -14,6 +14,7 @@ from spg_jax.method import set_objective
 from spg_jax.planning import report as reports
 from spg_jax.planning.collectives import read_traffic
 from spg_jax.planning.machines import find_machine
+from spg_jax.planning.memory import Resident
 from spg_jax.planning.programs import compile_program, lower_for_cuda, make_plan, program
 from spg_jax.planning.report import make_report, remedy, summary, times
 from spg_jax.planning.tables import heading, table, verdict
@@ -136,6 +137,27 @@ def test_logits_of_llada_8b_are_of_few_of_the_scored_positions():
     pieces = logit_pieces(plan.rows_at_once // shards, config.sampling.length, 126_464 // tensor)
     assert positions == plan.rows_at_once * config.sampling.length // pieces
     assert 4 * positions // shards * 126_464 // tensor <= LARGEST_LOGITS
+
+
+@pytest.mark.parametrize(
+    ('objective', 'draws', 'change'),
+    [
+        ('spg', 1, 'rl.microbatch below 32'),
+        ('spg', 2, 'rl.draws_per_pass=1'),
+        ('d1', 2, 'rl.microbatch below 32'),  # which has one draw of its own
+        ('bgpo', 1, 'rl.draws_per_pass=1'),  # which has 16 of its own
+    ],
+)
+def test_passes_are_advised_where_the_objective_has_several_draws(
+    config, slice_of_four, objective, draws, change
+):
+    with config.unlocked():
+        set_objective(config, objective)
+    config.corruption.draws, config.rl.draws_per_pass = draws, 0
+    update = reports.Program(0.0, 0.0, {'saved': 2.0**40}, None, '', 0, {}, 0.0)
+    resident = Resident(weights=0, adapters=0, optimizer=0)
+    report = reports.Report('v5e:2x2', {}, 'einsum', resident, {'update': update})
+    assert f'most of it saved: use {change}' in remedy(report, config, slice_of_four.chip)
 
 
 @pytest.mark.parametrize('informed', [True, False])
