@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from optax import ScaleByScheduleState
 
 from configs import countdown
 from spg_jax import train
@@ -54,7 +55,7 @@ def first_state():
         step=jnp.int32(0),
         trained={'params': {'w': jnp.zeros(3)}},
         frozen={},
-        opt_state={'count': jnp.int32(0)},
+        opt_state={'adam': jnp.int32(0), 'rate': ScaleByScheduleState(jnp.int32(0))},
         average=None,
         skipped=jnp.int32(0),
     )
@@ -66,7 +67,7 @@ def update_at(share):
         state = state.replace(
             step=state.step + 1,
             trained=jax.tree.map(lambda x: x + added, state.trained),
-            opt_state={'count': state.opt_state['count'] + 1},
+            opt_state=jax.tree.map(lambda count: count + 1, state.opt_state),
         )
         names = ('loss', 'reward', 'gradient_norm', 'groups_with_signal')
         return state, {name: (rollout.reward.sum(), len(rollout.reward)) for name in names}
@@ -116,6 +117,7 @@ def start(workdir, rollbacks, patch, updates=0):
     config.train.steps = ENDS + 2
     config.checkpoint.every = config.guard.window = 2
     config.guard.rollbacks = rollbacks
+    config.optimizer.schedule = 'linear'
     patch.setattr(train, 'find_or_make_base', lambda *_: workdir)
     problems = SimpleNamespace(validation=[], test=[])
     programs = programs_of(config, mesh)
@@ -176,8 +178,10 @@ def test_parameters_come_back_the_rate_is_halved_and_prompts_go_on(whole):
         expected
     )
     assert [int(saved[step].step) for step in saved] == list(saved)
-    counts = {step: int(state.opt_state['count']) for step, state in saved.items()}
+    # Moments come back with their count, while the schedule of the learning rate goes on.
+    counts = {step: int(state.opt_state['adam']) for step, state in saved.items()}
     assert counts == {2: 2, 4: 4, 6: 2, 8: 4, 10: 6, 12: 8, 14: 6, 16: 8}
+    assert [int(saved[step].opt_state['rate'].count) for step in saved] == list(saved)
 
 
 def test_all_is_counted_for_the_result(whole):
@@ -252,3 +256,15 @@ def test_half_of_the_learning_rate_gives_half_of_an_update():
         updates, states = update_both({'w': rng.normal(size=4).astype(np.float32)}, states)
         assert_allclose(updates[1]['w'], 0.5 * updates[0]['w'], rtol=1e-6)
     jax.tree.map(assert_array_equal, *states)
+
+
+def test_a_schedule_goes_on_where_the_run_is_and_ends_at_its_last_share():
+    """After 2 of 10 updates an older state goes on from update 9, in an optimiser as it is."""
+    settings = optimizers.AdamW(1e-3, 0.0, 0.9, 0.99, 0.0, 1.0, 'linear', 0.1)
+    optimizer, params = optimizers.for_rl(settings, 10), {'w': jnp.arange(4.0)}
+    gradient, state = {'w': jnp.ones(4)}, optimizer.init(params)
+    for _ in range(2):
+        _, state = optimizer.update(gradient, state, params)
+    late = optimizers.with_schedules_at(state, lambda: jnp.int32(9))
+    early, after = (optimizer.update(gradient, each, params)[0]['w'] for each in (state, late))
+    assert_allclose(early / after, (1 - 0.9 * 0.2) / (1 - 0.9 * 0.9), rtol=1e-5)

@@ -15,6 +15,7 @@ from spg_jax.runs.guard import Guard
 from spg_jax.runs.preparation import Programs
 from spg_jax.runs.report import check_record
 from spg_jax.runs.run import Run
+from spg_jax.training.optimizers import with_schedules_at
 from spg_jax.training.train_state import TrainState
 
 RATE = 'learning_rate_scale'  # in a record: the share of the learning rate after rollbacks
@@ -72,8 +73,9 @@ def go_back(
     """Goes back to the parameters of the last sound checkpoint, at half the learning rate.
 
     Parameters, moments of the optimiser, experience and probe are those of the checkpoint; without
-    a sound one the run begins anew from its base policy. Updates go on counting and prompts go on
-    where they are, so that a run has its number of updates in all and meets other prompts.
+    a sound one the run begins anew from its base policy. Updates go on counting, a falling learning
+    rate with them, and prompts go on where they are, so that a run has its number of updates in
+    all, ends with the share of the rate that it was to end with, and meets other prompts.
     """
     collapse, step, memory = guard.collapse, guard.sound, None
     target, restored = restored_by(run, arrays.state, parts, programs, mesh)
@@ -88,8 +90,17 @@ def go_back(
         probe = arrays.probe and arrays.probe.replace(before=arrays.probe.base)
         before = Arrays(programs.begin(), arrays.rollout, probe)
     sharding = before.state.step.sharding
-    steps, none = (jax.device_put(np.int32(number), sharding) for number in (run.step, 0))
-    state = before.state.replace(step=steps, skipped=none)
+
+    def placed(number: int) -> jax.Array:
+        return jax.device_put(np.int32(number), sharding)
+
+    state = before.state.replace(step=placed(run.step), skipped=placed(0))
+    # A rate that is constant has a warm-up only, which comes again with moments that begin anew.
+    if parts.optimizer.schedule != 'constant' or parts.objective.rate:
+        phase = parts.objective.phase  # The optimiser starts anew with each.
+        count = run.step % phase.length if phase else run.step
+        opt_state = with_schedules_at(state.opt_state, lambda: placed(count))
+        state = state.replace(opt_state=opt_state)
     guard.go_back(run.step, memory)
     run.record[RATE] = run.record.get(RATE, 1.0) / 2
     where = 'its base policy' if memory is None else f'checkpoint {step}'

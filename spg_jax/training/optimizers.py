@@ -72,6 +72,26 @@ def for_rl(
     return optax.chain(optax.clip_by_global_norm(settings.grad_clip), adamw)
 
 
+def with_schedules_at(opt_state: Any, count: Callable[[], Array]) -> Any:
+    """The state of an optimiser whose schedules go on from another number of updates.
+
+    The count with which Adam corrects the bias of its moments stays, as the moments do.
+
+    Args:
+      opt_state: of the optimiser.
+      count: makes the number, an array of its own for each schedule, since updates reuse memory.
+    """
+
+    def is_schedule(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda state: state._replace(count=count()) if is_schedule(state) else state,
+        opt_state,
+        is_leaf=is_schedule,
+    )
+
+
 def for_pretraining(
     learning_rate: float,
     weight_decay: float,
