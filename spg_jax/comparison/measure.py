@@ -52,7 +52,8 @@ def figures_of(workdir: Path, job: Job, due: Callable[[int], int]) -> dict[str, 
 def updates_in(rows: Sequence[Row]) -> list[Row]:
     """The rows of updates that have a reward, each update once and in order.
 
-    After a rollback updates come again; the newest row of each counts.
+    Updates go on counting after a rollback, and a start drops the rows that will come again
+    (`keep_rows`). If a file has an update twice all the same, its newest row counts.
     """
     newest = {row['step']: row for row in rows if isinstance(row.get('reward'), float)}
     return [newest[step] for step in sorted(newest)]
