@@ -244,7 +244,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             lengths=(128, 256, 512),  # lengths of completions in tokens, all of them reported [E]
             steps=(64, 128, 256),  # denoising steps for each of evaluation.lengths [E]
             block_length=32,  # positions in a block, which is finished before the next starts [E]
-            # Its thresholds and rounds are those of the group sampling.
+            # What its rule reads besides, such as thresholds, is that of the group sampling.
             sampler='',  # the rule of commitment, as sampling.sampler; '' is low_confidence [E]
             every=100,  # updates between two validations
             problems=256,  # the number of problems in a validation
