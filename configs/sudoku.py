@@ -6,7 +6,7 @@ python -m spg_jax.train --config=configs/sudoku.py:llada_8b   # published recipe
 python -m spg_jax.plan --config=configs/sudoku.py:llada_8b_v5e16 --topology=v5e:4x4
 
 With seed 0, right cells rise from 67 % to 96 % and right grids from 18 % to 90 %
-(docs/base_policy.md).
+(docs/base_policy.md, docs/board.md).
 """
 
 import ml_collections
