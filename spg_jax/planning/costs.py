@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from spg_jax import sharding
+from spg_jax.diffusion.prompt_grid import on_prompt_grid
 from spg_jax.models.attention import FUSED as FUSED_ATTENTION
 from spg_jax.models.lora import FUSED, SHARED
 from spg_jax.models.transformer import TransformerConfig
@@ -134,6 +135,8 @@ def _passes(plan: Plan, name: str) -> tuple[float, float, int]:
         return batching.microbatch, arrival_readouts(plan) / batching.microbatch, length
     if name not in ('update', FINE_TUNING):
         decoding = plan.decoding(name)
+        if plan.policy.config.visible_block > 1:  # A prompt may end within a block of the model.
+            decoding = on_prompt_grid(decoding)
         guided = 2 if decoding.guidance else 1
         return plan.rows(name), guided * decoding.steps, plan.prompt_length + decoding.length
     draws = plan.draws

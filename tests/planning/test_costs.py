@@ -1,5 +1,7 @@
 """FLOPs by formula against the count of XLA for the same arithmetic without loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -78,6 +80,21 @@ def test_a_rollout_is_a_forward_pass_for_every_step_and_twice_with_guidance(plan
     part = plan_of({'sampling.guidance': 0.0, 'rl.generation_batch': 16})
     assert work(part, 'rollout').flops == 16 * 64 * row
     assert program(part, 'rollout')[1][1].shape == (16, 16)
+
+
+def test_a_model_that_sees_blocks_decodes_one_more(plan_of):
+    """The first one that it generates may begin with the end of the prompt."""
+    plan = plan_of()
+    decoding = plan.parts.sampling
+    model = dataclasses.replace(plan.policy.config, visible_block=decoding.block_length)
+    on_grid = dataclasses.replace(plan, policy=dataclasses.replace(plan.policy, config=model))
+    longer = dataclasses.replace(
+        decoding,
+        length=decoding.length + decoding.block_length,
+        steps=decoding.steps + decoding.steps_per_block,
+    )
+    as_long = dataclasses.replace(plan, parts=dataclasses.replace(plan.parts, sampling=longer))
+    assert work(on_grid, 'rollout') == work(as_long, 'rollout') != work(plan, 'rollout')
 
 
 def test_every_shard_of_rows_reads_the_kernels(plan_of):
