@@ -298,14 +298,6 @@ def _prompt_lengths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     return lengths
 
 
-def _rule_settings() -> set[str]:
-    """The settings of the group sampling that evaluations share: neither how much is decoded, nor
-    by which rule and law, nor what is approximate or recorded."""
-    own = {'length', 'steps', 'block_length', 'temperature', 'sampler'}
-    of_rollouts = {'cache', 'refresh', 'top_k', 'top_p', 'records', 'influence_window'}
-    return set(_fields(SamplingConfig)) - own - of_rollouts
-
-
 def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
     lengths, steps = config.evaluation.lengths, config.evaluation.steps
     if len(lengths) != len(steps) or not lengths:
@@ -318,20 +310,23 @@ def _evaluation(config: ml_collections.ConfigDict) -> Evaluation:
             f'evaluation.lengths {tuple(lengths)} names a length twice, whose figures would share '
             'a name; give each length once'
         )
-    sampler = config.evaluation.sampler
-    # Whatever else the rule reads, such as its thresholds, is that of the group sampling.
-    of_rollouts = {name: config.sampling[name] for name in _rule_settings()}
-    if not sampler:
-        del of_rollouts['commit']  # The default is that of published evaluations.
+    rollouts, sampler = _sampling(config), config.evaluation.sampler
     try:
+        # Whatever else the rule reads, such as its thresholds, is that of rollouts.
         decodings = tuple(
-            SamplingConfig(
+            dataclasses.replace(
+                rollouts,
                 length=length,
                 steps=number,
                 block_length=config.evaluation.block_length,
                 temperature=0.0,
                 sampler=sampler,
-                **of_rollouts,
+                # Without a rule of its own an evaluation decodes as published ones do.
+                commit=rollouts.commit if sampler else SamplingConfig.commit,
+                cache='',
+                refresh=SamplingConfig.refresh,
+                top_k=0,
+                top_p=1.0,
             )
             for length, number in zip(lengths, steps, strict=True)
         )
