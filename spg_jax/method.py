@@ -18,8 +18,8 @@ SPG = 'spg'
 PRESETS = ('', 'fast')
 # What `sampling.preset` 'fast' sets; docs/sampling.md holds the figures that decided it.
 FAST = {
-    'sampling.sampler': 'entropy_bounded',
-    'sampling.entropy_bound': 0.3,
+    'sampling.sampler': 'factor',
+    'sampling.factor': 1.0,
     'sampling.cache': 'dual',
 }
 # Sizes of pieces, which a recipe with another group size scales, so that they still hold groups.

@@ -17,7 +17,13 @@ from flax import struct
 from jax import Array
 
 from spg_jax.diffusion.samplers import editing
-from spg_jax.diffusion.samplers.decoder import CachedModel, Carry, Decoder, is_generated_eos
+from spg_jax.diffusion.samplers.decoder import (
+    CachedModel,
+    Carry,
+    Decoder,
+    compacted_sizes,
+    is_generated_eos,
+)
 from spg_jax.diffusion.samplers.settings import RECORDS, SamplingConfig
 from spg_jax.models.windows import Window
 
@@ -28,6 +34,7 @@ __all__ = [
     'Completion',
     'SamplingConfig',
     'begin',
+    'compacted_sizes',
     'completion_of',
     'decoder_of',
     'finish',
@@ -70,6 +77,7 @@ def generate(
     allowed: Array,
     cached: CachedModel | None = None,
     opening: Array | None = None,
+    compact: bool = False,
 ) -> Completion:
     """Completes a batch of prompts. The function is pure, and callers jit it.
 
@@ -90,12 +98,14 @@ def generate(
       cached: the model with a cache, which `config.cache` asks for.
       opening: [B, C] int32, the completion as it begins: MASK where tokens are generated, and given
         tokens, which stay and count as part of the prompt. None generates all.
+      compact: whether rows whose block is finished leave the batch until the others have finished
+        it, for rows that no mesh splits.
 
     Raises:
       ValueError: if the shapes do not agree, MASK and EOS are the same token, or there is no cache.
     """
     decoder = decoder_of(
-        hidden_fn, unembed_fn, prompt_mask, keys, config, mask_id, eos_id, allowed, cached
+        hidden_fn, unembed_fn, prompt_mask, keys, config, mask_id, eos_id, allowed, cached, compact
     )
     carry = begin(prompt, prompt_mask, keys, config, mask_id, allowed.size)
     if opening is not None:
@@ -125,6 +135,7 @@ def decoder_of(
     eos_id: int,
     allowed: Array,
     cached: CachedModel | None = None,
+    compact: bool = False,
 ) -> Decoder:
     """The steps of `generate`, whose arguments these are; raises as it does."""
     if mask_id == eos_id:
@@ -145,6 +156,7 @@ def decoder_of(
         eos_id=eos_id,
         allowed=allowed & (jnp.arange(allowed.size) != mask_id),
         cached=cached if config.cache else None,
+        compact=compact,
     )
 
 

@@ -86,6 +86,11 @@ class Policy:
         pair = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
         return (pair,) * config.layers if config.caches_by_layer else pair
 
+    def take_from_cache(self, cache: Cache | LayerCaches, index: Array) -> Cache | LayerCaches:
+        """The cache of n rows, whose places are `index` [n] int32."""
+        axis = 0 if self.config.caches_by_layer else 1
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=axis, mode='clip'), cache)
+
     def unembed(self, variables: Variables, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         return self.model.apply(variables, hidden, method='unembed')

@@ -2,8 +2,9 @@
 
 The host looks at the batch after each block. A row that has ended is taken out. While rows wait,
 the next one takes its slot, so that rows of one batch are in different blocks. When none waits and
-few rows are left, the batch is compacted to the smallest of a few sizes that holds them. The tokens
-of a row depend on its prompt and its key alone, so they are those of `sampling.generate`.
+few rows are left, the batch is compacted to the smallest of a few sizes that holds them. Within a
+block, rows that have finished it leave in the same way until the others have. The tokens of a row
+depend on its prompt and its key alone, so they are those of `sampling.generate`.
 
 Slots are for one shard of rows. Over several shards each would have to keep as many rows as the
 others, and rows of long completions would move between devices; there whole batches are generated.
@@ -25,9 +26,6 @@ from spg_jax.diffusion import sampling
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.models.windows import Window
 from spg_jax.sharding import constrain_rows, own_values, row_shards
-
-# A batch shrinks to a half, a quarter or an eighth of its slots: each size is a program of its own.
-SHARES = (1, 2, 4, 8)
 
 # Which of the N rows have ended, [n], and their completions, whose rows after the first n are
 # fillers: a part of all rows.
@@ -54,11 +52,6 @@ def can_stream(policy: Policy, config: sampling.SamplingConfig, mesh: Mesh) -> b
     return config.stop_early and alone and not policy.config.visible_block
 
 
-def sizes_of(slots: int) -> tuple[int, ...]:
-    """The numbers of rows that a batch of B = `slots` can shrink to, ascending."""
-    return tuple(sorted({-(-slots // share) for share in SHARES}))
-
-
 def can_refill(config: sampling.SamplingConfig) -> bool:
     """Whether rows of a batch may be in different blocks, which the prefix cache does not allow."""
     return config.cache != 'prefix'
@@ -70,6 +63,7 @@ def functions_of(
     """What the sampler needs of a policy: its hidden states, its logits, and its cache."""
     cached = sampling.CachedModel(
         empty=policy.empty_cache,
+        take=policy.take_from_cache,
         read=lambda *arguments: policy.hidden_with_cache(variables, *arguments),
     )
 
@@ -111,6 +105,7 @@ def make_stream(
             policy.eos_id,
             policy.allowed,
             cached,
+            compact=True,
         )
 
     @jax.jit
@@ -140,7 +135,7 @@ def make_stream(
     ) -> Iterator[Part]:
         total = len(prompt)
         size = min(slots, total)
-        sizes = sizes_of(size)
+        sizes = sampling.compacted_sizes(size)
         # With rows in different blocks every slot has its own block, else all have one.
         block = np.zeros(size if total > size else (), np.int32)
         rows = np.arange(size)  # [B] the row in each slot, -1 in an empty one

@@ -173,7 +173,26 @@ def test_a_block_ends_with_its_last_token_and_not_with_its_last_step():
     sure, unsure = Counting(), Counting(hidden_bias=60.0)  # of every token, or of none
     sure.bias[5] = 60.0
     for toy, passes in ((sure, 3), (unsure, 12)):
-        assert passes_of(toy, config_of('threshold')) == passes
+        assert len(passes_of(toy, config_of('threshold'))[1]) == passes
+
+
+@pytest.mark.parametrize(('name', 'bias'), [('threshold', 1.0), ('remask', 3.0)])
+def test_rows_whose_block_is_finished_leave_the_batch_until_the_others_have(name, bias):
+    """A pass has the smallest of the sizes 1, 2, 3 and 5 that holds the rows with work to do, which
+    the steps of a whole batch tell."""
+    toy, config = Counting(eos_bias=bias), config_of(name)
+    whole, of_whole = passes_of(toy, config)
+    compacted, of_compacted = passes_of(toy, config, compact=True)
+    assert_array_equal(compacted.tokens, whole.tokens)
+    assert_array_equal(compacted.commit_step, whole.commit_step)
+    confidence = compacted.extras['confidence']
+    assert_allclose(confidence, whole.extras['confidence'], rtol=1e-5)
+    block, turn = np.divmod(np.asarray(whole.commit_step), 4)  # [5, 12]
+    last = np.stack([np.where(block == each, turn, -1).max(1) for each in range(3)], 1)  # [5, 3]
+    still_open = [(last[:, each] >= step).sum() for each in range(3) for step in range(4)]
+    expected = [min(size for size in (1, 2, 3, 5) if size >= n) for n in still_open if n]
+    assert of_compacted == expected and len(set(expected)) > 1
+    assert of_whole == [5] * len(expected)
 
 
 @pytest.fixture(scope='module')
@@ -408,7 +427,7 @@ def test_a_dual_cache_reads_the_block_alone_between_refreshes():
     tokens = jnp.full((2, 6), 5, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
     config = SamplingConfig(12, 12, 4, 1.0, cache='dual', refresh=3, stop_early=False)
-    model = CachedModel(lambda rows, length: jnp.zeros(()), read)
+    model = CachedModel(lambda rows, length: jnp.zeros(()), lambda cache, index: cache, read)
     allowed = np.arange(24) > 0
     jax.jit(
         lambda: generate(

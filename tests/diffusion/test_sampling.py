@@ -101,39 +101,39 @@ class Toy:
     def in_window(self, tokens, valid, window):
         return window.cut(self.hidden(tokens, valid))
 
-    def generate(self, prompt, prompt_mask, keys, config):
-        return completed(type(self), self.bias, prompt, prompt_mask, keys, config)
+    def generate(self, prompt, prompt_mask, keys, config, compact=False):
+        return completed(type(self), self.bias, prompt, prompt_mask, keys, config, compact)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def completed(kind, bias, prompt, prompt_mask, keys, config):
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def completed(kind, bias, prompt, prompt_mask, keys, config, compact):
     toy = kind()
     toy.bias = bias
-    return generate(
-        toy.in_window, toy.unembed, prompt, prompt_mask, keys, config, MASK, EOS, ALLOWED
-    )
+    model = toy.in_window, toy.unembed
+    return generate(*model, prompt, prompt_mask, keys, config, MASK, EOS, ALLOWED, compact=compact)
 
 
 CALLS = []
 
 
 class Counting(Toy):
-    """A toy whose forward passes are counted in CALLS."""
+    """A toy that writes the rows of each of its forward passes into CALLS."""
 
     def hidden(self, tokens, valid, xp=jnp):
         if xp is jnp:
-            jax.debug.callback(lambda: CALLS.append(1))
+            jax.debug.callback(partial(CALLS.append, len(tokens)))
         return super().hidden(tokens, valid, xp)
 
 
-def passes_of(toy, config):
-    """The forward passes in which a toy completes the prompts."""
+def passes_of(toy, config, compact=False):
+    """The completions of the prompts, and the rows of each forward pass of a `Counting` toy."""
     tokens, mask = prompts()
     jax.effects_barrier()  # for the passes of earlier programs
     CALLS.clear()
-    toy.generate(tokens, mask, jax.random.split(jax.random.key(0), len(tokens)), config)
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    completion = toy.generate(tokens, mask, keys, config, compact)
     jax.effects_barrier()
-    return len(CALLS)
+    return completion, list(CALLS)
 
 
 def plain_loop(toy, prompt, key, config):
@@ -271,7 +271,7 @@ def test_early_stop_is_the_plain_loop_and_changes_nothing_through_the_first_eos(
     ('eos_bias', 'config', 'passes'), [(60.0, STOPPING, 2), (60.0, WHOLE, 8), (-60.0, STOPPING, 8)]
 )
 def test_program_runs_the_model_only_until_every_row_has_ended(eos_bias, config, passes):
-    assert passes_of(Counting(eos_bias), config) == passes
+    assert len(passes_of(Counting(eos_bias), config)[1]) == passes
 
 
 def test_only_the_current_block_is_unembedded():

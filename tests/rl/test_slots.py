@@ -10,7 +10,8 @@ from numpy.testing import assert_array_equal
 
 from spg_jax.assembly import assemble
 from spg_jax.data.tokenizers import WordTokenizer
-from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.diffusion.samplers import decoder
+from spg_jax.diffusion.sampling import SamplingConfig, compacted_sizes
 from spg_jax.rl import gap, slots
 from spg_jax.rl.collection import make_generate
 from spg_jax.rl.evaluator import Evaluation, Evaluator
@@ -19,17 +20,19 @@ from tests.meshes import mesh_of
 from tests.parameters import random_params
 
 ROWS = 8
-# Rows, slots, the shares of `slots.SHARES`, blocks, and how the setting differs from one batch by
-# low confidence. With fewer slots than rows others move in, and with as many the batch shrinks; the
-# state of a cache and of a rule has to follow. The rollout of tests/rl/test_rollout.py has rows
-# that move in without a cache, and the evaluation below has a batch of such rows that shrinks.
-# Under the second setting rows 0 and 4 end in the first block, so that the batch shrinks to the
-# other two, which move. Each size of a batch is a program, in which the prefix cache has a branch
-# for each block.
+# Rows, slots, the shares of `decoder.SHARES`, blocks, whether layers are unrolled, and how the
+# setting differs from one batch by low confidence. With fewer slots than rows others move in, and
+# with as many the batch shrinks; the state of a cache and of a rule has to follow. The rollout of
+# tests/rl/test_rollout.py has rows that move in without a cache, and the evaluation below has a
+# batch of such rows that shrinks. Under the second setting row 0, which comes twice, ends in the
+# first block, so that the batch shrinks to the other two, which move. Each size of a batch is a
+# program, in which the prefix cache has a branch for each block. In a block under way batches
+# shrink as well, and with them their caches, which are one for each layer where these are unrolled.
 REMASK = {'sampler': 'remask', 'threshold': 0.5}
+THRESHOLD = {'sampler': 'threshold', 'threshold': 0.1}
 KINDS = [
-    (np.arange(ROWS), 2, (1,), 4, REMASK | {'cache': 'dual', 'refresh': 2}),
-    (np.array([0, 1, 4, 2]), 4, (1, 2), 2, {'cache': 'prefix'}),
+    (np.arange(ROWS), 2, (1, 2), 4, True, REMASK | {'cache': 'dual', 'refresh': 2}),
+    (np.array([0, 1, 0, 3]), 4, (1, 2), 2, False, THRESHOLD | {'cache': 'prefix'}),
 ]
 
 
@@ -56,20 +59,23 @@ def sizes(monkeypatch):
     """The sizes of the batches that blocks are decoded in, one entry for each program."""
     sizes, make = [], slots.sampling.decoder_of
 
-    def watching(hidden, unembed, prompt_mask, *rest):
+    def watching(hidden, unembed, prompt_mask, *rest, **options):
         sizes.append(len(prompt_mask))
-        return make(hidden, unembed, prompt_mask, *rest)
+        return make(hidden, unembed, prompt_mask, *rest, **options)
 
     monkeypatch.setattr(slots.sampling, 'decoder_of', watching)
     return sizes
 
 
-@pytest.mark.parametrize(('chosen', 'number', 'shares', 'blocks', 'change'), KINDS)
+@pytest.mark.parametrize(('chosen', 'number', 'shares', 'blocks', 'unrolled', 'change'), KINDS)
 def test_rows_get_in_slots_what_they_get_in_a_whole_batch(
-    policy, sizes, monkeypatch, chosen, number, shares, blocks, change
+    policy, sizes, monkeypatch, chosen, number, shares, blocks, unrolled, change
 ):
-    """A batch of all rows shrinks with them; one that others move into keeps its size here."""
-    monkeypatch.setattr(slots, 'SHARES', shares)
+    """A batch of all rows shrinks with them; one that others move into shrinks at its end."""
+    monkeypatch.setattr(decoder, 'SHARES', shares)
+    if unrolled:
+        model = dataclasses.replace(policy.config, scan_unroll=policy.config.layers)
+        policy = dataclasses.replace(policy, config=model)
     config = SamplingConfig(4 * blocks, 4 * blocks, 4, 2.0, records=('log_prob',), **change)
     variables, *rows = arguments(policy)
     rows = [x[chosen] for x in rows]
@@ -80,7 +86,7 @@ def test_rows_get_in_slots_what_they_get_in_a_whole_batch(
         parts = list(slots.make_stream(policy, config, number)(variables, *rows))
     assert sorted(np.concatenate([index for index, _ in parts]).tolist()) == list(range(count))
     assert len(parts) >= min(3, blocks)  # rows ended at different times
-    assert sizes[0] == number and set(sizes) == set(slots.sizes_of(number))
+    assert sizes[0] == number and set(sizes) == set(compacted_sizes(number))
     completion = joined(parts)
     assert_array_equal(completion.tokens, expected.tokens)
     assert_array_equal(completion.commit_step, expected.commit_step)
@@ -89,13 +95,13 @@ def test_rows_get_in_slots_what_they_get_in_a_whole_batch(
 
 
 def test_the_sizes_of_a_batch_that_shrinks():
-    assert slots.sizes_of(8) == (1, 2, 4, 8)
-    assert slots.sizes_of(128) == (16, 32, 64, 128) and slots.sizes_of(1) == (1,)
+    assert compacted_sizes(8) == (1, 2, 4, 8)
+    assert compacted_sizes(128) == (16, 32, 64, 128) and compacted_sizes(1) == (1,)
 
 
 def test_an_evaluation_in_slots_is_the_evaluation_in_whole_batches(policy, sizes, monkeypatch):
     """Five problems with two samples each: ten rows, in batches of four or in four slots."""
-    monkeypatch.setattr(slots, 'SHARES', (1, 4))
+    monkeypatch.setattr(decoder, 'SHARES', (1, 4))
     decoding = SamplingConfig(16, 16, 4, 2.0)
     evaluation = Evaluation((decoding,), 16, 2.0, 2, 4, False, prompt_lengths=(4,), seed=0)
     task = SimpleNamespace(prompt=lambda example: f'w{example["index"]} w3', prefill='')

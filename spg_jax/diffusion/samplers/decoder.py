@@ -1,7 +1,8 @@
 """The loop of a sampler: a decoder advances a batch by one block, step by step.
 
 All rows of a batch take the same steps within a block. A row whose block is finished waits, so that
-it does not matter to a row how many steps its neighbours need. Rows may be in different blocks:
+it does not matter to a row how many steps its neighbours need. With `compact` it does not take part
+in their steps: once few blocks are open, their rows alone go on. Rows may be in different blocks:
 then `Carry.block` has one entry a row, and everything that is cut out of a row is cut at its own
 place.
 
@@ -25,6 +26,9 @@ from spg_jax.diffusion.samplers import rules
 from spg_jax.diffusion.samplers.settings import SamplingConfig
 from spg_jax.models.windows import Window, cut, put
 
+# A batch shrinks to a half, a quarter or an eighth of its rows: each size is a program of its own.
+SHARES = (1, 2, 4, 8)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CachedModel:
@@ -32,6 +36,7 @@ class CachedModel:
 
     Attributes:
       empty: (B, L) -> a cache, a pytree whose values do not matter.
+      take: (cache, index [n] int32) -> the cache of n of the rows.
       read: (tokens [B, w] at the positions from `start`, valid [B, L], cache, start [] or [B],
         window of the w positions) -> (hidden states [B, b, D] of the window, cache), where keys and
         values of the w positions are new and those of all others are the cache's. With w = L
@@ -39,6 +44,7 @@ class CachedModel:
     """
 
     empty: Callable[[int, int], Any]
+    take: Callable[[Any, Array], Any]
     read: Callable[[Array, Array, Any, Array, Window], tuple[Array, Any]]
 
 
@@ -60,6 +66,7 @@ class _Steps:
 
     turn: Array  # [] int32, the step of this block
     carry: Carry
+    waits: Array  # [B] bool, rows that had ended before this block
     taken: Array | None  # [B] int32, tokens of this block that were taken back; or None
     post: Array | None  # [B] int32, rounds without MASK that a row may still take; or None
     cache: Any  # keys and values, or None
@@ -80,6 +87,7 @@ class Decoder:
     allowed: Array  # [V] bool, without MASK
     cached: CachedModel | None = None
     generated: Array | None = None  # [B, C] bool, False on given tokens; None is all
+    compact: bool = False  # whether rows whose block is finished leave the batch until it ends
 
     def ended(self, carry: Carry) -> Array:
         """Whether each row needs no further block, [B] bool; it is asked between blocks."""
@@ -101,30 +109,70 @@ class Decoder:
         Where rows are in different blocks, a row that has ended goes to the end.
         """
         rule, rows = self.config.rule, len(self.keys)
-        ended = self.ended(carry)  # [B]
         steps = _Steps(
             turn=jnp.zeros((), jnp.int32),
             carry=carry,
+            waits=self.ended(carry),
             taken=jnp.zeros(rows, jnp.int32) if rule.takes_back else None,
             post=jnp.full(rows, self.config.post_steps) if self.config.edits_in_blocks else None,
             cache=self.cached.empty(rows, self.valid.shape[1]) if self.cached else None,
         )
-
-        def goes_on(steps: _Steps) -> Array:
-            step_left = steps.turn < self.config.rounds_per_block
-            if rule.even:  # so that the last step always has something to commit
-                return step_left
-            is_masked = self._block_tokens(steps.carry) == self.mask_id  # [B, b]
-            is_open = is_masked.any(-1)  # [B]
-            if steps.post is not None:
-                is_open |= steps.post > 0
-            return step_left & (is_open & ~ended).any()
-
-        carry = jax.lax.while_loop(goes_on, self._denoise, steps).carry
+        if self.cached:  # The first step refreshes; outside of the loop it copies no cache.
+            steps = self._denoise(steps, is_first=True)
+        sizes = compacted_sizes(rows)[:-1] if self.compact and not rule.even else ()
+        carry = self._finish_block(steps, sizes)
         block = carry.block + 1
         if block.ndim:
             block = jnp.where(self.ended(carry.replace(block=block)), self.config.blocks, block)
         return carry.replace(block=block)
+
+    def _finish_block(self, steps: _Steps, sizes: tuple[int, ...]) -> Carry:
+        """Takes steps until the block of every row is finished.
+
+        As soon as no more rows are open than the largest of `sizes`, ascending, these go on alone.
+        """
+        fewer = sizes[-1] if sizes else 0
+
+        def goes_on(steps: _Steps) -> Array:
+            step_left = steps.turn < self.config.rounds_per_block
+            if self.config.rule.even:  # so that the last step always has something to commit
+                return step_left
+            return step_left & (self._is_open(steps).sum() > fewer)
+
+        steps = jax.lax.while_loop(goes_on, self._denoise, steps)
+        if not fewer:
+            return steps.carry
+        # Finished rows fill the smaller batch, and change nothing in it.
+        index = jnp.argsort(~self._is_open(steps))[:fewer]
+        smaller, few = self._take(steps, index)
+        carry = smaller._finish_block(few, sizes[:-1])
+        return jax.tree.map(
+            lambda all_rows, some: all_rows.at[index].set(some) if some.ndim else all_rows,
+            steps.carry,
+            carry,
+        )
+
+    def _is_open(self, steps: _Steps) -> Array:
+        """Whether a row has something left to do in its block, [B] bool."""
+        is_open = (self._block_tokens(steps.carry) == self.mask_id).any(-1)  # [B]
+        if steps.post is not None:
+            is_open |= steps.post > 0
+        return is_open & ~steps.waits
+
+    def _take(self, steps: _Steps, index: Array) -> tuple['Decoder', _Steps]:
+        """The decoder and the steps of n rows, whose places are `index` [n]."""
+
+        def of_rows(x: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, x)
+
+        cache = self.cached.take(steps.cache, index) if self.cached else None
+        decoder = dataclasses.replace(
+            self,
+            valid=self.valid[index],
+            keys=self.keys[index],
+            generated=of_rows(self.generated),
+        )
+        return decoder, of_rows(steps.replace(cache=None)).replace(cache=cache)
 
     def _start(self, carry: Carry) -> Array:
         """The first completion position of the current block, [] or [B]; within the completion."""
@@ -137,10 +185,11 @@ class Decoder:
         """[B, b]."""
         return cut(carry.tokens, self.prompt_length + self._start(carry), self.config.block_length)
 
-    def _denoise(self, steps: _Steps) -> _Steps:
+    def _denoise(self, steps: _Steps, is_first: bool = False) -> _Steps:
         """Predicts the masked positions of the current block and commits some of them.
 
-        A rule may also take tokens back, or write others in their place.
+        A rule may also take tokens back, or write others in their place. `is_first` says that it
+        is known to be the first step of the block.
         """
         config, carry, rule = self.config, steps.carry, self.config.rule
         start = self._start(carry)  # [] or [B]
@@ -149,7 +198,7 @@ class Decoder:
         is_masked = tokens == self.mask_id
         if carry.block.ndim:
             is_masked &= (carry.block < config.blocks)[:, None]
-        carry, logits, cache = self._look(steps, step, start)  # logits [B, b, V]
+        carry, logits, cache = self._look(steps, step, start, is_first)  # logits [B, b, V]
         names = config.records
         if rule.takes_back:
             names = tuple({*names, 'confidence'})
@@ -194,7 +243,7 @@ class Decoder:
             commit_step=put(carry.commit_step, commit_step, start),
             extras=extras,
         )
-        return _Steps(turn=steps.turn + 1, carry=carry, taken=taken, post=post, cache=cache)
+        return steps.replace(turn=steps.turn + 1, carry=carry, taken=taken, post=post, cache=cache)
 
     def _take_back(
         self, steps: _Steps, carry: Carry, commit_step: Array, is_masked: Array, start: Array
@@ -250,7 +299,9 @@ class Decoder:
             written[name] = put(extras[name], after, start)
         return written
 
-    def _look(self, steps: _Steps, step: Array, start: Array) -> tuple[Carry, Array, Any]:
+    def _look(
+        self, steps: _Steps, step: Array, start: Array, is_first: bool
+    ) -> tuple[Carry, Array, Any]:
         """The logits [B, b, V] of the block at `start`, after noting what changed around it.
 
         To measure influence, the pass also reads the positions of the next blocks that are near
@@ -258,7 +309,7 @@ class Decoder:
         """
         carry, config = steps.carry, self.config
         if self.cached:
-            states, cache = self._look_with_cache(steps, start)
+            states, cache = self._look_with_cache(steps, start, is_first)
             return carry, self.unembed_fn(states), cache
         size, window = config.block_length, config.positions_read  # b, W
         if carry.confidence is None:
@@ -280,7 +331,7 @@ class Decoder:
         carry = carry.replace(extras=extras, confidence=confidence)
         return carry, cut(logits, start - first, size), None
 
-    def _look_with_cache(self, steps: _Steps, start: Array) -> tuple[Array, Any]:
+    def _look_with_cache(self, steps: _Steps, start: Array, is_first: bool) -> tuple[Array, Any]:
         """Hidden states [B, b, D] of the block at `start`, and the cache after the pass."""
         config, tokens = self.config, steps.carry.tokens
         place = self.prompt_length + start  # [] or [B]
@@ -306,6 +357,10 @@ class Decoder:
             return jax.lax.switch(steps.carry.block, branches, cache)
 
         reuse = dual if config.cache == 'dual' else suffix
+        if is_first:
+            return refresh(steps.cache)
+        if config.refresh >= config.rounds_per_block:
+            return reuse(steps.cache)
         return jax.lax.cond(steps.turn % config.refresh == 0, refresh, reuse, steps.cache)
 
     def _logits(self, tokens: Array, start: Array, size: int) -> Array:
@@ -332,6 +387,11 @@ class Decoder:
         if not others:
             return conditional
         return others[0] + (1.0 + self.config.guidance) * (conditional - others[0])
+
+
+def compacted_sizes(rows: int) -> tuple[int, ...]:
+    """The numbers of rows that a batch of B = `rows` can shrink to, ascending; the last is B."""
+    return tuple(sorted({-(-rows // share) for share in SHARES}))
 
 
 def is_generated_eos(completion: Array, eos_id: int, generated: Array | None) -> Array:
