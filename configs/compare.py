@@ -16,6 +16,10 @@ from ml_collections import config_dict
 
 from spg_jax.errors import nearest
 
+# Each bound centred by itself, masks that prefer positions which influence others, numbers of
+# masked tokens that are spread evenly over the draws, and a guard that goes back after a collapse.
+RECIPE = 'spg.baseline=each corruption.informed=True corruption.times=stratified guard.rollbacks=3'
+
 # Settings as on a command line. Whatever an arm does not set is that of the task.
 ARMS = {
     'spg_mixture': 'spg.negative=mixture',
@@ -56,6 +60,11 @@ ARMS = {
     **{f'spg_omega_{omega}': f'spg.omega={omega / 100}' for omega in (0, 25, 75, 100)},
     **{f'spg_draws_{draws}': f'corruption.draws={draws}' for draws in (1, 2, 8)},
     **{f'spg_inner_{updates}': f'rl.inner_updates={updates}' for updates in (1, 4, 8)},
+    # All that shall make SPG better, with the four draws of the tasks below, with eight, and with
+    # the lower bound for completions of both signs.
+    'spg_recipe': RECIPE,
+    'spg_recipe_draws_8': f'{RECIPE} corruption.draws=8',
+    'spg_recipe_elbo': f'{RECIPE} spg.negative=elbo',
 }
 
 # The base policies of all recorded tables, which are older than the use of Muon.
@@ -140,6 +149,11 @@ PRESETS = {
     'negative': dict(methods=' '.join(BOUNDS), budget='updates'),
     'ablations': _ablation('spg_uniform', 'spg_informed', 'spg_beta', 'spg_omega'),
     'draws_and_inner': _ablation('spg_draws', 'spg_inner', budget='sequences'),
+    'recipe': dict(
+        methods='spg_mixture spg_none spg_recipe spg_recipe_draws_8 spg_recipe_elbo',
+        tasks='sudoku countdown',
+        seeds=5,
+    ),
 }
 
 
