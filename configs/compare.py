@@ -113,6 +113,16 @@ PRESETS = {
         tasks='sudoku countdown',
         seeds_of=dict.fromkeys([*BOUNDS, *RIVALS], 5),
     ),
+    # Seconds of an update of every method beside those of SPG, for an idle machine.
+    'cost': dict(
+        methods=' '.join([*BOUNDS, *RIVALS, *OTHERS]),
+        tasks='sudoku countdown',
+        common=f'{COMMON} train.steps=40',
+        seeds=1,
+        rates=(3e-4,),
+        budget='updates',
+        validations=1,
+    ),
     # Share of the runs that collapse, after which update, and what is left at the end.
     'centred': dict(
         methods='spg_mixture spg_mixture_centred spg_eubo spg_eubo_centred',
