@@ -190,7 +190,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             # While one part is generated, the part before it is decoded and rewarded.
             generation_batch=0,  # completions that are generated at once; 0 generates all
             # Needs one shard of rows (mesh.data x mesh.fsdp); others generate whole batches.
-            compact=True,  # whether completions that have ended make room between two blocks
+            compact=True,  # whether rows leave the batch that have ended, or wait for their block
             inner_updates=4,  # updates on each rollout batch [S]
             # The released code differentiates 6 rows at once on each of 8 GPUs.
             microbatch=48,  # rows that are differentiated at once, on all devices together
@@ -250,7 +250,7 @@ def default_config(objective: str = 'spg') -> ml_collections.ConfigDict:
             problems=256,  # the number of problems in a validation
             batch=64,  # completions that are generated at once, on all devices together
             # As rl.compact. It compiles a few more programs, which pay where completions are long.
-            compact=False,  # whether completions that have ended make room for those that wait
+            compact=False,  # whether rows leave the batch that have ended, or wait for their block
             samples=8,  # k of pass@k, the share of problems that at least one of k samples solves
         ),
         checkpoint=c(

@@ -20,7 +20,7 @@ class Batching:
       group_size: G, completions of each prompt.
       inner_updates: gradient steps on each rollout batch.
       generation_batch: rows that are generated at once, over all devices; 0 stands for all.
-      compact: whether rows that have ended make room between blocks (`rl.slots`).
+      compact: whether rows leave the batch that have ended, or wait for a block's end (`rl.slots`).
       microbatch: rows that are differentiated at once, over all devices.
       draws_per_pass: Monte-Carlo draws that are differentiated at once; 0 stands for all.
 

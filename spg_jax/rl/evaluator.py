@@ -40,7 +40,7 @@ class Evaluation:
     temperature: float  # of the completions that pass@k looks at, as in rollouts
     samples: int  # k of pass@k
     batch: int  # rows that are generated at once, over all devices
-    compact: bool  # whether rows that have ended make room between two blocks, where they can
+    compact: bool  # as `Batching.compact`, where it can be
     prompt_lengths: tuple[int, ...]  # lengths that prompts are padded to, ascending
     seed: int  # of the random numbers at a temperature above 0
 
