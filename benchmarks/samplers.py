@@ -1,18 +1,18 @@
 """Measures samplers on trained policies: tokens per second and accuracy, against the exact sampler.
 
-    python -m benchmarks.samplers --workdir=runs/countdown-spg-12d3790f66 [--workdir=…] [--pairs=5]
+    python -m benchmarks.samplers --workdir=RUN [--workdir=…] [--temperature=1] [--pairs=5]
     python -m benchmarks.samplers --endings  # rows that end early: whole batches against slots
 
-A --workdir is a run, or a policy trained here. The first command decodes test problems at
-temperature 0 with each sampler of VARIANTS, in turn with the exact one, as a rollout does, and
-prints a table and one JSON line. Accuracy is the mean over the policies, with its standard error
-over all problems; 'difference' is that to the exact sampler on the same problems, with the
-half-width of its 95 % interval.
-'same' is the share of completions that equal those of the exact sampler. 'tokens_per_pass' is how
-many tokens a pass commits in a row that has not ended, over the rows. 'speed' is the median over
-pairs of runs of how many times as fast a sampler is, with quartiles, and 'cpu' the same of the CPU
-seconds of this process, which other processes disturb less. The second command needs no policy: a
-random model, whose rows end at positions that are spread over the completion.
+A --workdir is a run, or a policy trained here. The first command decodes test problems with each
+sampler of VARIANTS, in turn with the exact one, as a rollout does, and prints a table and one JSON
+line. At temperature 0 it says what evaluations would lose, and at 1 what rollouts do. Accuracy is
+the mean over the policies, with its standard error over all problems; 'difference' is that to the
+exact sampler on the same problems, with the half-width of its 95 % interval. 'same' is the share
+of completions that equal those of the exact sampler. 'tokens_per_pass' is how many tokens a pass
+commits in a row that has not ended, over the rows. 'speed' is the median over pairs of runs of how
+many times as fast a sampler is, with quartiles, and 'cpu' the same of the CPU seconds of this
+process, which other processes disturb less. The second command needs no policy: a random model,
+whose rows end at positions that are spread over the completion.
 """
 
 import dataclasses
@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'remask': {'sampler': 'remask', 'threshold': 0.5},
     'dual, threshold 0.9': {'cache': 'dual', 'sampler': 'threshold', 'threshold': 0.9},
     'dual, factor 1': {'cache': 'dual', 'sampler': 'factor', 'factor': 1.0},
+    'llada2 0.7': {'sampler': 'llada2', 'threshold': 0.7},
+    'dual, llada2 0.7': {'cache': 'dual', 'sampler': 'llada2', 'threshold': 0.7},
     'dual, entropy 0.1': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
     'dual, entropy 0.3': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.3},
 }
@@ -188,7 +190,9 @@ def of_one_policy(
         keys = example_keys(0, Purpose.EVALUATE, 0, np.arange(len(examples), dtype=np.uint32))
 
         def program(change: dict[str, Any]) -> Callable[[], Completion]:
-            decoding = dataclasses.replace(parts.evaluation.headline, **change)
+            decoding = dataclasses.replace(
+                parts.evaluation.headline, temperature=FLAGS.temperature, **change
+            )
             generate = in_order(make_stream(policy, decoding, len(examples)))
             return lambda: generate(variables, prompt, mask, keys)
 
@@ -314,5 +318,6 @@ if __name__ == '__main__':
     flags.DEFINE_multi_enum('sampler', [], list(VARIANTS), 'Only these samplers.')
     flags.DEFINE_integer('problems', 256, 'How many test problems.', lower_bound=1)
     flags.DEFINE_integer('pairs', 5, 'Pairs of timed runs.', lower_bound=1)
+    flags.DEFINE_float('temperature', 0.0, 'Of the choice of tokens.', lower_bound=0.0)
     flags.DEFINE_bool('endings', False, 'Compare whole batches with slots, on a random model.')
     cli.run(main)

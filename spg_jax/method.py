@@ -18,8 +18,8 @@ SPG = 'spg'
 PRESETS = ('', 'fast')
 # What `sampling.preset` 'fast' sets; docs/sampling.md holds the figures that decided it.
 FAST = {
-    'sampling.sampler': 'factor',
-    'sampling.factor': 1.0,
+    'sampling.sampler': 'llada2',
+    'sampling.threshold': 0.7,
     'sampling.cache': 'dual',
 }
 # Sizes of pieces, which a recipe with another group size scales, so that they still hold groups.

@@ -239,12 +239,12 @@ def test_a_configuration_that_lacks_the_objective_is_left_to_assemble():
 
 def test_the_fast_preset_sets_what_the_command_line_leaves_open():
     config = default_config()
-    config.sampling.factor = 0.5
-    assigned = {'sampling.preset': 'fast', 'sampling.factor': '0.5'}
+    config.sampling.threshold = 0.5
+    assigned = {'sampling.preset': 'fast', 'sampling.threshold': '0.5'}
     completed = complete(config, assigned)
     assert completed == {'sampling.sampler', 'sampling.cache'}
     assert config.sampling.sampler == FAST['sampling.sampler']
-    assert config.sampling.factor == 0.5
+    assert config.sampling.threshold == 0.5
     sampling = assemble(config).sampling
     assert sampling.approximate and 'log_prob' in sampling.records  # so that the gap is logged
     with pytest.raises(ValueError, match="sampling.preset is 'slow'; use one of"):
