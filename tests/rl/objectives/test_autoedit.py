@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.diffusion.corruption import Draws
+from spg_jax.diffusion.samplers import decoder
 from spg_jax.models.policy import Policy
 from spg_jax.models.transformer import TransformerConfig
-from spg_jax.rl import slots
 from spg_jax.rl.objectives import Batch
 from spg_jax.rl.objectives.autoedit import drawn_log_probs, with_draft
 from spg_jax.rl.rollout import rollout_metrics
@@ -51,7 +51,7 @@ def sampled():
     config, parts = parts_of()
     with pytest.MonkeyPatch.context() as patch:
         # Batches that shrink are in tests/rl/test_slots.py.
-        patch.setattr(slots, 'SHARES', (1,))
+        patch.setattr(decoder, 'SHARES', (1,))
         rollout, texts = rollout_of(policy, config, mesh_of(), [], patch)
     rollout = jax.tree.map(np.asarray, rollout)
     # Rewards in which both groups have better and worse rows, and some rows neither.
