@@ -77,7 +77,6 @@ def generate(
     allowed: Array,
     cached: CachedModel | None = None,
     opening: Array | None = None,
-    compact: bool = False,
 ) -> Completion:
     """Completes a batch of prompts. The function is pure, and callers jit it.
 
@@ -98,14 +97,12 @@ def generate(
       cached: the model with a cache, which `config.cache` asks for.
       opening: [B, C] int32, the completion as it begins: MASK where tokens are generated, and given
         tokens, which stay and count as part of the prompt. None generates all.
-      compact: whether rows whose block is finished leave the batch until the others have finished
-        it, for rows that no mesh splits.
 
     Raises:
       ValueError: if the shapes do not agree, MASK and EOS are the same token, or there is no cache.
     """
     decoder = decoder_of(
-        hidden_fn, unembed_fn, prompt_mask, keys, config, mask_id, eos_id, allowed, cached, compact
+        hidden_fn, unembed_fn, prompt_mask, keys, config, mask_id, eos_id, allowed, cached
     )
     carry = begin(prompt, prompt_mask, keys, config, mask_id, allowed.size)
     if opening is not None:
@@ -137,7 +134,10 @@ def decoder_of(
     cached: CachedModel | None = None,
     compact: bool = False,
 ) -> Decoder:
-    """The steps of `generate`, whose arguments these are; raises as it does."""
+    """The steps of `generate`, whose arguments these are; raises as it does.
+
+    `compact` is that of `Decoder`, for rows that no mesh splits.
+    """
     if mask_id == eos_id:
         raise ValueError(f'mask_id and eos_id are both {mask_id}; they must be different tokens')
     if config.cache and cached is None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from spg_jax.diffusion.sampling import SamplingConfig, generate
+from spg_jax.diffusion.sampling import SamplingConfig, begin, decoder_of, finish, generate
 from spg_jax.models.transformer import Transformer
 from spg_jax.models.weights import load_checkpoint
 
@@ -109,8 +109,12 @@ class Toy:
 def completed(kind, bias, prompt, prompt_mask, keys, config, compact):
     toy = kind()
     toy.bias = bias
-    model = toy.in_window, toy.unembed
-    return generate(*model, prompt, prompt_mask, keys, config, MASK, EOS, ALLOWED, compact=compact)
+    model, ids = (toy.in_window, toy.unembed), (MASK, EOS, ALLOWED)
+    if not compact:
+        return generate(*model, prompt, prompt_mask, keys, config, *ids)
+    decoder = decoder_of(*model, prompt_mask, keys, config, *ids, compact=True)
+    carry = begin(prompt, prompt_mask, keys, config, MASK, VOCABULARY)
+    return finish(decoder, jax.lax.while_loop(decoder.unfinished, decoder.advance, carry))
 
 
 CALLS = []
