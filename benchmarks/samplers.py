@@ -1,18 +1,19 @@
 """Measures samplers on trained policies: tokens per second and accuracy, against the exact sampler.
 
-    python -m benchmarks.samplers --workdir=RUN [--workdir=…] [--temperature=1] [--pairs=5]
+    python -m benchmarks.samplers --workdir=RUN [--workdir=…] [--temperature=1 --group=8]
     python -m benchmarks.samplers --endings  # rows that end early: whole batches against slots
 
 A --workdir is a run, or a policy trained here. The first command decodes test problems with each
 sampler of VARIANTS, in turn with the exact one, as a rollout does, and prints a table and one JSON
-line. At temperature 0 it says what evaluations would lose, and at 1 what rollouts do. Accuracy is
-the mean over the policies, with its standard error over all problems; 'difference' is that to the
-exact sampler on the same problems, with the half-width of its 95 % interval. 'same' is the share
-of completions that equal those of the exact sampler. 'tokens_per_pass' is how many tokens a pass
-commits in a row that has not ended, over the rows. 'speed' is the median over pairs of runs of how
-many times as fast a sampler is, with quartiles, and 'cpu' the same of the CPU seconds of this
-process, which other processes disturb less. The second command needs no policy: a random model,
-whose rows end at positions that are spread over the completion.
+line. At temperature 0 it says what evaluations would lose, and at 1 with groups of completions of
+each problem what rollouts do. Accuracy is the mean over the policies, with its standard error over
+all problems; 'difference' is that to the exact sampler on the same problems, with the half-width of
+its 95 % interval. 'same' is the share of completions that equal those of the exact sampler.
+'passes' are those of the first batch, and 'tokens_per_pass' is how many tokens a pass commits in a
+row that has not ended, over the rows. 'speed' is the median over pairs of runs of how many times as
+fast a sampler is, with quartiles, and 'cpu' the same of the CPU seconds of this process, which
+other processes disturb less. The second command needs no policy: a random model, whose rows end at
+positions that are spread over the completion.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ FLAGS = flags.FLAGS
 
 Figures = dict[str, Any]  # JSON values
 
+ROWS = 256  # that are decoded at once
 EXACT: dict[str, Any] = {}  # the sampler of the configuration's evaluation
 VARIANTS: dict[str, dict[str, Any]] = {
     'prefix cache': {'cache': 'prefix'},
@@ -63,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'dual, factor 1': {'cache': 'dual', 'sampler': 'factor', 'factor': 1.0},
     'llada2 0.7': {'sampler': 'llada2', 'threshold': 0.7},
     'dual, llada2 0.7': {'cache': 'dual', 'sampler': 'llada2', 'threshold': 0.7},
+    'dual, llada2 0.6': {'cache': 'dual', 'sampler': 'llada2', 'threshold': 0.6},
     'dual, entropy 0.1': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
     'dual, entropy 0.3': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.3},
 }
@@ -186,6 +189,8 @@ def of_one_policy(
             directory, mesh, None, **parts.execution
         )
         prompts = [prompt_tokens(task, tokenizer, example) for example in examples]
+        examples = [example for example in examples for _ in range(FLAGS.group)]
+        prompts = [prompt for prompt in prompts for _ in range(FLAGS.group)]
         prompt, mask = left_pad(prompts, parts.prompt_lengths[-1], tokenizer.pad_id)
         keys = example_keys(0, Purpose.EVALUATE, 0, np.arange(len(examples), dtype=np.uint32))
 
@@ -193,8 +198,16 @@ def of_one_policy(
             decoding = dataclasses.replace(
                 parts.evaluation.headline, temperature=FLAGS.temperature, **change
             )
-            generate = in_order(make_stream(policy, decoding, len(examples)))
-            return lambda: generate(variables, prompt, mask, keys)
+            generate = in_order(make_stream(policy, decoding, ROWS, FLAGS.group))
+
+            def run() -> Completion:
+                parts = [
+                    generate(variables, *(x[first : first + ROWS] for x in (prompt, mask, keys)))
+                    for first in range(0, len(examples), ROWS)
+                ]
+                return jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
+
+            return run
 
         exact = program(EXACT)
         reference = np.asarray(exact().tokens)
@@ -204,16 +217,16 @@ def of_one_policy(
             completion = run()
             tokens, steps = np.asarray(completion.tokens), np.asarray(completion.commit_step)
             texts = decode(tokenizer, tokens, keep_specials=task.scorer == 'published')
-            scores = [task.score(*each) for each in zip(texts, examples, strict=True)]
+            solved = [task.score(*each).solved for each in zip(texts, examples, strict=True)]
             times = pairs(exact, run, count)
             yield (
                 name,
                 {
-                    'right': [score.solved for score in scores],
+                    'right': np.reshape(solved, (-1, FLAGS.group)).mean(-1).tolist(),
                     'same': (tokens == reference).all(-1).tolist(),
                     'times': times.tolist(),
                     'rate': [float((steps >= 0).sum() / np.median(times[:, 1, 0]))],
-                    'passes': [passes_of(steps, parts.evaluation.headline)],
+                    'passes': [passes_of(steps[:ROWS], parts.evaluation.headline)],
                     'tokens_per_pass': [tokens_per_pass(steps, parts.evaluation.headline)],
                 },
             )
@@ -317,6 +330,7 @@ if __name__ == '__main__':
     flags.DEFINE_multi_string('workdir', [], 'A run or a policy; several may be given.')
     flags.DEFINE_multi_enum('sampler', [], list(VARIANTS), 'Only these samplers.')
     flags.DEFINE_integer('problems', 256, 'How many test problems.', lower_bound=1)
+    flags.DEFINE_integer('group', 1, 'Completions of each problem.', lower_bound=1)
     flags.DEFINE_integer('pairs', 5, 'Pairs of timed runs.', lower_bound=1)
     flags.DEFINE_float('temperature', 0.0, 'Of the choice of tokens.', lower_bound=0.0)
     flags.DEFINE_bool('endings', False, 'Compare whole batches with slots, on a random model.')

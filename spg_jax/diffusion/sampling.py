@@ -21,6 +21,7 @@ from spg_jax.diffusion.samplers.decoder import (
     CachedModel,
     Carry,
     Decoder,
+    Steps,
     compacted_sizes,
     is_generated_eos,
 )
@@ -33,6 +34,7 @@ __all__ = [
     'Carry',
     'Completion',
     'SamplingConfig',
+    'Steps',
     'begin',
     'compacted_sizes',
     'completion_of',

@@ -152,7 +152,7 @@ def make_collect(
     rows_at_once = len(own_rows(mesh, batching.rows_at_once))
     in_slots = batching.compact and can_stream(policy, decoding, mesh)
     if in_slots:
-        stream = make_stream(policy, decoding, rows_at_once)
+        stream = make_stream(policy, decoding, rows_at_once, group_size)
     else:
         generate = make_generate(policy, decoding)
 

@@ -3,7 +3,8 @@
 The host looks at the batch after each block. A row that has ended is taken out. While rows wait,
 the next one takes its slot, so that rows of one batch are in different blocks. When none waits and
 few rows are left, the batch is compacted to the smallest of a few sizes that holds them. Within a
-block, rows that have finished it leave in the same way until the others have. The tokens of a row
+block, rows that have finished it leave in the same way until the others have. The rows of a group
+begin with equal tokens, so that one pass for each group opens the first batch. The tokens of a row
 depend on its prompt and its key alone, so they are those of `sampling.generate`.
 
 Slots are for one shard of rows. Over several shards each would have to keep as many rows as the
@@ -13,6 +14,7 @@ Letters of axes: `N` rows in all, `B` slots, `P` tokens of a prompt, `C` positio
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,7 +76,7 @@ def functions_of(
 
 
 def make_stream(
-    policy: Policy, config: sampling.SamplingConfig, slots: int
+    policy: Policy, config: sampling.SamplingConfig, slots: int, group_size: int = 1
 ) -> Callable[[Variables, Array, Array, Array], Iterator[Part]]:
     """A function (variables, prompt [N, P], prompt_mask [N, P], keys [N]) that yields parts.
 
@@ -84,6 +86,7 @@ def make_stream(
       policy: the model.
       config: how completions are decoded; with `stop_early` False no row ends before the others.
       slots: B, the rows that are generated at once.
+      group_size: how many rows, one after another, have the same prompt.
     """
 
     @jax.jit
@@ -108,10 +111,15 @@ def make_stream(
             compact=True,
         )
 
+    @partial(jax.jit, static_argnames='sharing')
+    def start(variables: Variables, slots: Slots, sharing: int) -> sampling.Steps:
+        steps = decoder_of(variables, slots).start(slots.carry, sharing)
+        return steps.replace(carry=constrain_rows(steps.carry))
+
     @jax.jit
-    def advance(variables: Variables, slots: Slots) -> tuple[Slots, Array]:
+    def finish(variables: Variables, slots: Slots, steps: sampling.Steps) -> tuple[Slots, Array]:
         decoder = decoder_of(variables, slots)
-        carry = decoder.advance(slots.carry)
+        carry = decoder.finish(steps)
         return constrain_rows(slots.replace(carry=carry)), decoder.ended(carry)
 
     @jax.jit
@@ -141,10 +149,12 @@ def make_stream(
         rows = np.arange(size)  # [B] the row in each slot, -1 in an empty one
         waiting = iter(range(size, total))
         state = begin(prompt[:size], prompt_mask[:size], keys[:size], block)
+        sharing = group_size if size % group_size == 0 else 1
         ready: list[Part] = []
         while (rows >= 0).any():
             with jax.profiler.TraceAnnotation('generate'):
-                state, ended = advance(variables, state)
+                state, ended = finish(variables, state, start(variables, state, sharing))
+            sharing = 1  # Rows differ from here on.
             yield from ready
             ready = []
             done = np.flatnonzero(np.asarray(ended) & (rows >= 0))

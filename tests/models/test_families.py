@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from spg_jax.diffusion.samplers.decoder import timestep_commits
+from spg_jax.diffusion.samplers.prediction import timestep_commits
 from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.models.experts import RoutedExperts
 from spg_jax.models.families import FAMILIES, find_family, read_config

@@ -94,6 +94,41 @@ def test_rows_get_in_slots_what_they_get_in_a_whole_batch(
     np.testing.assert_allclose(log_prob, expected.extras['log_prob'], atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    'change', [{}, THRESHOLD | {'cache': 'dual'}, {'guidance': 0.5, 'records': ('influence',)}]
+)
+@pytest.mark.parametrize('number', [4, 8])
+def test_a_group_shares_the_first_pass_and_its_rows_stay_what_they_are(
+    policy, monkeypatch, change, number
+):
+    """Two rows to a prompt, with keys of their own: in one batch, or where others move in."""
+    passes, functions_of = [], slots.functions_of
+
+    def watching(policy, variables):
+        hidden, unembed, cached = functions_of(policy, variables)
+
+        def watched(read):
+            return lambda tokens, *rest: (passes.append(len(tokens)), read(tokens, *rest))[1]
+
+        return watched(hidden), unembed, dataclasses.replace(cached, read=watched(cached.read))
+
+    monkeypatch.setattr(slots, 'functions_of', watching)
+    config = SamplingConfig(8, 8, 4, 2.0, **change)
+    variables, prompt, mask, keys = arguments(policy)
+    rows = prompt[np.arange(ROWS) // 2], mask[np.arange(ROWS) // 2], keys
+    with jax.set_mesh(mesh_of()):
+        expected = make_generate(policy, config)(variables, *rows)
+        parts = list(slots.make_stream(policy, config, number, group_size=2)(variables, *rows))
+    assert passes[0] == number // 2  # A pass is noted when its program is made.
+    assert number in passes
+    completion = joined(parts)
+    assert_array_equal(completion.tokens, expected.tokens)
+    assert_array_equal(completion.commit_step, expected.commit_step)
+    for name, values in expected.extras.items():
+        np.testing.assert_allclose(completion.extras[name], values, atol=2e-6)
+    assert len(np.unique(completion.tokens[:2], axis=0)) == 2  # A group has several completions.
+
+
 def test_the_sizes_of_a_batch_that_shrinks():
     assert compacted_sizes(8) == (1, 2, 4, 8)
     assert compacted_sizes(128) == (16, 32, 64, 128) and compacted_sizes(1) == (1,)

@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 
-from spg_jax.diffusion import informed, token_law
+from spg_jax.diffusion import informed
 from spg_jax.diffusion.samplers import rules
+from spg_jax.diffusion.samplers.prediction import predict
 from spg_jax.diffusion.samplers.settings import SamplingConfig
 from spg_jax.models.windows import Window, cut, put
 
@@ -61,7 +61,7 @@ class Carry:
 
 
 @struct.dataclass
-class _Steps:
+class Steps:
     """What one step of a block hands to the next."""
 
     turn: Array  # [] int32, the step of this block
@@ -104,12 +104,19 @@ class Decoder:
         return block_left & ~self.ended(carry).all()
 
     def advance(self, carry: Carry) -> Carry:
-        """Finishes the current block of each row.
+        """Finishes the current block of each row: `start`, then `finish`."""
+        return self.finish(self.start(carry))
 
-        Where rows are in different blocks, a row that has ended goes to the end.
+    def start(self, carry: Carry, sharing: int = 1) -> Steps:
+        """Begins the current block of each row, and takes its first step where that is special.
+
+        Args:
+          carry: of the block before.
+          sharing: how many rows, one after another, hold the same tokens, as the rows of a group do
+            at the beginning; they share the pass of the first step.
         """
         rule, rows = self.config.rule, len(self.keys)
-        steps = _Steps(
+        steps = Steps(
             turn=jnp.zeros((), jnp.int32),
             carry=carry,
             waits=self.ended(carry),
@@ -117,23 +124,59 @@ class Decoder:
             post=jnp.full(rows, self.config.post_steps) if self.config.edits_in_blocks else None,
             cache=self.cached.empty(rows, self.valid.shape[1]) if self.cached else None,
         )
+        if sharing > 1:
+            return self._once_for_equal_rows(sharing)._denoise(steps, is_first=True)
         if self.cached:  # The first step refreshes; outside of the loop it copies no cache.
-            steps = self._denoise(steps, is_first=True)
-        sizes = compacted_sizes(rows)[:-1] if self.compact and not rule.even else ()
+            return self._denoise(steps, is_first=True)
+        return steps
+
+    def finish(self, steps: Steps) -> Carry:
+        """Takes the steps that are left of the current block.
+
+        Where rows are in different blocks, a row that has ended goes to the end.
+        """
+        may_shrink = self.compact and not self.config.rule.even
+        sizes = compacted_sizes(len(self.keys))[:-1] if may_shrink else ()
         carry = self._finish_block(steps, sizes)
         block = carry.block + 1
         if block.ndim:
             block = jnp.where(self.ended(carry.replace(block=block)), self.config.blocks, block)
         return carry.replace(block=block)
 
-    def _finish_block(self, steps: _Steps, sizes: tuple[int, ...]) -> Carry:
+    def _once_for_equal_rows(self, count: int) -> 'Decoder':
+        """The decoder whose passes read one of `count` equal rows in place of all of them."""
+        rows = len(self.keys)
+
+        def one_of_each(x: Any) -> Any:
+            return x[::count] if jnp.ndim(x) else x
+
+        def hidden_fn(tokens: Array, valid: Array, window: Window) -> Array:
+            window = window._replace(start=one_of_each(window.start))
+            hidden = self.hidden_fn(one_of_each(tokens), one_of_each(valid), window)
+            return jnp.repeat(hidden, count, axis=0)
+
+        def read(
+            tokens: Array, valid: Array, cache: Any, start: Array, window: Window
+        ) -> tuple[Array, Any]:
+            cache = self.cached.empty(rows // count, valid.shape[1])  # A refresh reads none of it.
+            window = window._replace(start=one_of_each(window.start))
+            hidden, cache = self.cached.read(
+                one_of_each(tokens), one_of_each(valid), cache, one_of_each(start), window
+            )
+            of_rows = jnp.arange(rows) // count
+            return jnp.repeat(hidden, count, axis=0), self.cached.take(cache, of_rows)
+
+        cached = self.cached and dataclasses.replace(self.cached, read=read)
+        return dataclasses.replace(self, hidden_fn=hidden_fn, cached=cached)
+
+    def _finish_block(self, steps: Steps, sizes: tuple[int, ...]) -> Carry:
         """Takes steps until the block of every row is finished.
 
         As soon as no more rows are open than the largest of `sizes`, ascending, these go on alone.
         """
         fewer = sizes[-1] if sizes else 0
 
-        def goes_on(steps: _Steps) -> Array:
+        def goes_on(steps: Steps) -> Array:
             step_left = steps.turn < self.config.rounds_per_block
             if self.config.rule.even:  # so that the last step always has something to commit
                 return step_left
@@ -152,14 +195,14 @@ class Decoder:
             carry,
         )
 
-    def _is_open(self, steps: _Steps) -> Array:
+    def _is_open(self, steps: Steps) -> Array:
         """Whether a row has something left to do in its block, [B] bool."""
         is_open = (self._block_tokens(steps.carry) == self.mask_id).any(-1)  # [B]
         if steps.post is not None:
             is_open |= steps.post > 0
         return is_open & ~steps.waits
 
-    def _take(self, steps: _Steps, index: Array) -> tuple['Decoder', _Steps]:
+    def _take(self, steps: Steps, index: Array) -> tuple['Decoder', Steps]:
         """The decoder and the steps of n rows, whose places are `index` [n]."""
 
         def of_rows(x: Any) -> Any:
@@ -185,7 +228,7 @@ class Decoder:
         """[B, b]."""
         return cut(carry.tokens, self.prompt_length + self._start(carry), self.config.block_length)
 
-    def _denoise(self, steps: _Steps, is_first: bool = False) -> _Steps:
+    def _denoise(self, steps: Steps, is_first: bool = False) -> Steps:
         """Predicts the masked positions of the current block and commits some of them.
 
         A rule may also take tokens back, or write others in their place. `is_first` says that it
@@ -206,7 +249,7 @@ class Decoder:
         if steps.post is not None:  # Rounds that only edit draw tokens as well.
             names = tuple({*names, 'log_prob'})
             noise_step = carry.block * config.rounds_per_block + steps.turn
-        prediction, commit, records, view = _predict(
+        prediction, commit, records, view = predict(
             logits,
             is_masked,
             self.keys,
@@ -246,7 +289,7 @@ class Decoder:
         return steps.replace(turn=steps.turn + 1, carry=carry, taken=taken, post=post, cache=cache)
 
     def _take_back(
-        self, steps: _Steps, carry: Carry, commit_step: Array, is_masked: Array, start: Array
+        self, steps: Steps, carry: Carry, commit_step: Array, is_masked: Array, start: Array
     ) -> tuple[Array, Array]:
         """The tokens [B, b] that become MASK again, and how many each row has taken back, [B]."""
         config = self.config
@@ -300,7 +343,7 @@ class Decoder:
         return written
 
     def _look(
-        self, steps: _Steps, step: Array, start: Array, is_first: bool
+        self, steps: Steps, step: Array, start: Array, is_first: bool
     ) -> tuple[Carry, Array, Any]:
         """The logits [B, b, V] of the block at `start`, after noting what changed around it.
 
@@ -331,7 +374,7 @@ class Decoder:
         carry = carry.replace(extras=extras, confidence=confidence)
         return carry, cut(logits, start - first, size), None
 
-    def _look_with_cache(self, steps: _Steps, start: Array, is_first: bool) -> tuple[Array, Any]:
+    def _look_with_cache(self, steps: Steps, start: Array, is_first: bool) -> tuple[Array, Any]:
         """Hidden states [B, b, D] of the block at `start`, and the cache after the pass."""
         config, tokens = self.config, steps.carry.tokens
         place = self.prompt_length + start  # [] or [B]
@@ -404,126 +447,3 @@ def is_generated_eos(completion: Array, eos_id: int, generated: Array | None) ->
     """
     is_eos = completion == eos_id
     return is_eos if generated is None else is_eos & generated
-
-
-def _predict(
-    logits: Array,
-    is_masked: Array,
-    keys: Array,
-    step: Array,
-    turn: Array,
-    allowed: Array,
-    config: SamplingConfig,
-    names: tuple[str, ...],
-) -> tuple[Array, Array, dict[str, Array], rules.View]:
-    """Predicts a token for each position of the block, and chooses the positions to commit.
-
-    Args:
-      logits: [B, b, V] float32.
-      is_masked: [B, b] bool, the positions that may be committed.
-      keys: [B] keys of the rows.
-      step: [] or [B] int32, counted over the completion.
-      turn: [] int32, the step of the block.
-      allowed: [V] bool.
-      config: how to decode.
-      names: what is recorded.
-
-    Returns:
-      token [B, b] int32, commit [B, b] bool, records by name, and the view of each row.
-    """
-    view, drawable = draw(logits, is_masked, keys, step, allowed, config)
-    view = view.replace(
-        count=_due(is_masked.sum(-1), turn, config),
-        scheduled=jnp.broadcast_to(scheduled_commits(config)[turn], keys.shape),
-    )
-    commit = jax.vmap(lambda view: rules.commitment(config.rule, view, config))(view)
-    records = token_law.record(names, drawable, view.token, config.temperature)
-    if 'confidence' in names:
-        records['confidence'] = jnp.exp(jax.vmap(lambda view: view.log_confidence)(view))
-    return view.token, commit, records, view
-
-
-def draw(
-    logits: Array,
-    is_masked: Array,
-    keys: Array,
-    step: Array,
-    allowed: Array,
-    config: SamplingConfig,
-) -> tuple[rules.View, Array]:
-    """Draws a token for each position of a block; the arguments are those of `_predict`.
-
-    Returns:
-      the view of each row, with nothing due, and the logits [B, b, V] of the law drawn from, -inf
-      for ids that it leaves out.
-    """
-    step_axis = 0 if step.ndim else None
-
-    def key_of(purpose: int) -> Array:
-        """Keys [B], which depend on the key of the row, the step and the purpose."""
-        fold = lambda key, step: jax.random.fold_in(key, 2 * step + purpose)  # noqa: E731
-        return jax.vmap(fold, (0, step_axis))(keys, step)
-
-    # Where the model gives -inf to all allowed ids, the finite floor keeps them ahead of the ids
-    # that are not allowed.
-    floored = jnp.maximum(logits, jnp.finfo(logits.dtype).min)  # [B, b, V]
-    choosable = jnp.where(allowed[None, None, :], floored, -jnp.inf)  # [B, b, V]
-    noisy = drawable = choosable
-    if config.temperature > 0.0:
-        if config.top_k or config.top_p < 1.0:
-            kept = token_law.kept_ids(choosable, config.temperature, config.top_k, config.top_p)
-            drawable = jnp.where(kept, choosable, -jnp.inf)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(key_of(0))
-        noisy = drawable + config.temperature * noise
-    token = token_law.likeliest(noisy)  # [B, b]
-    nothing = jnp.zeros(keys.shape, jnp.int32)
-    view = rules.View(
-        logits=logits,
-        choosable=choosable,
-        token=token,
-        masked=is_masked,
-        count=nothing,
-        scheduled=nothing,
-        key=key_of(1),
-    )
-    return view, drawable
-
-
-def _due(masked: Array, turn: Array, config: SamplingConfig) -> Array:
-    """How many of the masked tokens [B] of each row a step of a block commits at least."""
-    if config.schedule == 'timesteps':
-        is_last = turn + 1 >= config.steps_per_block  # which also commits what was taken back
-        return jnp.where(is_last, masked, jnp.minimum(masked, scheduled_commits(config)[turn]))
-    # What is left is spread evenly, and the first steps of an uneven block commit one more.
-    left = config.steps_per_block - turn
-    if config.edits_in_blocks:  # None of the rounds after the last step has a mask left.
-        left = jnp.maximum(left, 1)
-    return -(-masked // left)
-
-
-def scheduled_commits(config: SamplingConfig) -> Array:
-    """How many tokens each step of a block commits if no rule commits more, [steps_per_block].
-
-    Where the block does not divide evenly, the first steps of an even schedule commit one token
-    more.
-    """
-    if config.schedule == 'timesteps':
-        return jnp.asarray(timestep_commits(config.block_length, config.steps_per_block))
-    share, remainder = divmod(config.block_length, config.steps_per_block)
-    return share + (jnp.arange(config.steps_per_block) < remainder)
-
-
-def timestep_commits(masked: int, steps: int) -> np.ndarray:
-    """How many of the masked tokens each step commits in Dream's schedule, [steps] int32.
-
-    A step from time t to s commits the share 1 - s/t of the tokens that are masked, rounded down,
-    and the last step all. The published times end at 1e-3, in float32, which rounds down once more:
-    12 tokens in 6 steps give 1, 2, 2, 2, 2, 3.
-    """
-    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
-    commits = []
-    for step in range(steps):
-        share = np.float32(1) - times[step + 1] / times[step]
-        commits.append(masked if step == steps - 1 else int(np.float32(masked) * share))
-        masked -= commits[-1]
-    return np.array(commits, np.int32)

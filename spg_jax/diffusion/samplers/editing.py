@@ -42,7 +42,8 @@ from flax import struct
 from jax import Array
 
 from spg_jax.diffusion import token_law
-from spg_jax.diffusion.samplers.decoder import Decoder, draw
+from spg_jax.diffusion.samplers.decoder import Decoder
+from spg_jax.diffusion.samplers.prediction import draw
 from spg_jax.diffusion.samplers.settings import SamplingConfig
 from spg_jax.models.windows import cut
 
