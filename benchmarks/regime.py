@@ -77,6 +77,8 @@ POINTS = (
     Point('right at the start', '40 %', right=0.4),
     Point('masks', 'uniform', {'corruption.kind': 'uniform'}),
     Point('updates', 'x 5', longer=5),
+    Point('right at the start', '25 %', right=0.25),
+    Point('right at the start', '70 %', right=0.7),
 )
 # Where worse completions were found to pay or to cost: there the exact likelihood tells bias apart.
 EXACT_AT = (CENTRE, TWO_A_STEP, COLD, RANDOM)
