@@ -16,9 +16,10 @@ from ml_collections import config_dict
 
 from spg_jax.errors import nearest
 
-# Each bound centred by itself, masks that prefer positions which influence others, numbers of
-# masked tokens that are spread evenly over the draws, and a guard that goes back after a collapse.
-RECIPE = 'spg.baseline=each corruption.informed=True corruption.times=stratified guard.rollbacks=3'
+# Masks that prefer positions which influence others, numbers of masked tokens spread evenly over
+# the draws, and a guard that goes back after a collapse; then with each bound centred by itself.
+BETTER_DRAWS = 'corruption.informed=True corruption.times=stratified guard.rollbacks=3'
+RECIPE = f'spg.baseline=each {BETTER_DRAWS}'
 
 # Settings as on a command line. Whatever an arm does not set is that of the task.
 ARMS = {
@@ -60,11 +61,13 @@ ARMS = {
     **{f'spg_omega_{omega}': f'spg.omega={omega / 100}' for omega in (0, 25, 75, 100)},
     **{f'spg_draws_{draws}': f'corruption.draws={draws}' for draws in (1, 2, 8)},
     **{f'spg_inner_{updates}': f'rl.inner_updates={updates}' for updates in (1, 4, 8)},
-    # All that shall make SPG better, with the four draws of the tasks below, with eight, and with
-    # the lower bound for completions of both signs.
+    'spg_none_draws_1': 'spg.negative=none corruption.draws=1',
+    # All that shall make SPG better, with the four draws of the tasks below, with eight, with the
+    # lower bound for completions of both signs, and for better completions alone.
     'spg_recipe': RECIPE,
     'spg_recipe_draws_8': f'{RECIPE} corruption.draws=8',
     'spg_recipe_elbo': f'{RECIPE} spg.negative=elbo',
+    'spg_recipe_none': f'{BETTER_DRAWS} spg.negative=none',
 }
 
 # The base policies of all recorded tables, which are older than the use of Muon.
@@ -160,7 +163,8 @@ PRESETS = {
     'ablations': _ablation('spg_uniform', 'spg_informed', 'spg_beta', 'spg_omega'),
     'draws_and_inner': _ablation('spg_draws', 'spg_inner', budget='sequences'),
     'recipe': dict(
-        methods='spg_mixture spg_none spg_recipe spg_recipe_draws_8 spg_recipe_elbo',
+        methods='spg_mixture spg_none spg_recipe spg_recipe_draws_8 spg_recipe_elbo '
+        'spg_recipe_none spg_draws_1 spg_none_draws_1',
         tasks='sudoku countdown',
         seeds=5,
     ),
