@@ -68,17 +68,17 @@ COLD = Point('temperature', '0.25', decoder=Decoder('T = 0.25', temperature=0.25
 RANDOM = Point('order', 'random', decoder=Decoder('random', commit='random', block_length=4))
 POINTS = (
     CENTRE,
+    Point('right at the start', '2 %', right=0.02),
+    Point('right at the start', '25 %', right=0.25),
+    Point('right at the start', '40 %', right=0.4),
+    Point('right at the start', '70 %', right=0.7),
     Point('reward', 'graded', reward='cells'),
     TWO_A_STEP,
     COLD,
-    Point('right at the start', '2 %', right=0.02),
-    Point('updates a rollout', '10', {'rl.inner_updates': 10}),
     RANDOM,
-    Point('right at the start', '40 %', right=0.4),
     Point('masks', 'uniform', {'corruption.kind': 'uniform'}),
+    Point('updates a rollout', '10', {'rl.inner_updates': 10}),
     Point('updates', 'x 5', longer=5),
-    Point('right at the start', '25 %', right=0.25),
-    Point('right at the start', '70 %', right=0.7),
 )
 # Where worse completions were found to pay or to cost: there the exact likelihood tells bias apart.
 EXACT_AT = (CENTRE, TWO_A_STEP, COLD, RANDOM)
@@ -162,10 +162,10 @@ def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
 
 
 def by_place(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Records by point, and there by arm."""
-    places: dict[tuple[str, str], dict[str, Any]] = {}
+    """Records by point, in the order of POINTS, and there by arm."""
+    places: dict[tuple[str, str], dict[str, Any]] = {(x.axis, x.level): {} for x in POINTS}
     for record in records:
-        places.setdefault((record['axis'], record['level']), {})[record['arm']] = record
+        places[record['axis'], record['level']][record['arm']] = record
     return places
 
 
@@ -204,23 +204,24 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     places = {place: at for place, at in by_place(records).items() if 'none' in at}
     figure = Figure(figsize=(12, 4.5), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    arms = [arm for arm in ARMS if arm != 'none']
+    arms = [arm for arm in (*ARMS, *EXACT) if arm != 'none']
     for number, arm in enumerate(arms):
         shown = [(x, at) for x, at in enumerate(places.values()) if arm in at]
         estimates = [over_none(at, arm, 'mean') for _, at in shown]
         left.errorbar(
-            [x + 0.15 * (number - 1.5) for x, _ in shown],
+            [x + 0.12 * (number - 2.5) for x, _ in shown],
             [100 * each.mean for each in estimates],
             [100 * each.half for each in estimates],
-            fmt='o',
+            fmt='s' if arm in EXACT else 'o',
             color=f'C{number + 1}',
             markersize=4,
             label=arm,
         )
     left.axhline(0, color='C0', label='none')
-    left.set_xticks(range(len(places)), [f'{a} {b}'.strip() for a, b in places], rotation=30)
+    names = [f'{axis} {level}'.strip() for axis, level in places]
+    left.set_xticks(range(len(places)), names, rotation=30, ha='right')
     left.set(ylabel='expected reward over training, − none, points')
-    left.legend(fontsize=8, ncols=5, loc='lower center', bbox_to_anchor=(0.5, 1.0))
+    left.legend(fontsize=8, ncols=7, loc='lower center', bbox_to_anchor=(0.5, 1.0))
     left.grid(alpha=0.3, axis='y')
     for number, arm in enumerate(ARMS):
         record = places[CENTRE.axis, CENTRE.level].get(arm)
