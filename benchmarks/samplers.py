@@ -68,6 +68,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'dual, llada2 0.6': {'cache': 'dual', 'sampler': 'llada2', 'threshold': 0.6},
     'dual, entropy 0.1': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.1},
     'dual, entropy 0.3': {'cache': 'dual', 'sampler': 'entropy_bounded', 'entropy_bound': 0.3},
+    # Decoding at test time, of policies that were trained with low confidence, a token a step.
+    'by entropy': {'commit': 'entropy'},
+    'by margin': {'commit': 'margin'},
+    'left to right': {'commit': 'left_to_right'},
+    'random order': {'commit': 'random'},
+    'blocks of 2': {'block_length': 2},
+    'no blocks': {'block_length': 0},
+    'two tokens a step': {'steps': 0},
 }
 # (rows, slots, completion tokens, where rows end) of the second command. With fewer slots than rows
 # slots are refilled, and the other side generates one batch of that size after another.
@@ -194,10 +202,14 @@ def of_one_policy(
         prompt, mask = left_pad(prompts, parts.prompt_lengths[-1], tokenizer.pad_id)
         keys = example_keys(0, Purpose.EVALUATE, 0, np.arange(len(examples), dtype=np.uint32))
 
-        def program(change: dict[str, Any]) -> Callable[[], Completion]:
-            decoding = dataclasses.replace(
-                parts.evaluation.headline, temperature=FLAGS.temperature, **change
-            )
+        def decoding_of(change: dict[str, Any]) -> SamplingConfig:
+            usual = parts.evaluation.headline
+            # 0 stands for the whole completion, and for half of the usual steps.
+            whole = {'block_length': usual.length, 'steps': usual.steps // 2}
+            change = {name: value or whole.get(name, value) for name, value in change.items()}
+            return dataclasses.replace(usual, temperature=FLAGS.temperature, **change)
+
+        def program(decoding: SamplingConfig) -> Callable[[], Completion]:
             generate = in_order(make_stream(policy, decoding, ROWS, FLAGS.group))
 
             def run() -> Completion:
@@ -209,11 +221,12 @@ def of_one_policy(
 
             return run
 
-        exact = program(EXACT)
+        exact = program(decoding_of(EXACT))
         reference = np.asarray(exact().tokens)
         chosen = {name: VARIANTS[name] for name in FLAGS.sampler or VARIANTS}
         for name, change in {'exact': EXACT, **chosen}.items():
-            run = program(change)
+            decoding = decoding_of(change)
+            run = program(decoding)
             completion = run()
             tokens, steps = np.asarray(completion.tokens), np.asarray(completion.commit_step)
             texts = decode(tokenizer, tokens, keep_specials=task.scorer == 'published')
@@ -226,8 +239,8 @@ def of_one_policy(
                     'same': (tokens == reference).all(-1).tolist(),
                     'times': times.tolist(),
                     'rate': [float((steps >= 0).sum() / np.median(times[:, 1, 0]))],
-                    'passes': [passes_of(steps[:ROWS], parts.evaluation.headline)],
-                    'tokens_per_pass': [tokens_per_pass(steps, parts.evaluation.headline)],
+                    'passes': [passes_of(steps[:ROWS], decoding)],
+                    'tokens_per_pass': [tokens_per_pass(steps, decoding)],
                 },
             )
 

@@ -298,7 +298,7 @@ def show(records: list[dict[str, Any]]) -> None:
     if bounds:
         table = Table(
             *('estimate', 'masks', 'nats', '- random', '- blocks', '- decoder'),
-            *('cos random', 'cos blocks', 'cos decoder', 'drift'),
+            *('cos random', 'cos blocks', 'cos decoder', 'drift', 'apart'),
             title='likelihoods without sampling noise, against exact ones',
         )
         for record in bounds:

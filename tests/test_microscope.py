@@ -10,7 +10,7 @@ from absl import flags
 from numpy.testing import assert_allclose
 
 from spg_jax import microscope
-from spg_jax.diffusion import exact
+from spg_jax.diffusion import bounds, exact
 from spg_jax.rl import toy_bounds, toy_directions, toys
 from spg_jax.rl.toy_directions import compare
 
@@ -208,6 +208,26 @@ def test_unknown_objectives_and_settings_are_refused_in_one_line():
             microscope.with_decoder(subject)
 
 
+def ratio_of_mean_gradients(toy, usual):
+    """|mean of the gradient of EUBO 4 - ELBO| over |mean of that of the ELBO|, uniform masks, by
+    differentiating the means themselves."""
+    law = toys.laws(toy.table, microscope.decoding_of(usual))  # [Q, X]
+    masks = exact.uniform_masks(toys.LENGTH, toys.LENGTH)
+    estimator = bounds.estimator('released', toys.LENGTH)
+
+    def means(table, prompt):
+        logp = exact.token_table(jax.nn.log_softmax(table[prompt]), toys.LENGTH, toys.SYMBOLS)
+        lower = jax.vmap(lambda x: exact.expected_elbo(x, masks, estimator.elbo))(logp)
+        upper = jax.vmap(lambda x: exact.eubo_of_all_draws(x, masks, 4.0))(logp)
+        return law[prompt] @ lower, law[prompt] @ (upper - lower)
+
+    squares = np.zeros(2)
+    for prompt in range(toys.PROMPTS):
+        slopes = jax.jit(jax.jacrev(means), static_argnums=1)(toy.table, prompt)
+        squares += [((x.reshape(-1) @ toy.jacobian) ** 2).sum() for x in slopes]
+    return (squares[1] / squares[0]) ** 0.5
+
+
 def test_bounds_lie_where_theory_puts_them(known, usual, monkeypatch):
     """Of all estimates one of each kind, because each takes long to compile. That informed masks of
     strength 0 are plain ones is in tests/diffusion/test_exact.py."""
@@ -232,6 +252,9 @@ def test_bounds_lie_where_theory_puts_them(known, usual, monkeypatch):
     assert rows['ELBO', 'uniform'].over_random <= 1e-5
     assert rows['ELBO', 'block'].over_blocks <= 1e-5
     assert rows['EUBO 4', 'uniform'].over_random >= -1e-5  # beta = n
+    lower, upper = rows['ELBO', 'uniform'], rows['EUBO 4', 'uniform']
+    assert lower.apart == 0.0
+    assert_allclose(upper.apart / lower.drift, ratio_of_mean_gradients(known[0], usual), rtol=1e-4)
     informed = rows['ELBO', 'block, informed d=3']
     assert abs(informed.value - rows['ELBO', 'block'].value) > 1e-4
 

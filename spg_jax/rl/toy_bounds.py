@@ -51,6 +51,10 @@ class Bound(NamedTuple):
     cosine_blocks: float
     cosine_decoder: float
     drift: float  # the norm of the mean gradient, as a share of a gradient's root mean square
+    # The norm of the mean of its gradient minus that of the ELBO under the same masks, as a share
+    # of the root mean square of the latter. If better completions get the ELBO and worse ones this
+    # estimate, every update moves by that times the sum of positive advantages; centred, by 0.
+    apart: float
 
 
 class Spread(NamedTuple):
@@ -92,6 +96,10 @@ def measure(toys: list[Toy], decoding: SamplingConfig) -> list[Bound]:
         return law, slopes, twice[0](logp, chances), twice[1](logp, chances)
 
     compiled = quick(read, toys[0].table)
+    names = [('log p', 'decoder'), *((each.name, each.masks) for each in estimates)]
+    partners = [0]  # of each estimate, the last one before it that is no upper bound
+    for index, (name, _) in enumerate(names[1:], 1):
+        partners.append(partners[-1] if name.startswith('EUBO') else index)
     per_toy = []
     for toy in toys:
         law, slopes, values, jacobians = compiled(toy.table)  # jacobians [Q, X, R, 2**C, C]
@@ -99,9 +107,8 @@ def measure(toys: list[Toy], decoding: SamplingConfig) -> list[Bound]:
         law = np.asarray(law)
         share = np.asarray(through_jacobian(slopes, toy)) / np.maximum(law, 1e-30)[..., None]
         truth = (np.log(np.maximum(law, 1e-30)), np.where(law[..., None] > 0, share, 0.0))
-        per_toy.append(_averages(law, np.asarray(values), np.asarray(gradients), truth))
-    means = np.mean(per_toy, axis=0).tolist()  # [R + 1, 8]
-    names = [('log p', 'decoder'), *((each.name, each.masks) for each in estimates)]
+        per_toy.append(_averages(law, np.asarray(values), np.asarray(gradients), truth, partners))
+    means = np.mean(per_toy, axis=0).tolist()  # [R + 1, 9]
     return [Bound(*name, *row) for name, row in zip(names, means, strict=True)]
 
 
@@ -110,6 +117,7 @@ def _averages(
     values: np.ndarray,
     gradients: np.ndarray,
     truth: tuple[np.ndarray, np.ndarray],
+    partners: list[int],
 ) -> list[list[float]]:
     """The figures of `Bound`, first of the decoder's own log-probability.
 
@@ -117,6 +125,7 @@ def _averages(
       law: [Q, X].
       values, gradients: [Q, X, R] and [Q, X, R, W]; the first two are the exact likelihoods.
       truth: log-probability [Q, X] under the decoder, and its gradient [Q, X, W].
+      partners: of each row of the result, that with which `Bound.apart` compares it.
     """
     weight = law / law.sum()  # [Q, X]
 
@@ -127,9 +136,9 @@ def _averages(
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         return average((a * b).sum(-1) / np.maximum(norms, 1e-30))
 
-    def drift(gradient: np.ndarray) -> float:
+    def drift(gradient: np.ndarray, unit: np.ndarray) -> float:
         means = (law[..., None] * gradient).sum(1)  # [Q, W], of each prompt
-        mean_square = average((gradient**2).sum(-1))
+        mean_square = average((unit**2).sum(-1))
         return float(np.sqrt((means**2).sum(-1).mean() / mean_square))
 
     rows = [truth, *((values[..., r], gradients[:, :, r]) for r in range(values.shape[-1]))]
@@ -139,9 +148,10 @@ def _averages(
             average(value),
             *(average(value - exact_value) for exact_value, _ in truths),
             *(cosine(gradient, exact_gradient) for _, exact_gradient in truths),
-            drift(gradient),
+            drift(gradient, gradient),
+            drift(gradient - rows[partner][1], rows[partner][1]),
         ]
-        for value, gradient in rows
+        for (value, gradient), partner in zip(rows, partners, strict=True)
     ]
 
 
