@@ -110,6 +110,9 @@ def main(_: Sequence[str]) -> None:
     for figure in ('mean', 'end'):
         for arms in ([arm for arm in ARMS if arm != 'none'], list(EXACT)):
             print(f'{figure}\n\n{table(records, figure, arms)}\n')
+        none, signed = EXACT
+        print(f'{figure}\n\n{table(records, figure, [signed], reference=none)}\n')
+    print(f'by learning rate\n\n{table_of_rates(records)}\n')
     draw(records, out / 'regime.png')
 
 
@@ -152,7 +155,7 @@ def measure(point: Point, arm: str, params: Any) -> dict[str, Any]:
         'arm': arm,
         'rate': best,
         'updates': updates,
-        'tuned': tuned,
+        'tuned': {str(rate): value for rate, value in tuned.items()},
         'curve': measured.mean(0).round(4).tolist(),
         'end': measured[:, -1].round(5).tolist(),
         'best': measured.max(-1).round(5).tolist(),
@@ -169,31 +172,54 @@ def by_place(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[st
     return places
 
 
-def over_none(at: Mapping[str, Any], arm: str, figure: str) -> Estimate:
-    """The mean difference of an arm to learning from better completions alone, toy by toy."""
-    pairs = zip(at[arm][figure], at['none'][figure], strict=True)
+def over(at: Mapping[str, Any], reference: str, arm: str, figure: str) -> Estimate:
+    """The mean difference of an arm to the one that it is compared with, toy by toy."""
+    pairs = zip(at[arm][figure], at[reference][figure], strict=True)
     return estimate([one - other for one, other in pairs])
 
 
-def table(records: Sequence[dict[str, Any]], figure: str, arms: Sequence[str]) -> str:
-    """Values of learning from better completions alone, and differences to them, in per cent.
+def table(
+    records: Sequence[dict[str, Any]], figure: str, arms: Sequence[str], reference: str = 'none'
+) -> str:
+    """Values of one arm, by default better completions alone, and differences to it, in per cent.
+
+    The last line has the means of the differences over the points.
 
     Args:
       records: of the measurements.
       figure: 'end', or 'mean' for the mean over the looks at a training.
       arms: whose differences are shown, at the points that have any of them.
+      reference: the arm that they are compared with.
     """
-    head = ['axis', 'level', 'start', 'none', *(f'{arm} − none' for arm in arms)]
+    head = ['axis', 'level', 'start', reference, *(f'{arm} − {reference}' for arm in arms)]
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+    means: dict[str, list[float]] = {arm: [] for arm in arms}
     for (axis, level), at in by_place(records).items():
-        if 'none' not in at or not any(arm in at for arm in arms):
+        if reference not in at or not any(arm in at for arm in arms):
             continue
-        cells = [axis, level, f'{100 * at["none"]["curve"][0]:.0f}']
-        cells.append(percent(estimate(at['none'][figure])))
-        cells += [
-            percent(over_none(at, arm, figure), signed=True) if arm in at else '–' for arm in arms
-        ]
+        cells = [axis, level, f'{100 * at[reference]["curve"][0]:.0f}']
+        cells.append(percent(estimate(at[reference][figure])))
+        for arm in arms:
+            difference = over(at, reference, arm, figure) if arm in at else None
+            cells.append(percent(difference, signed=True) if difference else '–')
+            means[arm] += [difference.mean] if difference else []
         lines.append(f'| {" | ".join(cells)} |')
+    over_points = [f'{100 * np.mean(values):+.1f}' if values else '–' for values in means.values()]
+    lines.append(f'| {" | ".join(["mean", "", "", "", *over_points])} |')
+    return '\n'.join(lines)
+
+
+def table_of_rates(records: Sequence[dict[str, Any]]) -> str:
+    """Values at the end by learning rate, on the toys that rates are chosen with, in per cent.
+
+    They are means over all points, and those of arms with exact likelihoods over theirs.
+    """
+    arms = [*ARMS, *EXACT]
+    lines = [f'| {" | ".join(["learning rate", *arms])} |', '|---' * (len(arms) + 1) + '|']
+    for rate in map(str, RATES):  # as keys of JSON
+        ends = [[r['tuned'][rate] for r in records if r['arm'] == arm] for arm in arms]
+        cells = [f'{100 * np.mean(values):.1f}' if values else '–' for values in ends]
+        lines.append(f'| {" | ".join([rate, *cells])} |')
     return '\n'.join(lines)
 
 
@@ -207,7 +233,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     arms = [arm for arm in (*ARMS, *EXACT) if arm != 'none']
     for number, arm in enumerate(arms):
         shown = [(x, at) for x, at in enumerate(places.values()) if arm in at]
-        estimates = [over_none(at, arm, 'mean') for _, at in shown]
+        estimates = [over(at, 'none', arm, 'mean') for _, at in shown]
         left.errorbar(
             [x + 0.12 * (number - 2.5) for x, _ in shown],
             [100 * each.mean for each in estimates],

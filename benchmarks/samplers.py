@@ -52,6 +52,7 @@ Figures = dict[str, Any]  # JSON values
 
 ROWS = 256  # that are decoded at once
 EXACT: dict[str, Any] = {}  # the sampler of the configuration's evaluation
+# What each changes in it. A function gives the value for the usual decoding.
 VARIANTS: dict[str, dict[str, Any]] = {
     'prefix cache': {'cache': 'prefix'},
     'dual cache': {'cache': 'dual'},
@@ -74,8 +75,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'left to right': {'commit': 'left_to_right'},
     'random order': {'commit': 'random'},
     'blocks of 2': {'block_length': 2},
-    'no blocks': {'block_length': 0},
-    'two tokens a step': {'steps': 0},
+    'no blocks': {'block_length': lambda usual: usual.length},
+    'two tokens a step': {'steps': lambda usual: usual.length // 2},
 }
 # (rows, slots, completion tokens, where rows end) of the second command. With fewer slots than rows
 # slots are refilled, and the other side generates one batch of that size after another.
@@ -204,10 +205,8 @@ def of_one_policy(
 
         def decoding_of(change: dict[str, Any]) -> SamplingConfig:
             usual = parts.evaluation.headline
-            # 0 stands for the whole completion, and for half of the usual steps.
-            whole = {'block_length': usual.length, 'steps': usual.steps // 2}
-            change = {name: value or whole.get(name, value) for name, value in change.items()}
-            return dataclasses.replace(usual, temperature=FLAGS.temperature, **change)
+            values = {name: x(usual) if callable(x) else x for name, x in change.items()}
+            return dataclasses.replace(usual, temperature=FLAGS.temperature, **values)
 
         def program(decoding: SamplingConfig) -> Callable[[], Completion]:
             generate = in_order(make_stream(policy, decoding, ROWS, FLAGS.group))
