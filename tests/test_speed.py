@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.speed import growth, pairs, programs, report, start
+from benchmarks.speed import growth, machine, pairs, programs, report, start
 from benchmarks.speed.counts import backward_flops, forward_flops, slope
 from benchmarks.speed.machine import measure_machine, times
 from spg_jax.models.policy import Policy
@@ -46,6 +46,18 @@ def test_the_first_call_counts_only_where_it_is_the_only_one():
     calls.clear()
     assert len(times(lambda: calls.append(0), budget=60.0, most=5)) == 5
     assert len(calls) == 6
+
+
+@pytest.mark.fast
+def test_the_peak_of_a_call_is_that_of_the_fastest_product_right_before_and_after(monkeypatch):
+    def call():
+        pass
+
+    products = iter([1.0, 4.0, 8.0, 2.0])  # seconds around the call that does not count, and two
+    last = iter([1.0, 3.0, 5.0])
+    monkeypatch.setattr(machine, 'PRODUCTS', 1)
+    monkeypatch.setattr(machine, '_seconds', lambda run: next(last if run is call else products))
+    assert machine.times_and_peaks(call, budget=7.0, most=5, matrix=2) == ([3.0, 5.0], [4.0, 8.0])
 
 
 @pytest.mark.fast
@@ -138,11 +150,11 @@ def test_everything_runs_and_is_reported(monkeypatch, tmp_path, capsys):
     assert by_name['update, dense']['flops'] == 3 * forward_flops(model, 32, 8, 4)
     assert by_name['update, dense']['bytes'] > 0
     grown = {'axis': 'batch', 'sizes': [1, 2], 'seconds': [0.1, 0.2], 'slope': 1.0}
-    machine = measure_machine(matrix=64, numbers=1000, budget=0.0)
-    whole = {'machine': machine, 'rows': rows, 'growth': [grown], 'peak_bytes': 2**20}
+    measured = measure_machine(matrix=64, numbers=1000, budget=0.0)
+    whole = {'machine': measured, 'rows': rows, 'growth': [grown], 'peak_bytes': 2**20}
     report.print_report(json.loads(json.dumps(whole)))
     out = capsys.readouterr().out
     assert 'update, dense' in out and 'slope' in out
     report.draw(whole, tmp_path / 'speed.png')
     assert (tmp_path / 'speed.png').stat().st_size > 1000
-    assert jax.devices()[0].platform in machine['device']
+    assert jax.devices()[0].platform in measured['device']

@@ -1,5 +1,6 @@
 """What the machine can do at most, measured in the same process as what is compared with it."""
 
+import itertools
 import os
 import platform
 import time
@@ -13,9 +14,15 @@ MATRIX = 2048  # rows and columns of the matrices whose product gives the peak
 NUMBERS = 2**26  # float32 numbers of an array of 256 MiB, which no cache holds
 GIGA = 1e9
 LONG = 5  # budgets of a call that is not made twice
+PRODUCTS = 8  # products of matrices between two calls; the fastest is the peak at that time
 
 
-def times(run: Callable[[], object], budget: float, most: int) -> list[float]:
+def times(
+    run: Callable[[], object],
+    budget: float,
+    most: int,
+    after: Callable[[], object] = lambda: None,
+) -> list[float]:
     """Seconds of several calls, whose results are waited for.
 
     The first call takes fresh memory, which doubles the time of a large update, so it counts only
@@ -26,14 +33,43 @@ def times(run: Callable[[], object], budget: float, most: int) -> list[float]:
       budget: no further call starts when those before it took so many seconds together; the first
         is made twice unless it took LONG times as much.
       most: calls that count.
+      after: called after each call; its time does not count.
     """
-    seconds = [_seconds(run)]
+
+    def seconds_of_call() -> float:
+        seconds = _seconds(run)
+        after()
+        return seconds
+
+    seconds = [seconds_of_call()]
     if seconds[0] > LONG * budget:
         return seconds
-    seconds[0] = _seconds(run)
+    seconds[0] = seconds_of_call()
     while len(seconds) < most and sum(seconds) < budget:
-        seconds.append(_seconds(run))
+        seconds.append(seconds_of_call())
     return seconds
+
+
+def times_and_peaks(
+    run: Callable[[], object], budget: float, most: int, matrix: int = MATRIX
+) -> tuple[list[float], list[float]]:
+    """`times`, and for each call the peak in FLOP/s right before and after it.
+
+    The clock of a processor and the load of its neighbours change within seconds, so that a peak
+    from another minute says less about a call than the machine could do during it.
+    """
+    square, product = jnp.ones((matrix, matrix)), jax.jit(jnp.matmul)
+    product(square, square).block_until_ready()
+    rates: list[float] = []
+
+    def measure_peak() -> None:
+        seconds = min(_seconds(lambda: product(square, square)) for _ in range(PRODUCTS))
+        rates.append(2 * matrix**3 / seconds)
+
+    measure_peak()
+    seconds = times(run, budget, most, measure_peak)
+    around = itertools.pairwise(rates[-len(seconds) - 1 :])
+    return seconds, [max(before_and_after) for before_and_after in around]
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.speed.counts import backward_flops, forward_flops
-from benchmarks.speed.machine import times
+from benchmarks.speed.machine import times_and_peaks
 from spg_jax import sharding
 from spg_jax.assembly import assemble, model_of
 from spg_jax.config import default_config
@@ -28,6 +28,7 @@ from spg_jax.training.supervised import make_step
 from spg_jax.training.train_state import initial_state, shardings_of
 
 Row = dict[str, Any]  # a line of the table: JSON values
+MOST_CALLS = 7  # of one program that are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +125,17 @@ class Bench:
             def run() -> object:
                 return generate(*arguments)
 
-        seconds = times(run, budget, 7)
         model, rows, length, _ = self._sequence
         flops = preset.steps * forward_flops(model, rows, length, preset.block)
-        return {
+        row = {
             'what': 'rollout, answers of several lengths'
             if ends_early
             else 'rollout, none ends early',
-            'seconds': scale * float(np.median(seconds)),
-            'runs': len(seconds),
             'count': rows,
             'unit': 'completions',
-            # How much of the work can be left out where rows end early is up to the sampler.
-            'flops': None if ends_early else flops,
         }
+        # How much of the work can be left out where rows end early is up to the sampler.
+        return row | _measured(run, budget, None if ends_early else flops, scale)
 
     def update(self, live_share: float, budget: float) -> Row:
         """Updates on a rollout in which this share of the groups has advantages."""
@@ -155,7 +153,6 @@ class Bench:
             state, metrics = update(program.seed, state, batch)
             return metrics
 
-        seconds = times(run, budget, 7)
         model, rows, length, scored = self._sequence
         rows *= preset.draws
         flops = forward_flops(model, rows, length, scored)
@@ -163,13 +160,10 @@ class Bench:
         name = 'dense' if live_share == 1 else f'{1 - live_share:.0%} of the rows idle'
         return {
             'what': f'update, {name}',
-            'seconds': float(np.median(seconds)),
-            'runs': len(seconds),
             'count': rows * length,
             'unit': 'tokens',
-            'flops': flops if live_share == 1 else None,
             'bytes': _bytes(update),
-        }
+        } | _measured(run, budget, flops if live_share == 1 else None)
 
     def pretraining_step(self, budget: float) -> Row:
         """Steps of pre-training on the rows of a rollout."""
@@ -186,19 +180,15 @@ class Bench:
             state, metrics = step(state, batch)
             return metrics
 
-        seconds = times(run, budget, 7)
         model, rows, length, scored = self._sequence
         flops = forward_flops(model, rows, length, scored)
         flops += backward_flops(model, rows, length, scored)
         return {
             'what': 'pre-training step',
-            'seconds': float(np.median(seconds)),
-            'runs': len(seconds),
             'count': rows * length,
             'unit': 'tokens',
-            'flops': flops,
             'bytes': _bytes(step),
-        }
+        } | _measured(run, budget, flops)
 
     def _rollout(self, live_share: float = 1.0) -> Rollout:
         """A rollout of random words: no row ends early."""
@@ -248,6 +238,24 @@ def measure_preset(name: str, only: list[str], budget: float) -> list[Row]:
         calls = calls[:1] if 'rollout' in only else []
     with jax.set_mesh(bench.mesh):
         return [{'preset': name} | call() for call in calls]
+
+
+def _measured(run: Callable[[], object], budget: float, flops: float | None, scale: int = 1) -> Row:
+    """How long calls take, and the share of the machine's peak that each reaches.
+
+    Args:
+      run: what to call; it is compiled already.
+      budget: seconds for the calls together.
+      flops: of the whole work, or None where that is unknown.
+      scale: how many times the whole work takes as long as a call.
+    """
+    seconds, peaks = times_and_peaks(run, budget, MOST_CALLS)
+    row: Row = {'seconds': scale * float(np.median(seconds)), 'runs': len(seconds), 'flops': flops}
+    if flops is not None:
+        row['shares'] = [
+            flops / (scale * each) / peak for each, peak in zip(seconds, peaks, strict=True)
+        ]
+    return row
 
 
 def _allowing(policy: Policy, words: int | None, with_eos: bool) -> Policy:

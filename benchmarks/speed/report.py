@@ -1,5 +1,6 @@
 """The tables and the plot of the benchmark."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     table = Table('preset', 'what', 'seconds', 'speed', 'share of peak', 'MiB', title=title)
     for row in report['rows']:
-        table.add_row(*_cells(row, machine['peak_gflops']))
+        table.add_row(*_cells(row))
     table.add_section()
     for row in report['growth']:
         seconds = ', '.join(f'{value:.3g}' for value in row['seconds'])
@@ -35,12 +36,14 @@ def print_report(report: dict[str, Any]) -> None:
     Console(width=120).print(table)
 
 
-def _cells(row: Row, peak_gflops: float) -> list[str]:
+def _cells(row: Row) -> list[str]:
     speed = share = ''
     if row.get('count'):
         speed = f'{row["count"] / row["seconds"]:,.4g} {row["unit"]}/s'
-    if row.get('flops'):
-        share = f'{row["flops"] / row["seconds"] / 1e9 / peak_gflops:.0%}'
+    if row.get('shares'):
+        share = f'{statistics.median(row["shares"]):.0%}'
+        if len(row['shares']) > 1:
+            share += f' [{min(row["shares"]):.0%}, {max(row["shares"]):.0%}]'
     if row.get('cpu_seconds'):
         speed = f'{row["cpu_seconds"]:.1f} s of processor'
     return [
@@ -71,7 +74,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draws the shares of the peak, the growth, and the ratios of pairs if there are any."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report.get('rows', ()) if row.get('flops')]
+    rows = [row for row in report.get('rows', ()) if row.get('shares')]
     growth, pairs = report.get('growth', ()), report.get('pairs', ())
     panels = [name for name, part in (('s', rows), ('g', growth), ('p', pairs)) if part]
     if not panels:
@@ -79,8 +82,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         if panel == 's':
-            peak = report['machine']['peak_gflops'] * 1e9
-            shares = [100 * row['flops'] / row['seconds'] / peak for row in rows]
+            shares = [100 * statistics.median(row['shares']) for row in rows]
             axis.barh([f'{row["preset"]}: {row["what"]}' for row in rows], shares)
             axis.set_xlabel('% of the peak of float32 products')
         elif panel == 'g':

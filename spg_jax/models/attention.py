@@ -24,9 +24,10 @@ MASKED = -1e30
 
 FUSED = ('splash', 'cudnn')  # kernels that keep no scores in memory
 CUDNN_HEAD_MULTIPLE, CUDNN_LARGEST_HEAD = 8, 256  # head dims that the kernel of cuDNN accepts
+FOR_CPUS = 'folded'
 AUTO = 'auto'
 # A CUDA device has two names: the devices of JAX say 'gpu', programs compiled for one say 'cuda'.
-_FASTEST = {'cpu': 'folded', 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
+_FASTEST = {'cpu': FOR_CPUS, 'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
 
 
 def attention(
@@ -192,7 +193,7 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | Visibility) -> Array:
 
 _IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Array | Visibility], Array]] = {
     'einsum': _einsum,
-    'folded': _folded,
+    FOR_CPUS: _folded,
     'splash': _splash,
     'cudnn': cudnn_attention,
 }

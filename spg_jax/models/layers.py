@@ -18,12 +18,15 @@ from spg_jax.models import quantized
 from spg_jax.models.lora import ADAPTER, Adapter, LoRA
 from spg_jax.models.visibility import Visibility
 
+# Sides of a kernel from which its gradient is faster with its inputs transposed in memory.
+WIDE = 256
+
 
 class Linear(nn.Module):
     """Product with a kernel [in, features] of initial std gain / sqrt(in), by default without bias.
 
     If the name of the module is a target of `lora`, an adapter adds its product. With `quantize`
-    the kernel is stored in that format.
+    the kernel is stored in that format. `transposes` is an argument of `product`.
     """
 
     features: int
@@ -34,6 +37,7 @@ class Linear(nn.Module):
     lora: LoRA | None = None
     quantize: str = ''
     bias: bool = False
+    transposes: bool = False
 
     @nn.compact
     def __call__(self, x: Array, dropout: Array | None = None) -> Array:
@@ -48,7 +52,7 @@ class Linear(nn.Module):
         if self.quantize:
             y = quantized_product(x, kernel, self.dtype)  # [B, L, features]
         else:
-            y = product(x, kernel.astype(self.dtype))
+            y = product(x, kernel.astype(self.dtype), transposes=self.transposes)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             bias = self.param('bias', zeros, (self.features,), self.param_dtype)
@@ -77,15 +81,55 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-def product(x: Array, kernel: Array, dtype: jnp.dtype | None = None) -> Array:
+def product(
+    x: Array, kernel: Array, dtype: jnp.dtype | None = None, transposes: bool = False
+) -> Array:
     """[..., in] times [in, out] -> [..., out], accumulated and returned in dtype.
 
     The leading axes of x are flattened, so that the gradient of the kernel is a product of two
     matrices. For arrays of three axes the CPU compiler would first transpose both operands in
     memory.
+
+    Args:
+      x, kernel: the operands.
+      dtype: of the result; None is theirs.
+      transposes: whether the gradient of a kernel with two sides of `WIDE` or more is computed by
+        `_transposing_product`. It has no derivatives in forward mode.
     """
-    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    flat = x.reshape(-1, x.shape[-1])  # [R, in]
+    if transposes and min(kernel.shape) >= WIDE:
+        flat = _transposing_product(flat, kernel, dtype)  # [R, out]
+    else:
+        flat = jnp.matmul(flat, kernel, preferred_element_type=dtype)  # [R, out]
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _transposing_product(x: Array, kernel: Array, dtype: jnp.dtype | None) -> Array:
+    """[R, in] times [in, out], whose gradient by the kernel reads x transposed in memory.
+
+    XLA on CPUs has a library of fast products that takes no transposed left operand, so that the
+    product x^T dy would be left to a slower one (docs/performance.md).
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _keep_operands(x: Array, kernel: Array, dtype: jnp.dtype | None) -> tuple[Array, Any]:
+    return _transposing_product(x, kernel, dtype), (x, kernel)
+
+
+def _gradients(
+    dtype: jnp.dtype | None, operands: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    """Gradients of x [R, in] and kernel [in, out] from that of the product, dy [R, out]."""
+    x, kernel = operands
+    # Without the barrier the compiler would make one operation of transposition and product again.
+    transposed = jax.lax.optimization_barrier(x.T)  # [in, R]
+    dx = jnp.matmul(dy, kernel.T).astype(x.dtype)
+    return dx, jnp.matmul(transposed, dy).astype(kernel.dtype)
+
+
+_transposing_product.defvjp(_keep_operands, _gradients)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

@@ -25,8 +25,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from spg_jax.errors import check_one_of
+from spg_jax.models.attention import FOR_CPUS, attention, check_implementation
 from spg_jax.models.attention import FUSED as FUSED_ATTENTION
-from spg_jax.models.attention import attention, check_implementation
 from spg_jax.models.experts import Experts, RoutedExperts
 from spg_jax.models.layers import (
     Linear,
@@ -175,6 +175,14 @@ class TransformerConfig:
         without a fused kernel the scores of attention.
         """
         return self.scan_unroll >= self.layers and self.attention not in FUSED_ATTENTION
+
+    @property
+    def transposes(self) -> bool:
+        """Whether gradients of wide kernels transpose inputs in memory, which pays on CPUs.
+
+        In a loop over layers the gradient would keep a copy of the kernels.
+        """
+        return self.scan_unroll >= self.layers and self.attention == FOR_CPUS
 
     @property
     def adapted_kernels(self) -> tuple[str, ...]:
@@ -435,7 +443,7 @@ class Transformer(nn.Module):
         """Logits [..., V] float32 of hidden states [..., D]."""
         config = self.config
         table = self.embedding.T if config.tie_embeddings else self.unembedding  # [D, V]
-        logits = product(hidden, table.astype(config.dtype), jnp.float32)
+        logits = product(hidden, table.astype(config.dtype), jnp.float32, config.transposes)
         return logits * config.width**-0.5 if config.scale_logits else logits
 
 
@@ -468,7 +476,13 @@ class Block(nn.Module):
         B, L, D = x.shape
         N, K, H = config.heads, config.kv_heads, config.head_dim
         types = {'dtype': config.dtype, 'param_dtype': config.param_dtype}
-        linear = functools.partial(Linear, **types, lora=config.lora, quantize=config.quantize)
+        linear = functools.partial(
+            Linear,
+            **types,
+            lora=config.lora,
+            quantize=config.quantize,
+            transposes=config.transposes,
+        )
         norm = functools.partial(RMSNorm, config.norm_eps, **types)
         # A layer adds to the residual stream twice; this gain keeps its scale equal at any depth.
         residual_gain = (2 * config.layers) ** -0.5

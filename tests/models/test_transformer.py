@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from spg_jax import sharding
 from spg_jax.models.attention import attention
-from spg_jax.models.layers import RMSNorm, rotary_table, rotate
+from spg_jax.models.layers import WIDE, RMSNorm, product, rotary_table, rotate
 from spg_jax.models.transformer import Transformer, TransformerConfig
 from spg_jax.models.windows import Window
+from tests.meshes import mesh_of
 from tests.parameters import random_params
 
 pytestmark = pytest.mark.numerical
@@ -119,6 +121,53 @@ def test_positions_count_from_the_first_valid_token():
     assert_allclose(sin[0], np.sin(expected), atol=1e-6)
     assert_allclose(cos[1, 4:], np.cos(expected[:5]), atol=1e-6)
     assert_allclose(sin[1, :5], 0)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradients_of_wide_kernels_are_those_of_the_formulas(dtype):
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((2, 3, WIDE), (WIDE, WIDE + 1), (2, 3, WIDE + 1))
+    )
+
+    @jax.jit
+    def gradients(x, kernel, dy):
+        y, back = jax.vjp(lambda x, kernel: product(x, kernel, jnp.float32, True), x, kernel)
+        return y, *back(dy.astype(jnp.float32))
+
+    y, dx, dkernel = gradients(x, kernel, dy)
+    x, kernel, dy = (np.asarray(value, np.float64) for value in (x, kernel, dy))
+    bound = {'rtol': 1e-5, 'atol': 1e-4} if dtype == 'float32' else {'rtol': 1e-2, 'atol': 1e-2}
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.float32, dtype, dtype)
+    assert_allclose(y, x @ kernel, rtol=1e-5, atol=1e-4)
+    assert_allclose(np.asarray(dx, np.float64), dy @ kernel.T, **bound)
+    assert_allclose(np.asarray(dkernel, np.float64), np.einsum('bli,blo->io', x, dy), **bound)
+
+
+def test_a_wide_model_that_transposes_has_the_same_gradient_on_a_mesh():
+    sizes = {'vocab_size': WIDE, 'width': WIDE, 'mlp_width': WIDE, 'heads': 4}
+    plain = dataclasses.replace(CONFIG, **sizes)
+    transposing = dataclasses.replace(plain, scan_unroll=plain.layers, attention='folded')
+    assert transposing.transposes and not plain.transposes
+    assert not dataclasses.replace(plain, attention='folded').transposes
+    tokens = np.random.default_rng(1).integers(0, WIDE, (4, 6)).astype(np.int32)
+
+    @partial(jax.jit, static_argnames='config')
+    def gradient(params, config):
+        def loss(params):
+            logits = Transformer(config).apply({'params': params}, tokens, tokens >= 0)
+            return jnp.sin(logits).sum()
+
+        return jax.grad(loss)(params)
+
+    mesh = mesh_of(2, 2, 2)
+    params = sharding.init_params(Transformer(transposing), jax.random.key(0), mesh)
+    expected = gradient(jax.device_get(params), plain)
+    with jax.set_mesh(mesh):
+        found = gradient(params, transposing)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_every_valid_token_reaches_every_position():
