@@ -31,7 +31,6 @@ FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[2]
 PARTS = ('rollout', 'update', 'pretraining', 'growth', 'start')
 BUDGET = 10.0  # seconds that calls of one program may take together, as far as they are short
-GROWTH_BUDGET = 0.5  # the same for a size whose growth is measured
 
 
 def main(_: list[str]) -> None:
@@ -71,7 +70,7 @@ def measure(presets: list[str], only: list[str]) -> pairs.Report:
         rows += programs.measure_preset(preset, only, BUDGET)
     print('growth and start …', file=sys.stderr, flush=True)
     axes = growth.AXES if 'growth' in only else ()
-    grown = [growth.measure_growth(axis, GROWTH_BUDGET) for axis in axes]
+    grown = [growth.measure_growth(axis) for axis in axes]
     if 'start' in only:
         with tempfile.TemporaryDirectory() as folder:
             rows += start.measure_start(ROOT, Path(folder))

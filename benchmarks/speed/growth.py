@@ -1,17 +1,23 @@
 """How time and memory grow with batch, draws, length, vocabulary and steps, on the small model."""
 
+import statistics
 from dataclasses import replace
 
 import jax
 
 from benchmarks.speed.counts import slope
-from benchmarks.speed.programs import PRESETS, Bench, Preset, Row
+from benchmarks.speed.machine import times_in_turn
+from benchmarks.speed.programs import PRESETS, Bench, Preset, Row, Work
+from spg_jax.config import default_config
+from spg_jax.sharding import make_mesh
+
+ROUNDS = 5
 
 # The loop over layers is not unrolled, because the programs then compile in half the time.
 SMALL = replace(PRESETS['small'], unroll=1)
 # What grows: (the program, the preset at each size).
 AXES = {
-    'batch of an update': ('update', {rows: replace(SMALL, rows=rows) for rows in (24, 48, 96)}),
+    'batch of an update': ('update', {rows: replace(SMALL, rows=rows) for rows in (48, 96, 192)}),
     'draws M of an update': ('update', {draws: replace(SMALL, draws=draws) for draws in (2, 4, 8)}),
     'length of a completion in an update': (
         'update',
@@ -21,7 +27,7 @@ AXES = {
         'update',
         {size: replace(SMALL, vocabulary=size) for size in (256, 1024, 4096)},
     ),
-    'batch of a rollout': ('rollout', {rows: replace(SMALL, rows=rows) for rows in (24, 48, 96)}),
+    'batch of a rollout': ('rollout', {rows: replace(SMALL, rows=rows) for rows in (48, 96, 192)}),
     'steps of a rollout': (
         'rollout',
         {steps: replace(SMALL, steps=steps) for steps in (6, 12, 24)},
@@ -29,27 +35,31 @@ AXES = {
 }
 
 
-def measure_growth(axis: str, budget: float) -> Row:
+def measure_growth(axis: str) -> Row:
     """Seconds, and bytes of an update, at each size along an axis, with the slopes of their logs.
+
+    The sizes take turns. Seconds and their slope are medians over the rounds.
 
     Args:
       axis: a key of AXES.
-      budget: seconds for each size, beside compiling.
     """
     program, presets = AXES[axis]
-    rows = [_measure(program, preset, budget) for preset in presets.values()]
-    sizes, seconds = list(presets), [row['seconds'] for row in rows]
-    growth: Row = {'axis': axis, 'sizes': sizes, 'seconds': seconds}
-    growth['slope'] = slope(sizes, seconds)
-    amounts = [row.get('bytes') for row in rows]
+    with jax.set_mesh(make_mesh(default_config().mesh)):
+        works = [_work(program, preset) for preset in presets.values()]
+        rounds = times_in_turn([work.run for work in works], ROUNDS)
+    sizes = list(presets)
+    growth: Row = {
+        'axis': axis,
+        'sizes': sizes,
+        'seconds': [statistics.median(seconds) for seconds in zip(*rounds, strict=True)],
+        'slope': statistics.median(slope(sizes, seconds) for seconds in rounds),
+    }
+    amounts = [work.row.get('bytes') for work in works]
     if all(amounts):
         growth |= {'bytes': amounts, 'memory_slope': slope(sizes, amounts)}
     return growth
 
 
-def _measure(program: str, preset: Preset, budget: float) -> Row:
+def _work(program: str, preset: Preset) -> Work:
     bench = Bench(preset)
-    with jax.set_mesh(bench.mesh):
-        if program == 'update':
-            return bench.update(1.0, budget)
-        return bench.rollout(False, budget)
+    return bench.update(1.0) if program == 'update' else bench.rollout(False)

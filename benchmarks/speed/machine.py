@@ -4,7 +4,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,14 @@ def times_and_peaks(
     seconds = times(run, budget, most, measure_peak)
     around = itertools.pairwise(rates[-len(seconds) - 1 :])
     return seconds, [max(before_and_after) for before_and_after in around]
+
+
+def times_in_turn(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of a call of each in turn, for each round after a first that does not count.
+
+    What changes the speed of the machine then changes that of all, and ratios within a round stay.
+    """
+    return [[_seconds(run) for run in runs] for _ in range(rounds + 1)][1:]
 
 
 def _seconds(run: Callable[[], object]) -> float:

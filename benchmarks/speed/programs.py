@@ -58,6 +58,23 @@ PRESETS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program does in one call.
+
+    Attributes:
+      run: calls the program, which is compiled already.
+      row: what the table says about it beside time and FLOPs.
+      flops: of the whole work, or None where that is unknown.
+      scale: how many times the whole work takes as long as a call.
+    """
+
+    run: Callable[[], object]
+    row: Row
+    flops: float | None
+    scale: int = 1
+
+
 class Bench:
     """The programs of a preset; call everything under `jax.set_mesh(bench.mesh)`."""
 
@@ -95,7 +112,7 @@ class Bench:
         length = preset.prompt + preset.completion
         return self.policy.config, preset.rows, length, preset.completion
 
-    def rollout(self, ends_early: bool, budget: float) -> Row:
+    def rollout(self, ends_early: bool) -> Work:
         """Generates completions, of which none ends early or about half have ended at half length.
 
         The parameters are random, so that tokens are nearly uniform among the ids that are allowed:
@@ -135,9 +152,9 @@ class Bench:
             'unit': 'completions',
         }
         # How much of the work can be left out where rows end early is up to the sampler.
-        return row | _measured(run, budget, None if ends_early else flops, scale)
+        return Work(run, row, None if ends_early else flops, scale)
 
-    def update(self, live_share: float, budget: float) -> Row:
+    def update(self, live_share: float) -> Work:
         """Updates on a rollout in which this share of the groups has advantages."""
         preset, parts = self.preset, self.parts
         optimizer = optimizers.for_rl(parts.optimizer, 100)
@@ -158,14 +175,15 @@ class Bench:
         flops = forward_flops(model, rows, length, scored)
         flops += backward_flops(model, rows, length, scored)
         name = 'dense' if live_share == 1 else f'{1 - live_share:.0%} of the rows idle'
-        return {
+        row = {
             'what': f'update, {name}',
             'count': rows * length,
             'unit': 'tokens',
             'bytes': _bytes(update),
-        } | _measured(run, budget, flops if live_share == 1 else None)
+        }
+        return Work(run, row, flops if live_share == 1 else None)
 
-    def pretraining_step(self, budget: float) -> Row:
+    def pretraining_step(self) -> Work:
         """Steps of pre-training on the rows of a rollout."""
         optimizer = optimizers.for_pretraining(1e-3, 0.01, 1.0, 100)
         state = initial_state(self.variables, optimizer, self.policy, self.mesh, average=True)
@@ -183,12 +201,13 @@ class Bench:
         model, rows, length, scored = self._sequence
         flops = forward_flops(model, rows, length, scored)
         flops += backward_flops(model, rows, length, scored)
-        return {
+        row = {
             'what': 'pre-training step',
             'count': rows * length,
             'unit': 'tokens',
             'bytes': _bytes(step),
-        } | _measured(run, budget, flops)
+        }
+        return Work(run, row, flops)
 
     def _rollout(self, live_share: float = 1.0) -> Rollout:
         """A rollout of random words: no row ends early."""
@@ -225,35 +244,38 @@ def measure_preset(name: str, only: list[str], budget: float) -> list[Row]:
       budget: seconds for each row, beside compiling.
     """
     bench = Bench(PRESETS[name])
-    calls: list[Callable[[], Row]] = []
+    works: list[Callable[[], Work]] = []
     if 'rollout' in only:
-        calls += [lambda: bench.rollout(False, budget), lambda: bench.rollout(True, budget)]
+        works += [lambda: bench.rollout(False), lambda: bench.rollout(True)]
     if 'update' in only:
-        calls.append(lambda: bench.update(1.0, budget))
+        works.append(lambda: bench.update(1.0))
         if bench.preset.rows // bench.preset.group >= 4:
-            calls.append(lambda: bench.update(0.25, budget))
+            works.append(lambda: bench.update(0.25))
     if 'pretraining' in only:
-        calls.append(lambda: bench.pretraining_step(budget))
+        works.append(bench.pretraining_step)
     if bench.preset.first_block_only:  # The other rows would take minutes.
-        calls = calls[:1] if 'rollout' in only else []
+        works = works[:1] if 'rollout' in only else []
     with jax.set_mesh(bench.mesh):
-        return [{'preset': name} | call() for call in calls]
+        return [{'preset': name} | measured(work(), budget) for work in works]
 
 
-def _measured(run: Callable[[], object], budget: float, flops: float | None, scale: int = 1) -> Row:
-    """How long calls take, and the share of the machine's peak that each reaches.
+def measured(work: Work, budget: float) -> Row:
+    """The row of the table for work: how long it takes, and its share of the machine's peak.
 
     Args:
-      run: what to call; it is compiled already.
+      work: what is called.
       budget: seconds for the calls together.
-      flops: of the whole work, or None where that is unknown.
-      scale: how many times the whole work takes as long as a call.
     """
-    seconds, peaks = times_and_peaks(run, budget, MOST_CALLS)
-    row: Row = {'seconds': scale * float(np.median(seconds)), 'runs': len(seconds), 'flops': flops}
-    if flops is not None:
+    seconds, peaks = times_and_peaks(work.run, budget, MOST_CALLS)
+    seconds = [work.scale * each for each in seconds]
+    row = work.row | {
+        'seconds': float(np.median(seconds)),
+        'runs': len(seconds),
+        'flops': work.flops,
+    }
+    if work.flops is not None:
         row['shares'] = [
-            flops / (scale * each) / peak for each, peak in zip(seconds, peaks, strict=True)
+            work.flops / each / peak for each, peak in zip(seconds, peaks, strict=True)
         ]
     return row
 
