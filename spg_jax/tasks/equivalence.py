@@ -127,7 +127,11 @@ _UNIT = re.compile(
 )
 _WORDS = re.compile(r'\\(?:text|mbox|mathrm|textrm|textbf)\s*\{([^{}]*)\}')
 _TEXT = re.compile(r'\\(?:text|mbox|mathrm|textrm)\s*\{')
-_NO_UNIT = frozenset('or nor and not no to than either neither but except if'.split())
+_NO_UNIT = mended.SCALES.union('or nor and not no to than either neither but except if'.split())
+# Signs as people and editors typeset them.
+_SIGNS = str.maketrans(
+    {'−': '-', '–': '-', '×': r'\times ', '÷': r'\div ', '·': r'\cdot ', '⋅': r'\cdot '}
+)
 _SYMBOL_UNITS = ((re.compile(r'\^\{?\\circ\}?|°'), 'degree'), (re.compile(r'\\?%'), 'percent'))
 _DOLLAR = re.compile(r'\\\$')
 # A variable, with an index or an argument, that an answer may define: `x`, `x_1`, `f(x)`.
@@ -151,11 +155,25 @@ def equivalent_by_mended_rules(answer: str, reference: str) -> bool:
       and 60 % is 60 dollars.
     - A left side such as `x =` is dropped if it names a variable. There, `6=5` is 5.
     - Numbers are compared exactly: 1.5 is `\frac{3}{2}` in lowest terms, and 10,080 is 10080
-      (open-compass/opencompass#2647). There, they are compared as text.
+      (open-compass/opencompass#2647), while (10,080) is two numbers. There, they are compared as
+      text.
     - Layout never counts: spaces, `\left`, `\dfrac`, `\sqrt 2`.
     """
     if not answer.strip() or max(len(answer), len(reference)) > MAX_CHARACTERS:
         return False
+    return any(_are_same(one, other) for one in _readings(answer) for other in _readings(reference))
+
+
+def _readings(answer: str) -> tuple[str, str]:
+    """Returns an answer with its commas, and without those that may group digits."""
+    # Two backslashes end a row of a matrix; elsewhere they are one that was escaped.
+    row_end = '@' if r'\begin{' in answer else '\\'
+    answer = answer.strip().strip('$').replace('\\\\', row_end).translate(_SIGNS)
+    return answer, mended.without_thousands(answer, in_brackets=False)
+
+
+def _are_same(answer: str, reference: str) -> bool:
+    """Whether readings of two answers are the same."""
     (value, unit), (right_value, right_unit) = _value_and_unit(answer), _value_and_unit(reference)
     if unit and right_unit and unit != right_unit:
         return False
@@ -175,9 +193,6 @@ def equivalent_by_mended_rules(answer: str, reference: str) -> bool:
 
 def _value_and_unit(answer: str) -> tuple[str, str]:
     """Returns (the value in one spelling, the name of its unit or '')."""
-    # Two backslashes end a row of a matrix; elsewhere they are one that was escaped.
-    row_end = '@' if r'\begin{' in answer else '\\'
-    answer = mended.without_thousands(answer.strip().strip('$').replace('\\\\', row_end))
     answer, dollars = _DOLLAR.subn('', answer)
     unit = 'dollar' if dollars else ''
     for pattern, name in _SYMBOL_UNITS:

@@ -12,6 +12,12 @@ from spg_jax.tasks.arithmetic import MAX_CHARACTERS
 
 SCORER = 'mended'  # the name that figures under these rules carry
 
+# Words that make a number beside them another one. Quarters, tenths and the like may be things.
+SCALES = frozenset(
+    'hundred hundreds thousand thousands million millions billion billions trillion trillions mil '
+    'mln bn lakh crore dozen dozens half halves quarter third k'.split()
+)
+
 _SYMBOLS = str.maketrans(
     dict.fromkeys('×·∙⋅∗', '*') | dict.fromkeys('÷∕⁄', '/') | dict.fromkeys('−–', '-')
 )
@@ -25,9 +31,15 @@ _COMMANDS = (
     (re.compile(r'\\[dtc]frac(?![A-Za-z])'), r'\\frac'),
 )
 _FRACTION = re.compile(r'\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}')
-# What LaTeX has between groups of three digits, besides a comma.
-_THIN_SPACE = re.compile(r'(?<=[0-9])(?:,\\!|\{,\}|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))')
-_GROUPED = re.compile(r'(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])')
+# What stands between groups of three digits: in LaTeX, and a comma.
+_THIN = r',\\! *|\{,\}|\\[,;:! ]|~'
+_GROUPED = re.compile(
+    rf'(?<![0-9.,])[0-9]{{1,3}}(?:(?:{_THIN}|,)[0-9]{{3}})+(?![0-9,])'
+    # `\(` and `\[` begin mathematics, and no tuple.
+    r'|(?P<opens>(?<!\\)[(\[]|\\\{)|(?P<closes>(?<!\\)[)\]]|\\\})'
+)
+_GROUPED_IN_LATEX = re.compile(rf'(?<![0-9.,])[0-9]{{1,3}}(?:(?:{_THIN})[0-9]{{3}})+(?![0-9])')
+_NO_DIGIT = re.compile('[^0-9]')
 
 
 def final_answer(completion: str) -> str | None:
@@ -78,10 +90,25 @@ def plain_arithmetic(text: str) -> str:
     return text
 
 
-def without_thousands(text: str) -> str:
+def without_thousands(text: str, in_brackets: bool = True) -> str:
     r"""Returns `10\,080`, `10{,}080` and `1,234,567` without what groups their digits.
 
     Text such as `1,2345`, whose groups are wrong, stays as it is.
+
+    Args:
+      text: with numbers.
+      in_brackets: whether a comma within brackets can group digits. Where answers may be tuples, it
+        stands between two numbers there.
     """
-    text = _THIN_SPACE.sub(',', text)
-    return _GROUPED.sub(lambda match: match[0].replace(',', ''), text)
+
+    depth = 0
+
+    def ungrouped(match: re.Match[str]) -> str:
+        nonlocal depth
+        if match['opens'] or match['closes']:
+            depth = max(0, depth + (1 if match['opens'] else -1))
+            return match[0]
+        return _NO_DIGIT.sub('', match[0]) if in_brackets or not depth else match[0]
+
+    text = _GROUPED_IN_LATEX.sub(lambda match: _NO_DIGIT.sub('', match[0]), text)
+    return _GROUPED.sub(ungrouped, text)

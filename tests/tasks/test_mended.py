@@ -110,6 +110,28 @@ def split(text):
     return parts
 
 
+MINUS_18 = (
+    '-$18',
+    '-(18)',
+    '-"18"',
+    '- USD 18',
+    '-US$18',
+    '-Rs. 18',
+    'minus 18',
+    'negative $18.00',
+)
+MINUS_18 += ('(-18)', 'Total: -18', 'a loss of - 18', 'Minus 18')
+NOT_18 = ('18 thousands', '18 millions', '18 dozens', '18 halves', '18M', '$18 M', '18 mil', '18bn')
+NOT_18 += (
+    'twice 18',
+    'double 18',
+    '18 squared',
+    'square root of 18',
+    'more than 18',
+    'at least 18',
+)
+
+
 @pytest.mark.parametrize(
     ('truth', 'answer', 'right'),
     [
@@ -139,6 +161,19 @@ def split(text):
         (-18, '-18', True),
         (-18, '18', False),
         (18, '-18', False),
+        *((truth, answer, truth < 0) for truth in (-18, 18) for answer in MINUS_18),
+        (18, '-(-18)', False),
+        (-18, '-(-18)', False),
+        (18, 'A-18', False),
+        (-18, 'A-18', False),
+        (18, 'minus 20 and 18', False),
+        (18, '18 minus', False),
+        (18, 'USD 18', True),
+        *((18, answer, False) for answer in NOT_18),
+        (18, '18 m', True),
+        (18, '18 more than Bob', True),
+        (18, '18 square feet', True),
+        (18, '18 quarters', True),
         (18, '9*3 = 18', False),
         (18, '17, 18', False),
         (18, '17 or 18', False),
@@ -178,6 +213,26 @@ def test_gsm8k(truth, answer, right):
         ('x=5', '5', True),
         ('x=5', 'y=5', False),
         ('5', '6=5', False),
+        ('5', r'5\text{ million}', False),
+        ('5', r'5\text{ dozens}', False),
+        (r'5\text{ million}', r'5\text{ million}', True),
+        (r'11,\! 111,\! 111,\! 100', '11,111,111,100', True),
+        (r'11,\! 111,\! 111,\! 100', '11111111100', True),
+        (r'11,\! 111,\! 111,\! 100', r'11,\!111,\!111,\!100', True),
+        (r'1234\sqrt{2}', r'1,234\sqrt{2}', True),
+        (r'(10080,5)', r'(10{,}080, 5)', True),
+        ('(1,234)', '(1234)', False),
+        ('(1234)', '(1,234)', False),
+        (r'\{1,234\}', r'\{1234\}', False),
+        ('[1,234]', '[1, 234]', True),
+        ('100,200', '100, 200', True),
+        ('100, 200', '100,200', True),
+        ('100, 200', '100200', False),
+        ('100200', '100, 200', False),
+        ('-5', '−5', True),
+        (r'-\frac{1}{2}', r'−\frac{1}{2}', True),
+        (r'2\times3', '2×3', True),
+        (r'6\div 2', '6÷2', True),
         ('5', '2x=5', False),
         ('5', '=5', False),
         ('5', r'5\text{ or 6}', False),

@@ -39,9 +39,16 @@ _CURRENCY = re.compile(r'\\(?=[$%])')
 # Whatever else stands beside a number makes it another one, as in `5!`, `2^3` and `>7`.
 _BESIDE = re.compile(r"[A-Za-z\s$€£¥%.,:;()'\"_-]*")
 _WORD = re.compile('[a-z]+')
-# Words after which the number is not the answer, and words that make it another number.
+# Words beside which the number is not the answer, and words that make another number of it: all of
+# them anywhere, others right before it.
 _HEDGES = frozenset('or nor not no never either neither isn wrong except'.split())
-_SCALES = frozenset('hundred thousand million billion trillion dozen half quarter third k'.split())
+_OPERATIONS = frozenset('minus negative squared cubed root'.split())
+_LAST_BEFORE = frozenset('than least most twice double triple'.split())
+_MILLIONS = re.compile(r'\s*[MB](?![A-Za-z])')  # `5M`; metres are written m
+# What may stand between a minus and its number: currencies, brackets, quotation marks.
+_CODE = re.compile(r'(?:\b[A-Z]{2,3}|\bRs\.?)$')
+_BETWEEN = ' \t\n$€£¥("\''
+_MINUS = re.compile(r'(?:(?:^|(?<=[\s:($"\']))-|\b(?:[Mm]inus|[Nn]egative))$')
 
 
 class GSM8K(WordProblems):
@@ -198,7 +205,8 @@ def mended_number(completion: str) -> Fraction | None:
       (open-compass/opencompass#2647, AISBench/benchmark#359).
     - A fraction of integers counts in lowest terms.
     - An equation counts if all its sides with numbers are equal, exactly: `6*3 = 18`.
-    - `not 18`, `18 or so many`, `2 million` and `3!` are not the number that they contain.
+    - `not 18`, `18 or so many`, `more than 18`, `2 million` and `3!` are not the number that they
+      contain. `-$18`, `-(18)` and `minus 18` are negative.
     """
     answer = mended.final_answer(completion)
     if answer is None or len(answer) > MAX_CHARACTERS:
@@ -225,16 +233,20 @@ def _only_number(text: str) -> Fraction | None:
     if len(runs) != 1 or not _PLAIN_NUMBER.fullmatch(runs[0][0]):
         return None
     before, after = text[: runs[0].start()], text[runs[0].end() :]
-    words = set(_WORD.findall(f'{before} {after}'.lower()))
-    beside = _BESIDE.fullmatch(before) and _BESIDE.fullmatch(after)
-    if not beside or words & (_HEDGES | _SCALES):
+    if not (_BESIDE.fullmatch(before) and _BESIDE.fullmatch(after)) or _MILLIONS.match(after):
         return None
-    before = before.rstrip(' $€£¥')
+    before = before.rstrip(_BETWEEN)
+    before = _CODE.sub('', before).rstrip(_BETWEEN)
+    minus = _MINUS.search(before)
+    if minus:
+        before = before[: minus.start()]
+    words = _WORD.findall(before.lower())
+    if words and words[-1] in _LAST_BEFORE or before.rstrip(_BETWEEN).endswith('-'):
+        return None
+    if {*words, *_WORD.findall(after.lower())} & (_HEDGES | _OPERATIONS | mended.SCALES):
+        return None
     number = Fraction(runs[0][0].replace(',', ''))
-    if not before.endswith('-'):
-        return number
-    # A minus sign stands apart from a word; `A-5` may be a name.
-    return -number if not before[:-1] or before[-2] in ' :($' else None
+    return -number if minus else number
 
 
 def _reference(example: Example) -> Fraction | None:
