@@ -182,7 +182,8 @@ def loss_of_idle(
 
     Their readouts are NaN. A metric of theirs that is then NaN depends on readouts; it is left out
     with its weight, and becomes a figure of the live rows alone. Any other metric, and the weight,
-    is what it would be if they had been read out.
+    is what it would be if they had been read out. A metric that compares readouts hides their NaN,
+    so it has to leave out rows without an advantage by itself, as clip shares do.
 
     Args:
       loss: of rows that consist of whole units.

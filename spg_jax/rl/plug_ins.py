@@ -277,7 +277,9 @@ def with_clip(objective: Objective, clip: str, clip_range: float) -> Objective:
             raised = jnp.where(push < 0, jnp.minimum(change, clip_range), change)
             limited = jnp.where(push > 0, jnp.maximum(change, -clip_range), raised)
         result = objective.loss(jnp.where(target, old + limited, logp), batch)
-        stopped = (target & (limited != change)).sum().astype(jnp.float32)
+        # Idle rows are not read out: their changes are NaN, which differs from everything.
+        stopped = target & (limited != change) & ~jnp.isnan(change)
+        stopped = stopped.sum().astype(jnp.float32)
         share = (stopped, target.sum().astype(jnp.float32))
         return result.replace(metrics=result.metrics | {'clip_share': share})
 

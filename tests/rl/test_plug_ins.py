@@ -6,6 +6,7 @@ The table of docs/own_method.md is made by the same table-driven check.
 import dataclasses
 import functools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from benchmarks.adaptive_omega import best_omega
 from spg_jax.assembly import assemble
 from spg_jax.diffusion.corruption import Corruption, Draws
 from spg_jax.diffusion.sampling import SamplingConfig
+from spg_jax.rl.advantages import group_advantages, leave_one_out, standardised
 from spg_jax.rl.gradient import make_gradient
 from spg_jax.rl.learner import kept_policies
 from spg_jax.rl.objectives import REGISTRY, Batch, Loss, Objective
 from spg_jax.rl.objectives.objective import configured
 from spg_jax.rl.objectives.ratios import clipped, k2, k3
 from spg_jax.rl.objectives.sequences import clipped_rows
+from spg_jax.rl.packing import loss_of_idle
 from spg_jax.rl.plug_ins import (
     ADVANTAGES,
     ComplementaryPairs,
@@ -105,6 +108,17 @@ def test_baselines_in_closed_form(config):
     advantages = jax.jit(lambda x: {name: each(x, GROUP) for name, each in functions.items()})
     for name, values in advantages(reward).items():
         assert_allclose(values, expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize('size', [3, 6, 7, 10, 12])
+def test_equal_rewards_are_no_signal_whatever_their_mean_in_float32(size):
+    """The mean of equal numbers is not always that number."""
+    rewards = [0.1 * n for n in range(32)] + [n / 7 for n in range(32)] + [n / 9 for n in range(32)]
+    reward = np.repeat(np.asarray(rewards, np.float32), size)
+    assert (reward != np.repeat(reward.reshape(-1, size).mean(1), size)).any()
+    functions = (group_advantages, leave_one_out, partial(standardised, epsilon=1e-6))
+    for values in jax.jit(lambda x: [each(x, size) for each in functions])(reward):
+        assert (values == 0).all()
 
 
 # --- divergence -----------------------------------------------------------------------------------
@@ -218,6 +232,14 @@ def test_nothing_is_clipped_where_policies_are_equal(clip):
     same, slope = value_and_gradient(with_clip(simple(), clip, 0.2), OLD, batch)
     assert value == same
     assert_allclose(slope, gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize('clip', ['ppo', 'unconditional'])
+def test_rows_that_are_not_read_out_are_not_clipped(clip):
+    batch = hand_batch(advantage=(0.0, 0.0), behaviour=OLD)
+    loss = with_clip(simple(), clip, 0.2).loss
+    metrics = jax.jit(lambda: loss_of_idle(loss, batch, np.ones(2, bool), 1).metrics)()
+    assert metrics['clip_share'] == (0.0, 4.0)
 
 
 def test_ratios_of_rows_are_clipped_unconditionally():
