@@ -21,7 +21,9 @@ class PromptBatch(NamedTuple):
 
     prompt: np.ndarray  # [B, P] int32, left-padded
     prompt_mask: np.ndarray  # [B, P] bool, False on padding
-    index: np.ndarray  # [B] uint32, the place of each problem in its split
+    # [B] uint32, what tells prompts apart: the place of a problem in its split, and the size of the
+    # split added for each time that the problem came before.
+    index: np.ndarray
     examples: Sequence[Example]  # the B problems, which rewards and scores read
 
 
@@ -162,14 +164,20 @@ def prompts(
     """
     import grain
 
-    def encode(places: np.ndarray) -> PromptBatch:
-        length = padded_length(problems.lengths[places].max(), buckets)
-        local_places = places if local_prompts is None else places[local_prompts]
-        examples = [problems.source[int(place)] for place in problems.places[local_places]]
-        return encode_prompts(task, tokenizer, examples, length, truncate)
+    count = len(problems.places)
 
-    places = grain.MapDataset.range(len(problems.places)).seed(seed).shuffle().repeat()
-    return read_ahead(places.batch(batch_size).map(encode))
+    def encode(drawn: tuple[np.ndarray, np.ndarray]) -> PromptBatch:
+        places, times = drawn
+        length = padded_length(problems.lengths[places].max(), buckets)
+        local = slice(None) if local_prompts is None else local_prompts
+        examples = [problems.source[int(place)] for place in problems.places[places[local]]]
+        batch = encode_prompts(task, tokenizer, examples, length, truncate)
+        before = times[local].astype(np.uint32) * np.uint32(len(problems.source))
+        return batch._replace(index=batch.index + before)
+
+    places = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+    drawn = places.map_with_index(lambda position, place: (place, position // count))
+    return read_ahead(drawn.batch(batch_size).map(encode))
 
 
 def read_ahead(dataset: 'grain.MapDataset[Any]') -> 'grain.DatasetIterator':

@@ -87,13 +87,28 @@ def test_a_batch_is_padded_to_the_shortest_bucket_that_fits_it(task, tokenizer):
     seen = set()
     for _ in range(20):
         batch, *rows = [next(iterator) for iterator in (whole, *parts)]
-        longest = max(problems.lengths[batch.index])
+        longest = max(problems.lengths[batch.index % 4])
         assert batch.prompt.shape[1] == {6: 6, 7: 8, 9: 9}[longest]
         for name in ('prompt', 'prompt_mask', 'index'):
             joined = np.concatenate([getattr(row, name) for row in rows])
             np.testing.assert_array_equal(joined, getattr(batch, name))
         seen.add(batch.prompt.shape[1])
     assert seen == {6, 8, 9}
+
+
+def test_a_prompt_drawn_again_is_another_one(task, tokenizer):
+    """Batches of three cross the ends of the four problems, within which none comes twice."""
+    problems, _ = fit(task, tokenizer, 'error', length=9)
+    stream = batches.prompts(task, tokenizer, problems, batch_size=3, buckets=(9,), seed=0)
+    drawn = [next(stream) for _ in range(8)]
+    index = np.concatenate([batch.index for batch in drawn])
+    assert sorted(index) == list(range(24))
+    for batch in drawn:
+        assert [example['index'] for example in batch.examples] == (batch.index % 4).tolist()
+    state = stream.get_state()
+    after = next(stream).index
+    stream.set_state(state)
+    np.testing.assert_array_equal(next(stream).index, after)
 
 
 def test_prompts_past_every_bucket_have_room_in_few_lengths():
