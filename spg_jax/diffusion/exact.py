@@ -21,6 +21,8 @@ from jax import Array
 from spg_jax.diffusion import informed, token_law
 from spg_jax.diffusion.sampling import SamplingConfig
 
+# Rules of commitment whose laws are enumerated.
+ENUMERATED = ('low_confidence', 'entropy', 'margin', 'random', 'left_to_right')
 MOST_STATES = 4096  # A transition has the square of this number of entries.
 
 
@@ -300,6 +302,12 @@ def check_decoding(decoding: SamplingConfig) -> None:
             f'{decoding.temperature}; the law of completions is enumerated without guidance, at '
             'temperatures above 0'
         )
+    if decoding.rule_name not in ENUMERATED or decoding.schedule != 'even':
+        raise ValueError(
+            f'sampling.{decoding.rule_setting} is {decoding.rule_name!r} and sampling.schedule '
+            f'{decoding.schedule!r}; the law of completions is enumerated for '
+            f"{', '.join(ENUMERATED)}, with schedule 'even'"
+        )
 
 
 def completion_law(logits: Array, decoding: SamplingConfig, symbols: int, mask_id: int) -> Array:
@@ -309,7 +317,7 @@ def completion_law(logits: Array, decoding: SamplingConfig, symbols: int, mask_i
     Tokens in random order, one a step, have the likelihood of `block_wise`, which costs far less.
     """
     check_decoding(decoding)
-    if decoding.commit == 'random' and decoding.steps == decoding.length:
+    if decoding.rule_name == 'random' and decoding.steps == decoding.length:
         log_prob = _token_law(logits, decoding, symbols)  # [N, C, S]
         table = token_table(log_prob, decoding.length, symbols)  # [X, 2**C, C]
         return jnp.exp(jax.vmap(lambda logp: block_wise(logp, decoding.block_length))(table))
@@ -399,7 +407,7 @@ def _scores(logits: Array, draws: np.ndarray, decoding: SamplingConfig, symbols:
     log_prob = jax.nn.log_softmax(logits, axis=-1)  # [N, b, V]
     prob = jnp.exp(log_prob)
     size = draws.shape[1]
-    match decoding.commit:
+    match decoding.rule_name:
         case 'random':
             rankings = jnp.asarray(list(permutations(range(size))), jnp.float32)  # [R, b]
             return jnp.broadcast_to(rankings[:, None, None], (len(rankings), *shape))
@@ -410,7 +418,7 @@ def _scores(logits: Array, draws: np.ndarray, decoding: SamplingConfig, symbols:
         case 'margin':
             best = jax.lax.top_k(prob[..., :symbols], 2)[0]  # [N, b, 2]
             score = (best[..., 0] - best[..., 1])[:, None]
-        case _:
+        case _:  # low_confidence
             score = _picked(log_prob, draws)
     return jnp.broadcast_to(score, shape)[None]
 

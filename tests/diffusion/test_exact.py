@@ -237,6 +237,9 @@ def test_paths_and_completions_have_the_same_law():
     [
         (decoding('random', temperature=0.0), 'sampling.temperature 0.0'),
         (decoding('random', guidance=1.0), 'sampling.guidance is 1.0'),
+        (decoding('random', sampler='threshold'), "sampling.sampler is 'threshold'"),
+        (decoding('entropy_bounded'), "sampling.commit is 'entropy_bounded'"),
+        (decoding('low_confidence', schedule='timesteps'), "sampling.schedule 'timesteps'"),
     ],
 )
 def test_decoders_that_are_not_enumerated_are_refused(config, message):
