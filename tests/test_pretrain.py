@@ -15,7 +15,7 @@ from spg_jax import pretrain, sharding
 from spg_jax.assembly import assemble
 from spg_jax.data.demonstrations import encode_pairs, read_demonstrations
 from spg_jax.diffusion.denoising import stratified_masks
-from spg_jax.models.number_features import PERIODS, with_number_features
+from spg_jax.models.number_features import PERIODS, WAVE_GAIN, with_number_features
 from spg_jax.process.files import locked
 from spg_jax.process.interruption import Interruption
 from spg_jax.random import Purpose, example_keys, step_key
@@ -295,10 +295,15 @@ def test_how_a_base_policy_is_computed_does_not_name_it(config, tmp_path):
     assert pretrain.base_directory(config) != directory
 
 
-def test_number_words_start_as_waves_of_their_value():
-    params = {'embedding': jnp.asarray(np.random.default_rng(0).normal(size=(5, 32)), jnp.float32)}
-    found = np.asarray(with_number_features(params, ['+', '10', '20'], 2)['embedding'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_number_words_start_as_waves_of_their_value(dtype):
+    table = np.random.default_rng(0).normal(size=(2_000, 32)) / 8
+    params = {'embedding': jnp.asarray(table, dtype)}
+    embedding = with_number_features(params, ['+', '10', '20'], 2)['embedding']
+    found = np.asarray(embedding, np.float32)
+    assert embedding.dtype == dtype
     assert_array_equal(found[:3], params['embedding'][:3])
+    assert_allclose(found[3, PERIODS.index(10)], WAVE_GAIN / 8, rtol=0.02)  # the table has std 1/8
     ten = PERIODS.index(10)
     assert_allclose(found[3, ten], found[4, ten])
     assert abs(found[3, PERIODS.index(400)] - found[4, PERIODS.index(400)]) > 1e-3

@@ -30,7 +30,8 @@ def with_number_features(params: Params, words: Sequence[str], first_id: int) ->
     """
     table = params['embedding']
     # Whole on every process, whoever holds which part of it.
-    embedding = np.array(multihost_utils.process_allgather(table, tiled=True))  # [V, D]
+    gathered = multihost_utils.process_allgather(table, tiled=True)
+    embedding = np.array(gathered, np.float32)  # [V, D]
     waves = 2 * len(PERIODS)
     if embedding.shape[1] < waves:
         raise ValueError(
