@@ -398,6 +398,12 @@ def _check_groups(name: str, objective: Objective, batching: Batching) -> None:
     ring = objective.experience
     if ring is None:
         return
+    if objective.behaviour:
+        raise ValueError(
+            f'{name} learns from a ring of rows and wants readouts of the behaviour policy, which '
+            'are taken under the draws of the first updates after a rollout; a row of a ring gets '
+            'others, so leave out Objective.experience or Objective.behaviour'
+        )
     if ring.rows % batching.microbatch:
         raise ValueError(
             f'rl.microbatch {batching.microbatch} does not divide the {ring.rows} rows of an '

@@ -11,6 +11,7 @@ from spg_jax.assembly import assemble, fit_to_model
 from spg_jax.config import default_config
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.rl.objectives import REGISTRY
+from spg_jax.rl.objectives.objective import Ring
 from spg_jax.rl.scores import corrupt, moments
 from tests.rl.conftest import random_rollout
 
@@ -179,3 +180,15 @@ def test_draws_that_a_model_with_blocks_adds_must_split_into_passes():
     parts = assemble(config)
     with pytest.raises(ValueError, match='rl.draws_per_pass 16 does not divide the 18 draws'):
         fit_to_model(config, parts, model)
+
+
+def test_a_ring_and_readouts_of_the_behaviour_policy_exclude_each_other(monkeypatch):
+    unigrpo, ring = REGISTRY['unigrpo'], Ring(prompts=16, every=2, rows=96)
+
+    def build(settings, protocol):
+        return dataclasses.replace(unigrpo.build(settings, protocol), experience=ring)
+
+    monkeypatch.setitem(REGISTRY, 'unigrpo', dataclasses.replace(unigrpo, build=build))
+    with pytest.raises(ValueError, match='unigrpo learns from a ring of rows and') as error:
+        assemble(default_config('unigrpo'))
+    assert '\n' not in str(error.value)

@@ -19,7 +19,7 @@ from spg_jax.rl.rollout import Rollout
 from spg_jax.rl.scores import Reader, corrupt, moments
 from spg_jax.training.train_state import TrainState
 
-POLICY = 'policy'  # the trained policy, which at this moment is the one that sampled
+POLICY = 'policy'  # the trained policy, which samples unless `Objective.sampled_by` names another
 
 
 def make_arrival(
@@ -33,6 +33,7 @@ def make_arrival(
     if not objective.behaviour and objective.at_rollout is None:
         return None
     reader = Reader(policy, objective.readout, objective.teacher)
+    sampled_by = objective.sampled_by or POLICY
 
     def arrival(seed: Array, state: TrainState, rollout: Rollout) -> Rollout:
         policies = other_policies(state.frozen, state.kept) | {POLICY: state.variables}
@@ -61,7 +62,7 @@ def make_arrival(
 
             def of_turn(turn: Array) -> Array:
                 moment = moments(seed, rollout, state.step + turn, turn)
-                return read(POLICY, corrupt(objective.corruption, rollout, moment))
+                return read(sampled_by, corrupt(objective.corruption, rollout, moment))
 
             turns = jax.lax.map(of_turn, jnp.arange(batching.inner_updates, dtype=jnp.int32))
             # [B, turns, M, C]

@@ -22,6 +22,7 @@ from spg_jax.rl.diagnostics import Diagnosis, make_diagnosis
 from spg_jax.rl.evaluator import Evaluator
 from spg_jax.rl.experience import collections_due, experience_shapes, make_keep
 from spg_jax.rl.gap import make_gap
+from spg_jax.rl.gradient import other_policies
 from spg_jax.rl.learner import kept_policies, make_update
 from spg_jax.rl.objectives import Objective
 from spg_jax.rl.rollout import Rollout
@@ -213,7 +214,7 @@ def _make_gap(
 def _sampler(objective: Objective, state: TrainState) -> Variables:
     """The parameters that sample rollouts."""
     if objective.sampled_by:
-        return state.frozen | state.kept[objective.sampled_by]
+        return other_policies(state.frozen, state.kept)[objective.sampled_by]
     return state.variables
 
 

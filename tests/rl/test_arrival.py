@@ -1,5 +1,7 @@
 """What is read out when a rollout arrives, in microbatches and passes of draws."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,9 @@ from spg_jax.assembly import assemble
 from spg_jax.diffusion.corruption import Corruption
 from spg_jax.rl.arrival import make_arrival
 from spg_jax.rl.objectives import Protocol, unigrpo
+from spg_jax.rl.objectives.objective import never
 from spg_jax.rl.scores import Reader, corrupt, moments
+from spg_jax.runs.preparation import _sampler
 from spg_jax.training import optimizers
 from spg_jax.training.train_state import initial_state
 from tests.meshes import mesh_of
@@ -18,6 +22,35 @@ from tests.parameters import random_params
 from tests.rl.conftest import random_rollout
 
 pytestmark = pytest.mark.numerical
+
+
+def test_another_policy_that_samples_is_the_behaviour_policy(policy, config):
+    """Read out under the masks of the first update, as `sampled_by` names it or the adapters lack
+    a copy of it."""
+    parts, rollout, seed = assemble(config), random_rollout(), config.train.seed
+    corruption = Corruption('block', draws=2, block_length=4)
+    protocol = Protocol(corruption, parts.sampling, parts.batching)
+    objective = unigrpo.build(unigrpo.Settings(masking='coupled', masks=3), protocol)
+    objective = dataclasses.replace(objective, kept={'actor': never}, sampled_by='actor')
+    with jax.set_mesh(mesh_of()):
+        variables = {'params': random_params(policy.model, mesh=mesh_of())}
+        optimizer = optimizers.for_rl(parts.optimizer, 10)
+        state = initial_state(
+            variables, optimizer, policy, mesh_of(), average=False, kept=('actor',)
+        )
+        state = state.replace(trained=jax.tree.map(lambda x: 1.5 * x, state.trained))
+        arrived = make_arrival(policy, objective, parts.batching, seed)(state, rollout)
+        assert _sampler(objective, state)['params'] is state.kept['actor']['params']
+        base = dataclasses.replace(objective, kept={}, sampled_by='reference')
+        frozen = state.replace(frozen=variables, kept={})  # as new adapters leave it
+        assert _sampler(base, frozen) == variables
+
+    @jax.jit
+    def of_actor():
+        draws = corrupt(objective.corruption, rollout, moments(seed, rollout, 0, jnp.int32(0)))
+        return Reader(policy)(variables, rollout, draws, state.step)
+
+    assert_allclose(arrived.extras['behaviour'][:, 0], of_actor(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_behaviour_policy_is_read_under_the_draws_of_each_turn(policy, config):

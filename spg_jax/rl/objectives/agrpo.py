@@ -87,6 +87,15 @@ def build(settings: Settings, protocol: Protocol) -> Objective:
             "rl.objective 'agrpo' could change; use one above 0"
         )
 
+    if protocol.sampling.guidance or protocol.sampling.rule.takes_back:
+        raise ValueError(
+            f'sampling.guidance is {protocol.sampling.guidance} and '
+            f'sampling.{protocol.sampling.rule_setting} {protocol.sampling.rule_name!r}; '
+            "rl.objective 'agrpo' divides by the probabilities that the sampler recorded, which "
+            'the policy has to give in the same states: use guidance 0 and a sampler that takes no '
+            'token back'
+        )
+
     def corruption(row: Rollout, moment: Moment) -> Draws:
         law = step_law(row, protocol.rollout_steps, settings.importance)  # [steps]
         order = jax.random.permutation(moment.shared, rows * settings.states)

@@ -126,3 +126,8 @@ def check_order(sampling: SamplingConfig) -> None:
             f'sampling.steps is {sampling.steps} for {sampling.length} tokens, but just_grpo '
             f'scores one token a step; use sampling.steps {sampling.length}'
         )
+    if sampling.schedule != 'even':
+        raise ValueError(
+            f'sampling.schedule is {sampling.schedule!r}, with steps that commit several tokens or '
+            "none, but just_grpo scores one token a step; use sampling.schedule 'even'"
+        )

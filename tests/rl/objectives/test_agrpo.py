@@ -13,6 +13,7 @@ from spg_jax.assembly import assemble
 from spg_jax.data.batches import PromptBatch
 from spg_jax.data.tokenizers import WordTokenizer
 from spg_jax.diffusion.corruption import Corruption, Draws
+from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.rl.collection import make_collect
 from spg_jax.rl.experience import experience_shapes
 from spg_jax.rl.objectives import Batch, Loss, Protocol
@@ -279,3 +280,12 @@ def test_settings_without_a_meaning_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             objective_of('agrpo', **settings)
+
+
+@pytest.mark.parametrize('change', [{'guidance': 1.0}, {'sampler': 'remask'}])
+def test_samplers_whose_record_is_not_what_the_policy_gives_are_refused(change):
+    sampling = SamplingConfig(32, 32, 8, temperature=1.0, commit='random')
+    assert objective_of('agrpo', sampling=sampling).records
+    with pytest.raises(ValueError, match="'agrpo' divides by the probabilities") as error:
+        objective_of('agrpo', sampling=dataclasses.replace(sampling, **change))
+    assert '\n' not in str(error.value)

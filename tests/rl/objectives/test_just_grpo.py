@@ -131,3 +131,6 @@ def test_other_orders_of_sampling_are_refused():
         objective_of('just_grpo', sampling=dataclasses.replace(two_a_step, commit='left_to_right'))
     blocks = SamplingConfig(32, 32, 8, temperature=1.0, commit='left_to_right')
     assert objective_of('just_grpo', sampling=blocks).draws == 32
+    uneven = dataclasses.replace(blocks, schedule='timesteps')
+    with pytest.raises(ValueError, match="'timesteps', .* use sampling.schedule 'even'"):
+        objective_of('just_grpo', sampling=uneven)
