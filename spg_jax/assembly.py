@@ -7,7 +7,6 @@ the key, the value and a value that works.
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from spg_jax.limits import MOST_TOKENS, check_settings, check_sizes, setting
 from spg_jax.models.attention import resolve
 from spg_jax.models.lora import LoRA
 from spg_jax.models.transformer import EXECUTION, TransformerConfig, check_heads
-from spg_jax.rl.batching import Batching
+from spg_jax.rl.batching import Batching, largest_divisor
 from spg_jax.rl.collection import decoding_of
 from spg_jax.rl.evaluator import Evaluation
 from spg_jax.rl.objectives import Objective, Protocol, find, group_of
@@ -407,7 +406,7 @@ def _check_groups(name: str, objective: Objective, batching: Batching) -> None:
     if ring.rows % batching.microbatch:
         raise ValueError(
             f'rl.microbatch {batching.microbatch} does not divide the {ring.rows} rows of an '
-            f'update of {name}; use {math.gcd(ring.rows, batching.microbatch)}'
+            f'update of {name}; use {largest_divisor(ring.rows, batching.microbatch)}'
         )
     if objective.phase and objective.phase.length % ring.every:
         raise ValueError(

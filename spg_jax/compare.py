@@ -15,6 +15,7 @@ docs/compare.md says what is held equal and how to read the table.
 
 import contextlib
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Collection, Iterable, Mapping
@@ -51,6 +52,7 @@ from spg_jax.errors import one_line
 from spg_jax.pretrain import find_or_make_base
 from spg_jax.process import cli
 from spg_jax.process.config_flag import define_config_flag, sources
+from spg_jax.process.files import make_folder
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.experience import collections_due
 from spg_jax.runs import policies
@@ -160,7 +162,7 @@ def run(comparison: Comparison, job: Job, records: Records, mesh: Mesh) -> Line 
     """
     config = comparison.config_of(job)
     workdir = records.folder / 'runs' / job.name
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir, 'give a folder that can be written as --workdir')
     with jax.set_mesh(mesh), Interruption() as interruption:
         base = find_or_make_base(config, mesh, interruption)
     if base is None:
@@ -284,10 +286,11 @@ def default_folder(config: str) -> str:
 def closing_lines(folder: Path, tasks: Iterable[str]) -> str:
     """The last lines on the screen: where everything is, and what to do next."""
     curves = ' '.join(f'{folder}/{task}.png' for task in tasks)
+    quoted = shlex.quote(str(folder))
     return (
         f'table     {folder}/{TABLE}\ncurves    {curves}\nruns      {folder}/{LINES}\n'
-        f'redraw    python -m spg_jax.compare --report={folder}\n'
-        f'look      python -m spg_jax.evaluate --workdir={folder}/runs/TASK/METHOD/RUN'
+        f'redraw    python -m spg_jax.compare --report={quoted}\n'
+        f'look      python -m spg_jax.evaluate --workdir={quoted}/runs/TASK/METHOD/RUN'
     )
 
 

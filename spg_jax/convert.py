@@ -14,6 +14,7 @@ curves.png. docs/conversion.md says more.
 """
 
 import dataclasses
+import shlex
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -307,13 +308,14 @@ def closing_lines(directory: Path) -> str:
         words = Phase(row['block'], 0, 1.0).words
         lines.append(f'after {words}: validation loss {row[name]:.4f} nats per token ({kind})')
     updates = ', '.join(map(str, notes['mean_of_updates']))
+    quoted = shlex.quote(str(directory))
     return '\n'.join(
         [
             *lines,
             f'policy    {directory}, the mean after updates {updates}',
             f'curves    {training_of(directory)}/curves.png',
-            f'evaluate  python -m spg_jax.evaluate --workdir={directory}',
-            f'train     python -m spg_jax.train --config=… --config.base.checkpoint={directory}',
+            f'evaluate  python -m spg_jax.evaluate --workdir={quoted}',
+            f'train     python -m spg_jax.train --config=… --config.base.checkpoint={quoted}',
         ]
     )
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from spg_jax.assembly import assemble
 from spg_jax.method import complete
 from spg_jax.process import cli, distributed
-from spg_jax.process.files import local_path
+from spg_jax.process.files import local_path, make_folder
 from spg_jax.rl.evaluator import Evaluator, Transcript
 from spg_jax.runs import policies
 from spg_jax.runs.directory import CONFIG, chosen_policy, digest
@@ -56,6 +56,8 @@ def main(_: list[str]) -> None:
         with distributed.leader_first('problems'):
             source = task.source(FLAGS.split, config.task.data_dir)
         examples = list(source)
+    if distributed.is_leader():
+        print(f'{len(examples)} problems of {task.name}, results in {out}', file=sys.stderr)
     with jax.set_mesh(mesh):
         policy, _, variables = policies.load_policy(directory, mesh, adapter, **parts.execution)
         evaluator = Evaluator(policy, task, tokenizer, parts.evaluation, mesh)
@@ -106,13 +108,7 @@ def check_out(out: Path) -> None:
         )
     if not distributed.is_leader():
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f'{out} cannot be made ({error.strerror}), where the results are to go; give --out, a '
-            'folder that can be written'
-        ) from None
+    make_folder(out, 'the results are to go there; give --out, a folder that can be written')
 
 
 if __name__ == '__main__':

@@ -172,6 +172,11 @@ def _check_kinds(config: ml_collections.ConfigDict, expected: ml_collections.Con
         }
         for groups in (expected.to_dict(), config.to_dict())
     )
+    if 'arms' in config:
+        raise ValueError(
+            '--config configures a comparison; use python -m spg_jax.compare, or a configuration '
+            'of a task such as countdown'
+        )
     for key in settings.keys() - defaults.keys():
         raise ValueError(unknown(key.strip('.'), expected, defaults))
     aliases = {f'rl.{name}' for name in alias_names()}  # An error prefers the other name.

@@ -29,6 +29,7 @@ from spg_jax.diffusion.sampling import SamplingConfig
 from spg_jax.method import names, set_objective, unknown
 from spg_jax.presets import on_a_laptop
 from spg_jax.process import cli
+from spg_jax.process.files import make_folder
 from spg_jax.rl import toy_bounds, toy_directions, toys
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.toy_directions import BUDGET, Direction, Sample
@@ -196,7 +197,7 @@ def main(_: list[str]) -> None:
     out = Path(FLAGS.out)
     objectives = FLAGS.objectives or (['spg'] if FLAGS.smoke else [])
     chosen = [with_decoder(subject) for subject in subjects(objectives)]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, 'give a folder that can be written as --out')
     count, updates, steps = FLAGS.toys, FLAGS.updates, toys.TRAINING_STEPS
     if FLAGS.smoke:
         count, updates, steps = 1, 16, 20

@@ -20,6 +20,7 @@ tokens that are not masked, too.
 """
 
 import dataclasses
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -330,7 +331,7 @@ def main(_: list[str]) -> None:
     with jax.set_mesh(mesh), Interruption() as interruption:
         if pretrain(config, directory, mesh, interruption, start_from, records):
             print(f'policy    {directory}')
-            print(f'evaluate  python -m spg_jax.evaluate --workdir={directory}')
+            print(f'evaluate  python -m spg_jax.evaluate --workdir={shlex.quote(str(directory))}')
 
 
 if __name__ == '__main__':

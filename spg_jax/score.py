@@ -43,7 +43,7 @@ COLUMNS = {
     'ground_truth': ('ground_truth',),
     'completion': ('completion', 'generations'),
 }
-USAGE = 'expected --task=NAME FILE... or --verify FILE, and nothing else'
+USAGE = 'expected RUN..., or --task=NAME FILE..., or --verify FILE, and nothing else'
 APART = 'add --apart to give each protocol a column of its own'
 
 
@@ -169,6 +169,11 @@ def _scored(
     """The verdicts on one file, by the scorer of its card unless another is asked for."""
     card = cards.card_beside(Path(file))
     if card is None:
+        if (Path(path) / 'config.json').exists() and not Path(file).exists():
+            raise ValueError(
+                f'{path} holds no completions yet, which the end of a run writes; run its command '
+                'again to go on, or spg_jax.evaluate'
+            )
         if not Path(file).exists():
             raise ValueError(f'{file}: cannot be read (No such file or directory); check the path')
         if not name:

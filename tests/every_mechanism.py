@@ -1,4 +1,5 @@
-"""An objective that uses all of what an objective may ask for, for tests/test_objectives_go_on.py.
+"""An objective that uses what an objective may ask for, for tests/test_objectives_go_on.py: all but
+readouts of the behaviour policy, which rows of a ring cannot have.
 
 It is no method: its loss only has to depend on every part.
 """
@@ -46,7 +47,7 @@ def build(settings, protocol):
         def score(each):
             return jnp.where(batch.target, each['token'] + each['teacher'], 0.0).sum((1, 2))
 
-        change = score(readouts) - score(batch.others['behaviour'])
+        change = score(readouts)
         away = score(readouts) - score(batch.others['reference'])
         weights = jax.nn.softmax(batch.rows.extras['at_rollout'])
         return (weights * (0.01 * away**2 - batch.advantage * change)).sum(), {}
@@ -61,7 +62,6 @@ def build(settings, protocol):
         couples='group',
         readout=read_distributions,
         teacher='teacher',
-        behaviour=True,
         looks_at=('reference',),
         kept={'teacher': never, 'average': decay, 'reference': never},
         sampled_by='teacher',

@@ -19,6 +19,7 @@ from spg_jax.assembly import assemble
 from spg_jax.config import default_config
 from spg_jax.export import _refuse_links, export
 from spg_jax.limits import PATHS
+from spg_jax.method import complete
 from spg_jax.models import weights
 from spg_jax.planning.machines import find_machine
 from spg_jax.process import cli, config_flag
@@ -170,6 +171,8 @@ def test_machines_that_nobody_has_are_refused(topology):
         ('\u2014verbosity=1', '--verbosity=1'),
         ('verbosity=1', '--verbosity=1'),
         ('true', '--NAME=VALUE'),
+        ('countdown:tiny', '--config=countdown:tiny'),
+        ('own/file.py', '--config=own/file.py'),
     ],
 )
 def test_a_word_that_is_no_flag_is_told_what_was_probably_meant(monkeypatch, word, meant):
@@ -178,6 +181,47 @@ def test_a_word_that_is_no_flag_is_told_what_was_probably_meant(monkeypatch, wor
     flags.DEFINE_string('verbosity', '', '', flag_values=values)
     monkeypatch.setattr(cli.flags, 'FLAGS', values)
     assert f'{word!r} is no flag; use {meant}, or see --help' == config_flag.left_over(word)
+
+
+TINY = '--config=countdown:tiny'
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ([], '--config is not given: TASK[:PRESET] or'),
+        (['--out', 'countdown'], '--config is not given'),
+        (['countdown:tiny'], "'countdown:tiny' is no flag; use --config=countdown:tiny"),
+        (['--config.train.steps=3'], 'use --config=TASK[:PRESET] as well'),
+        (
+            [TINY, '--config.train.steps=4.5'],
+            "train.steps is '4.5'; use a value like 8",
+        ),
+        (
+            [TINY, '--config.rl.compact=maybe'],
+            "rl.compact is 'maybe'; use a value like False",
+        ),
+        (
+            [TINY, '--config.sampling.steps=(1'],
+            "sampling.steps is '(1'; use a value like 12",
+        ),
+        (
+            [TINY, '--config.spg=2'],
+            'spg is a group of settings; use --config.spg.KEY=VALUE',
+        ),
+        ([TINY, '--out=a', '--ouut=b'], "Unknown command line flag 'ouut'"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_told_in_one_line_what_to_write(monkeypatch, words, message):
+    values, arguments = flags.FlagValues(), ['train', *words]
+    monkeypatch.setattr(config_flag.flags, 'FLAGS', values)
+    monkeypatch.setattr(sys, 'argv', arguments)
+    config_flag.define_config_flag(complete)
+    flags.DEFINE_string('out', '', '', flag_values=values)
+    with pytest.raises((flags.Error, ValueError)) as error:
+        values(arguments)
+    told = config_flag.explained(error.value, arguments)
+    assert message in told and '\n' not in told
 
 
 # --- paths ----------------------------------------------------------------------------------------

@@ -174,9 +174,9 @@ WRONG = [
         ['--task=chess', COUNTDOWN],
         "task is 'chess'; use one of countdown, gsm8k, math500, sudoku",
     ),
-    (['--task=countdown'], 'expected --task=NAME FILE... or --verify FILE'),
+    (['--task=countdown'], 'expected RUN..., or --task=NAME FILE'),
     ([COUNTDOWN], 'has no card, which would name its task; add --task=NAME'),
-    (['--task=sudoku', '--verify', SUDOKU], 'expected --task=NAME FILE... or --verify FILE'),
+    (['--task=sudoku', '--verify', SUDOKU], 'expected RUN..., or --task=NAME FILE'),
     (['--task=sudoku', COUNTDOWN], 'found question'),
     (['--task=sudoku', '--judge=math-verify', SUDOKU], '--task=math500 and gsm8k, not sudoku'),
     (['--task=countdown', COUNTDOWN, COUNTDOWN], 'the same file as'),
@@ -192,7 +192,7 @@ WRONG = [
         ['--task=math500', '--judge=published', '--rules=mended', MATH500],
         'found --judge=published and --rules=mended, each of which names a scorer; give one',
     ),
-    (['--verify', SUDOKU, '--judge=math-verify'], 'expected --task=NAME FILE... or --verify'),
+    (['--verify', SUDOKU, '--judge=math-verify'], 'expected RUN..., or --task=NAME'),
 ]
 
 

@@ -17,6 +17,7 @@ from spg_jax.process.config_flag import (
     Complete,
     UnusableConfig,
     define_config_flag,
+    explained,
     left_over,
 )
 from spg_jax.process.files import drop_unused, local_path, user_cache
@@ -43,6 +44,7 @@ NUMBERS = {
 # would read a file for each program that is there whenever it adds one.
 CACHED_BYTES = 2 * 2**30
 
+HELP = frozenset(('--help', '-help', '-h', '-?', '--helpshort', '--helpfull'))
 # Options of JAX that forbid what the programs here do.
 GUARDS = (
     'jax_transfer_guard',
@@ -137,6 +139,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         app.run(_one_line_errors(main), flags_parser=_parse)
     except KeyboardInterrupt:
         distributed.fail('interrupted', status=130)
+    except SystemExit as ended:
+        if HELP.isdisjoint(sys.argv[1:]):
+            raise
+        raise SystemExit(0) from ended  # absl ends with 1 after it has shown its help
 
 
 def fix_numbers() -> None:
@@ -216,8 +222,7 @@ def _parse(arguments: list[str]) -> list[str]:
     except UnusableConfig as error:
         distributed.fail(str(error))
     except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        distributed.fail(f'{lines[-1] if lines else error}; see --help')
+        distributed.fail(explained(error, arguments))
     if words[1:]:
         distributed.fail(left_over(words[1]))
     return words

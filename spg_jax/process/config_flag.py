@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import NamedTuple
@@ -173,8 +173,44 @@ def sources() -> Sources:
     return Sources(flag.config_filename, flag.parser.completed, frozenset(flag.override_values))
 
 
+def explained(error: Exception, arguments: Sequence[str]) -> str:
+    """Why flags cannot be used, in one line.
+
+    Args:
+      error: what absl raised.
+      arguments: the command line.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[-1] if lines else str(error)
+    if missing := re.search(r'Flag --([\w.]+) must have a value', message):
+        before = ['', *arguments[1:]]
+        for word, last in zip(arguments[1:], before, strict=False):
+            if not word.startswith('-') and not re.match('-[^=]*$', last):
+                return left_over(word)
+        what = flags.FLAGS[missing[1]].help.rstrip('.')
+        return f'--{missing[1]} is not given: {what}; see --help'
+    name = getattr(error, 'flagname', None) or ''
+    if name.startswith('config.') and 'config' in flags.FLAGS:
+        remedy = 'use --config=TASK[:PRESET] as well'
+        if 'checkpoint' in flags.FLAGS:
+            remedy = 'use --checkpoint=DIR/best --config=TASK[:PRESET] in place of --workdir=DIR'
+        return f'--{name} changes a setting of --config, which is not given; {remedy}'
+    setting = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error), re.DOTALL)
+    if not setting:
+        return f'{message}; see --help'
+    usual = flags.FLAGS['config'].value
+    for part in setting[1].split('.'):
+        usual = usual[part]
+    if isinstance(usual, ml_collections.ConfigDict):
+        return f'{setting[1]} is a group of settings; use --config.{setting[1]}.KEY=VALUE'
+    return f'{setting[1]} is {setting[2]!r}; use a value like {usual!r}'
+
+
 def left_over(word: str) -> str:
     """Why a word that is no flag is refused, and the flag that was probably meant."""
+    name = word.partition(':')[0]
+    if 'config' in flags.FLAGS and (name.endswith('.py') or (CONFIGS / f'{name}.py').is_file()):
+        return f'{word!r} is no flag; use --config={word}, or see --help'
     bare = word.lstrip('-\u2010\u2011\u2012\u2013\u2014\u2212')  # what editors make of dashes
     name = bare.partition('=')[0]
     meant = f'--{bare}'

@@ -75,6 +75,22 @@ def user_cache() -> Path | None:
     return None
 
 
+def make_folder(path: Path, remedy: str) -> None:
+    """Makes a folder and those above it, unless it exists.
+
+    Args:
+      path: of the folder.
+      remedy: what to do where it cannot be made.
+
+    Raises:
+      ValueError: it cannot be made; the message is one line that ends with the remedy.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'{path} cannot be made ({error.strerror}); {remedy}') from None
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file, which is made if it does not exist.

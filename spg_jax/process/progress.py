@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.table import Column
 
 from spg_jax.process import distributed
 
@@ -22,20 +23,33 @@ def track(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int
     """
     if not distributed.is_leader():
         return iter(steps)
-    return _bar(steps, label, describe) if sys.stderr.isatty() else _lines(steps, label, describe)
+    console = Console(stderr=True)
+    is_alive = console.is_terminal and not console.is_dumb_terminal
+    return _bar(steps, label, describe, console) if is_alive else _lines(steps, label, describe)
 
 
-def _bar(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]:
+def track_if_long(count: int, label: str) -> Iterator[int]:
+    """Yields 0, 1, … below count, with a line every LINE_SECONDS, so that short work says nothing.
+
+    It may run within what another bar tracks, which a second bar could not.
+    """
+    steps = range(count)
+    return _lines(steps, label, str, says_end=False) if distributed.is_leader() else iter(steps)
+
+
+def _bar(steps: range, label: str, describe: Callable[[], str], console: Console) -> Iterator[int]:
+    # On a narrow terminal the figures are cut, and not the count or the time left.
+    whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, overflow='ellipsis')
     columns = (
-        rich_progress.TextColumn('{task.description}'),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn('{task.fields[rate]}'),
-        rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn('{task.fields[figures]}'),
+        rich_progress.TextColumn('{task.description}', table_column=whole),
+        rich_progress.BarColumn(bar_width=10, table_column=whole),
+        rich_progress.MofNCompleteColumn(table_column=whole),
+        rich_progress.TextColumn('{task.fields[rate]}', table_column=whole),
+        rich_progress.TimeRemainingColumn(table_column=whole),
+        rich_progress.TextColumn('{task.fields[figures]}', table_column=rest),
     )
     start = time.monotonic()
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with rich_progress.Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(label, total=steps.stop, completed=steps.start, rate='', figures='')
         for step in steps:
             yield step
@@ -43,17 +57,16 @@ def _bar(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]
             bar.update(task, completed=step + 1, rate=f'{rate:.2f}/s', figures=describe())
 
 
-def _lines(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int]:
+def _lines(
+    steps: range, label: str, describe: Callable[[], str], says_end: bool = True
+) -> Iterator[int]:
     start = last = time.monotonic()
     for step in steps:
         yield step
         now = time.monotonic()
-        if now - last >= LINE_SECONDS or step + 1 == steps.stop:
+        if now - last >= LINE_SECONDS or says_end and step + 1 == steps.stop:
             last = now
             rate = (step + 1 - steps.start) / (now - start)
             left = (steps.stop - step - 1) / rate
-            print(
-                f'{label} {step + 1}/{steps.stop}  {rate:.2f}/s  {left:.0f} s left  {describe()}',
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f'{label} {step + 1}/{steps.stop}  {rate:.2f}/s  {left:.0f} s left  {describe()}'
+            print(line.rstrip(), file=sys.stderr, flush=True)

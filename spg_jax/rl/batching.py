@@ -1,7 +1,6 @@
 """The number of rows in a rollout batch, and the pieces that they are cut into."""
 
 import dataclasses
-import math
 
 import numpy as np
 from jax.sharding import Mesh
@@ -44,13 +43,13 @@ class Batching:
             raise ValueError(
                 f'rl.microbatch {self.microbatch} does not divide the {self.rows} rows of a '
                 'rollout batch (rl.prompts x rl.group_size); use '
-                f'{math.gcd(self.rows, self.microbatch)}'
+                f'{largest_divisor(self.rows, self.microbatch)}'
             )
         if self.generation_batch < 0 or self.rows % self.rows_at_once:
             raise ValueError(
                 f'rl.generation_batch {self.generation_batch} does not divide the {self.rows} rows '
                 'of a rollout batch (rl.prompts x rl.group_size); use '
-                f'{math.gcd(self.rows, self.generation_batch)}, or 0 for all at once'
+                f'{largest_divisor(self.rows, self.generation_batch)}, or 0 for all at once'
             )
 
     @property
@@ -91,3 +90,9 @@ class Batching:
                 f'{row_shards(mesh)} (mesh.data x mesh.fsdp), or fewer processes'
             )
         return prompts
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`; 1 where that is below 1."""
+    sizes = range(1, max(1, min(number, most)) + 1)
+    return max(size for size in sizes if number % size == 0)

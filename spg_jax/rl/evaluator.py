@@ -15,6 +15,7 @@ from spg_jax.diffusion.samplers.editing import DRAFT
 from spg_jax.diffusion.sampling import Completion, SamplingConfig
 from spg_jax.models.policy import Policy, Variables
 from spg_jax.process import distributed
+from spg_jax.process.progress import track_if_long
 from spg_jax.random import Purpose
 from spg_jax.rl.collection import (
     check_rewards,
@@ -246,7 +247,9 @@ class Evaluator:
         batches = np.minimum(first_rows[:, None] + local_rows[None, :], total - 1)
         prompts = self._prompts(examples, np.unique(batches // samples))
         tokens, commit_steps, drafts = [], [], []
-        for rows in batches:
+        label = f'{total} completions of {decoding.length} tokens, batches'
+        for number in track_if_long(len(batches), label):
+            rows = batches[number]
             encoded = [prompts[row // samples] for row in rows]
             index = [examples[row // samples]['index'] for row in rows]
             member = (rows % samples).astype(np.uint32)

@@ -69,7 +69,10 @@ def saving(path: Path) -> Iterator[None]:
         with _silent_logs(), ocp.Context(array_options=_LARGE_SHARES):
             yield
     except Exception as error:
-        raise OSError(f'{path} could not be saved ({one_line(error)[:300]})') from error
+        raise OSError(
+            f'{path} could not be saved ({one_line(error)[:300]}); make room, or let the '
+            'folder be written, and run the same command to go on'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spg_jax.process import distributed
-from spg_jax.process.files import local_path, locked, write_whole
+from spg_jax.process.files import local_path, locked, make_folder, write_whole
 from spg_jax.process.interruption import Interruption
 from spg_jax.process.json_files import check_json, read_json
 from spg_jax.runs.directory import CONFIG, RESTORE
@@ -49,7 +49,7 @@ def claimed(
       BlockingIOError: if another process is training in the directory, unless `waiting` is given.
     """
     local_path(str(workdir.absolute()), saves=True)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir, 'give one that can be written: --workdir, or base.cache for a base policy')
     path = workdir / CONFIG
     settings = json.loads(json.dumps(settings))  # As they will be read: tuples become lists.
     with contextlib.ExitStack() as held:

@@ -58,8 +58,9 @@ def describe(directory: Path) -> Description:
       FileNotFoundError, ValueError: if there is none, or it is damaged; the message names the file.
     """
     if not directory.is_dir():
+        what = 'is a file' if directory.exists() else 'does not exist'
         raise FileNotFoundError(
-            f'{directory} does not exist; expected a policy directory or a published checkpoint'
+            f'{directory} {what}; expected a policy directory or a published checkpoint'
         )
     if is_published(directory):
         config, ids, _ = weights.check_checkpoint(directory)

@@ -151,5 +151,7 @@ def policy_of_run(workdir: Path) -> Path:
     if policies.is_policy(best):
         return best
     if (workdir / 'checkpoints').is_dir():
+        if (workdir / 'result.json').exists():
+            raise FileNotFoundError(f'{best} is gone, the policy of a finished run; restore it')
         raise FileNotFoundError(f'{best} does not exist yet; wait for the first validation')
     return workdir

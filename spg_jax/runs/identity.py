@@ -69,7 +69,8 @@ def changed_settings(
         and name in defaults.get(group, {})
         and f'{group}.{name}' not in FREE
     ]
-    keys.sort(key=lambda key: key != ('rl', 'objective'))  # The cause of other differences.
+    # These are the causes of other differences.
+    keys.sort(key=lambda key: key not in (('rl', 'objective'), ('task', 'name')))
     for group, name in keys:
         if group in LATER and group not in saved:
             continue

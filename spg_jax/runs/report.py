@@ -1,5 +1,6 @@
 """What a run says of itself: its record, result.json, rows of validations, and the last lines."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -152,10 +153,11 @@ def closing_lines(result: Result, workdir: Path) -> str:
             'no group of the whole run had completions of different rewards, so nothing was '
             'learned from them: use easier problems, a larger rl.group_size or a better base\n'
         )
+    quoted = shlex.quote(str(workdir))
     return (
         f'{signal}finished: '
         f'test {figures} in {result["seconds"]:.0f} s ({result["scorer"]} scorer)\n'
         f'curves    {workdir}/curves.png\nresult    {workdir}/result.json\n'
-        f'look      python -m spg_jax.generate --workdir={workdir} --trace\n'
-        f'evaluate  python -m spg_jax.evaluate --workdir={workdir}'
+        f'look      python -m spg_jax.generate --workdir={quoted} --trace\n'
+        f'evaluate  python -m spg_jax.evaluate --workdir={quoted}'
     )

@@ -35,6 +35,13 @@ def test_the_home_of_another_user_is_known_or_refused(monkeypatch):
         files.local_path('~no_such_user/run')
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path):
+    files.make_folder(tmp_path / 'a' / 'b', 'never said')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match=r'file cannot be made \(File exists\); give --out'):
+        files.make_folder(tmp_path / 'file', 'give --out')
+
+
 @pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_stops_nothing(monkeypatch, tmp_path, capsys, number):
     """Fault G18: what flock says on Lustre without -o flock, and on other file systems."""
