@@ -30,6 +30,7 @@ from spg_jax.method import names, set_objective, unknown
 from spg_jax.presets import on_a_laptop
 from spg_jax.process import cli
 from spg_jax.process.files import make_folder
+from spg_jax.process.progress import track
 from spg_jax.rl import toy_bounds, toy_directions, toys
 from spg_jax.rl.objectives import REGISTRY
 from spg_jax.rl.toy_directions import BUDGET, Direction, Sample
@@ -201,6 +202,7 @@ def main(_: list[str]) -> None:
     count, updates, steps = FLAGS.toys, FLAGS.updates, toys.TRAINING_STEPS
     if FLAGS.smoke:
         count, updates, steps = 1, 16, 20
+    say(f'{len(chosen)} directions on {count} toys; results in {out}')
     known = toys.make_toys(range(count), FLAGS.reward, steps)
     records = []
     if not FLAGS.smoke:
@@ -216,8 +218,10 @@ def main(_: list[str]) -> None:
     with (out / 'microscope.jsonl').open('w', encoding='utf-8') as file:
         file.writelines(json.dumps(json_of(record)) + '\n' for record in records)
     show(records)
+    say(f'records   {out}/microscope.jsonl')
     if not FLAGS.smoke:
         draw(records, out / 'microscope.png')
+        say(f'picture   {out}/microscope.png')
     result = {
         'out': str(out),
         'reward': FLAGS.reward,
@@ -262,9 +266,9 @@ def directions(
 
     # While one thread waits for the compiler, the other one traces or computes.
     with ThreadPoolExecutor(2) as pool:
-        for record in pool.map(look, chosen):
-            records.append(record)
-            say(f'{record["section"]}: {record["name"]}')
+        found = pool.map(look, chosen)
+        for _ in track(range(len(chosen)), 'directions', lambda: str(records[-1]['name'])):
+            records.append(next(found))
     return records
 
 

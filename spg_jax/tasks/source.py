@@ -82,7 +82,8 @@ class Source:
             raise
         except OSError as error:
             raise ValueError(
-                f'{data_dir} cannot hold data ({one_line(error)}); choose another directory'
+                f'{data_dir} cannot hold data ({one_line(error)}); start in a directory that can '
+                'be written, or set task.data_dir'
             ) from error
         except Exception as error:
             raise self._unreadable(split, one_line(error)) from error

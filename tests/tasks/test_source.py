@@ -121,7 +121,7 @@ def test_unknown_split(data_dir):
 
 def test_no_directory(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match='cannot hold data .*; choose another directory'):
+    with pytest.raises(ValueError, match='cannot hold data .*; start in a directory that'):
         tasks.get('sudoku').source('train', tmp_path / 'file')
 
 
