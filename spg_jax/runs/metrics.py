@@ -5,6 +5,7 @@ On the devices a metric is a pair (sum, weight), which is divided when the metri
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ class MetricsWriter:
         if not self._is_writer:
             return
         path = directory / 'metrics.jsonl'
+        if start and not path.exists():
+            print(f'{path} is gone; it begins again after step {start}', file=sys.stderr)
         keep_rows(path, start, last_row)
         self._file = path.open('a')
         self._events = SummaryWriter(str(directory / 'events'), purge_step=start + 1)

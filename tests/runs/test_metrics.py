@@ -36,6 +36,14 @@ def test_resuming_drops_later_rows_and_restores_a_lost_one(tmp_path):
     assert [row['step'] for row in read_rows(path)] == [1, 2, 3]
 
 
+def test_a_file_that_was_lost_is_begun_again_with_a_word(tmp_path, capsys):
+    MetricsWriter(tmp_path).close()
+    assert capsys.readouterr().err == ''
+    (tmp_path / 'metrics.jsonl').unlink()
+    MetricsWriter(tmp_path, start=3).close()
+    assert 'metrics.jsonl is gone; it begins again after step 3' in capsys.readouterr().err
+
+
 def test_a_row_that_is_not_finite_comes_back_once(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.push(1, {'loss': (jnp.float32(jnp.nan), jnp.float32(1))})
