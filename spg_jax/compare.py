@@ -52,7 +52,6 @@ from spg_jax.errors import one_line
 from spg_jax.pretrain import find_or_make_base
 from spg_jax.process import cli
 from spg_jax.process.config_flag import define_config_flag, sources
-from spg_jax.process.files import make_folder
 from spg_jax.process.interruption import Interruption
 from spg_jax.rl.experience import collections_due
 from spg_jax.runs import policies
@@ -162,7 +161,7 @@ def run(comparison: Comparison, job: Job, records: Records, mesh: Mesh) -> Line 
     """
     config = comparison.config_of(job)
     workdir = records.folder / 'runs' / job.name
-    make_folder(workdir, 'give a folder that can be written as --workdir')
+    workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), Interruption() as interruption:
         base = find_or_make_base(config, mesh, interruption)
     if base is None:

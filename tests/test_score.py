@@ -168,6 +168,12 @@ def test_a_sudoku_without_a_puzzle_is_a_wrong_line(tmp_path):
         score.score('sudoku', [str(path)])
 
 
+def test_a_run_that_has_not_ended_holds_no_completions_yet(tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='holds no completions yet.* again to go on'):
+        score.score('countdown', [str(tmp_path)])
+
+
 WRONG = [
     (['--task=countdown', 'nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),
     (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from spg_jax.comparison.plan import MEASURED, Comparison, Job
-from spg_jax.process.files import locked, write_whole
+from spg_jax.process.files import locked, make_folder, write_whole
 from spg_jax.process.json_files import check_json, read_json
 from spg_jax.rl.objectives import source_file
 from spg_jax.runs.identity import FREE, digest_path
@@ -116,7 +116,7 @@ class Records:
     def __init__(self, folder: Path):
         """Makes the folder if it does not exist."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, 'give a folder that can be written as --workdir')
 
     @property
     def path(self) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from spg_jax.comparison.plan import MEASURED, TUNING
 from spg_jax.comparison.records import FAILED, FINISHED, LINES, Line, newest
 from spg_jax.comparison.statistics import Estimate, estimate, paired_difference, percent
-from spg_jax.process.files import write_whole
+from spg_jax.process.files import make_folder, write_whole
 from spg_jax.tasks.card import check_alike, from_json
 
 TABLE = 'table.md'
@@ -44,7 +44,7 @@ def write_report(lines: Iterable[Line], folder: Path) -> str:
     packages = {line['package'] for line in kept if 'package' in line}
     if len(packages) > 1:
         text += f'\n\nThe runs come from {len(packages)} versions of the code.'
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, 'give a folder that can be written as --workdir')
     write_whole(folder / TABLE, text + '\n')
     for task in tasks:
         if measured := list(filter(is_measured, of_task[task])):

@@ -178,9 +178,9 @@ class TransformerConfig:
 
     @property
     def transposes(self) -> bool:
-        """Whether gradients of wide kernels transpose inputs in memory, which pays on CPUs.
+        """Whether gradients of wide kernels transpose inputs in memory.
 
-        In a loop over layers the gradient would keep a copy of the kernels.
+        On CPUs with unrolled layers that was measured to pay; other programs stay as planned.
         """
         return self.scan_unroll >= self.layers and self.attention == FOR_CPUS
 

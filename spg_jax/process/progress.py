@@ -24,7 +24,7 @@ def track(steps: range, label: str, describe: Callable[[], str]) -> Iterator[int
     if not distributed.is_leader():
         return iter(steps)
     console = Console(stderr=True)
-    is_alive = console.is_terminal and not console.is_dumb_terminal
+    is_alive = sys.stderr.isatty() and not console.is_dumb_terminal
     return _bar(steps, label, describe, console) if is_alive else _lines(steps, label, describe)
 
 
@@ -39,13 +39,13 @@ def track_if_long(count: int, label: str) -> Iterator[int]:
 
 def _bar(steps: range, label: str, describe: Callable[[], str], console: Console) -> Iterator[int]:
     # On a narrow terminal the figures are cut, and not the count or the time left.
-    whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, overflow='ellipsis')
+    rest = Column(no_wrap=True, ratio=1, overflow='ellipsis')
     columns = (
-        rich_progress.TextColumn('{task.description}', table_column=whole),
-        rich_progress.BarColumn(bar_width=10, table_column=whole),
-        rich_progress.MofNCompleteColumn(table_column=whole),
-        rich_progress.TextColumn('{task.fields[rate]}', table_column=whole),
-        rich_progress.TimeRemainingColumn(table_column=whole),
+        rich_progress.TextColumn('{task.description}'),
+        rich_progress.BarColumn(bar_width=10),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn('{task.fields[rate]}'),
+        rich_progress.TimeRemainingColumn(),
         rich_progress.TextColumn('{task.fields[figures]}', table_column=rest),
     )
     start = time.monotonic()

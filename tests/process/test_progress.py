@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -23,6 +24,17 @@ def shown(width: int) -> str:
 def test_a_narrow_terminal_cuts_the_figures_first():
     assert re.search(r'spg updates .* 3000/3000 .*/s 0:00:00 reward .*…$', shown(80))
     assert shown(120).endswith('best validation 0.000 at 0')
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv('TERM', 'dumb')
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    list(progress.track(range(2), 'spg updates', str))
+    assert sys.stderr.getvalue().startswith('spg updates 2/2 ')
 
 
 def test_short_work_says_nothing_and_long_work_how_far_it_is(capsys, monkeypatch):

@@ -19,6 +19,7 @@ from spg_jax.models.peft import WEIGHTS
 from spg_jax.models.policy import with_adapters
 from spg_jax.models.transformer import TransformerConfig
 from spg_jax.runs import policies
+from spg_jax.runs.directory import policy_of_run
 from tests.meshes import mesh_of
 from tests.parameters import random_params
 from tests.published import END, MASK, SIZE, asked, byte_pairs, save_checkpoint, save_tokenizer
@@ -334,3 +335,12 @@ def test_a_policy_under_a_name_that_cannot_be_read_from_is_not_called_damaged(sa
     with pytest.raises(ValueError, match='use a path without brackets') as error:
         policies.load_policy(tmp_path / 'br[1]', mesh_of())
     assert 'damaged' not in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_run_without_its_best_policy_says_whether_it_is_still_to_come(tmp_path):
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(FileNotFoundError, match='best does not exist yet; wait for the first'):
+        policy_of_run(tmp_path)
+    (tmp_path / 'result.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='best is gone, the policy of a finished run'):
+        policy_of_run(tmp_path)

@@ -122,6 +122,7 @@ MINUS_18 = (
 )
 MINUS_18 += ('(-18)', 'Total: -18', 'a loss of - 18', 'Minus 18')
 NOT_18 = ('18 thousands', '18 millions', '18 dozens', '18 halves', '18M', '$18 M', '18 mil', '18bn')
+NOT_18 += ('NOT 18', 'NO 18')
 NOT_18 += (
     'twice 18',
     'double 18',

@@ -235,15 +235,18 @@ def _only_number(text: str) -> Fraction | None:
     before, after = text[: runs[0].start()], text[runs[0].end() :]
     if not (_BESIDE.fullmatch(before) and _BESIDE.fullmatch(after)) or _MILLIONS.match(after):
         return None
+    words = set(_WORD.findall(f'{before} {after}'.lower()))
+    if words & (_HEDGES | mended.SCALES):
+        return None
     before = before.rstrip(_BETWEEN)
     before = _CODE.sub('', before).rstrip(_BETWEEN)
     minus = _MINUS.search(before)
     if minus:
         before = before[: minus.start()]
-    words = _WORD.findall(before.lower())
-    if words and words[-1] in _LAST_BEFORE or before.rstrip(_BETWEEN).endswith('-'):
+    earlier = _WORD.findall(before.lower())
+    if earlier and earlier[-1] in _LAST_BEFORE or before.rstrip(_BETWEEN).endswith('-'):
         return None
-    if {*words, *_WORD.findall(after.lower())} & (_HEDGES | _OPERATIONS | mended.SCALES):
+    if {*earlier, *_WORD.findall(after.lower())} & _OPERATIONS:
         return None
     number = Fraction(runs[0][0].replace(',', ''))
     return -number if minus else number
